@@ -1,0 +1,58 @@
+"""Lazy registry: a name maps to "module:attribute", imported when asked for.  A new method is one line here."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from gencontrol.errors import UsageError, nearest
+
+ALGORITHMS = {
+    "dragon": "gencontrol.algorithms.dragon:Dragon",
+    "rwr": "gencontrol.algorithms.rwr:RewardWeightedRegression",
+}
+PRETRAIN = {
+    "flow": "gencontrol.algorithms.pretrain_flow:FlowPretrain",
+    "clap": "gencontrol.algorithms.pretrain_clap:ClapPretrain",
+    "attributes": "gencontrol.algorithms.pretrain_attributes:AttributePretrain",
+}
+REWARDS = {
+    "clap": "gencontrol.rewards.clap:ClapReward",
+    "fad": "gencontrol.rewards.distribution:FadReward",
+    "fad-set": "gencontrol.rewards.distribution:SetFadReward",
+    "vendi": "gencontrol.rewards.distribution:VendiReward",
+    "quality": "gencontrol.rewards.quality:QualityReward",
+    "loudness-range": "gencontrol.rewards.signal:LoudnessRange",
+    "spectral-centroid": "gencontrol.rewards.signal:SpectralCentroid",
+}
+BENCHES = {
+    "dragon": "gencontrol.bench.dragon:main",
+}
+
+
+def resolve(table: dict[str, str], name: str, kind: str) -> Any:
+    """Return the object called `name` in `table`.
+
+    Raises:
+        UsageError: no such name; the message gives the nearest one and the whole list.
+    """
+    if name not in table:
+        raise UsageError(f"unknown {kind} '{name}'.{nearest(name, table)} Known: {', '.join(sorted(table))}.")
+    module, attribute = table[name].split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def resolve_dotted(path: str, kind: str) -> Any:
+    """Return user code named `package.module:Name`.
+
+    Raises:
+        UsageError: the module or the attribute is not there.
+    """
+    module, _, attribute = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"{kind} '{path}' cannot be imported ({error}); give package.module:Name of an importable module "
+            "(is its folder on PYTHONPATH?)."
+        ) from error

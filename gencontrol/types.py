@@ -1,0 +1,91 @@
+"""Shared vocabulary: prediction types, conditions, rewards' output, model output protocol.
+
+Conventions (design.md §2): t in [0, 1], t = 0 is data; x_t = a(t)·x0 + s(t)·eps; batch axis first everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+#: A condition: None, a tensor with the batch axis first, or a (nested) mapping of such tensors.
+Cond = Any
+
+
+class Prediction(StrEnum):
+    """What a Gaussian network outputs, as a row on (x0, eps); see `gencontrol.process.convert`."""
+
+    X0 = "x0"
+    EPS = "eps"
+    V = "v"
+    VELOCITY = "velocity"
+    EDM = "edm"
+
+
+def map_cond(fn: Callable[[Tensor], Tensor], cond: Cond) -> Cond:
+    """Apply `fn` to every tensor of a condition; None stays None."""
+    if cond is None:
+        return None
+    if isinstance(cond, Tensor):
+        return fn(cond)
+    if isinstance(cond, Mapping):
+        return {key: map_cond(fn, value) for key, value in cond.items()}
+    raise TypeError(f"a condition is None, a tensor or a mapping of tensors, not {type(cond).__name__}")
+
+
+def index_cond(cond: Cond, index: Any) -> Cond:
+    """Select rows of the batch axis of every tensor in a condition."""
+    return map_cond(lambda leaf: leaf[index], cond)
+
+
+def cat_cond(conds: Sequence[Cond]) -> Cond:
+    """Concatenate conditions of the same structure along the batch axis."""
+    first = conds[0]
+    if first is None:
+        return None
+    if isinstance(first, Tensor):
+        return torch.cat(list(conds))
+    return {key: cat_cond([cond[key] for cond in conds]) for key in first}
+
+
+def cond_to(cond: Cond, device: torch.device | str) -> Cond:
+    """Move every tensor of a condition to a device."""
+    return map_cond(lambda leaf: leaf.to(device), cond)
+
+
+@dataclass(frozen=True)
+class RewardContext:
+    """What a reward may know beside the samples.
+
+    Args:
+        prompts: one text per sample, or None.
+        sampling_rate: Hz, for audio samples.
+        metadata: any per-sample lists (labels, ids), keyed by name.
+    """
+
+    prompts: Sequence[str] | None = None
+    sampling_rate: int | None = None
+    metadata: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RewardOut:
+    """Values of a reward: `values` [b] float32 (higher is better), `valid` [b] bool; an invalid item is never a 0."""
+
+    values: Float[Tensor, " b"]
+    valid: Bool[Tensor, " b"]
+    extras: Mapping[str, Any] = field(default_factory=dict)
+
+    def mean(self) -> float:
+        """Mean over the valid items; NaN when none is valid."""
+        return float(self.values[self.valid].mean()) if bool(self.valid.any()) else float("nan")
+
+    def valid_fraction(self) -> float:
+        """Share of valid items in [0, 1]."""
+        return float(self.valid.float().mean())
