@@ -1,0 +1,52 @@
+# make demo: set up and run the main job.   make test: set up and pass the tests.   Each works without the other.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+TORCH  := torch==2.13.0
+export HF_HUB_OFFLINE = 1
+export TRANSFORMERS_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test lint types test-extras bench clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone: a bare "torch" in a resolver run would pull gigabytes of CUDA packages
+$(VENV)/.core: setup.cfg constraints.txt | $(BIN)/python
+	$(BIN)/pip install -q $(TORCH)
+	$(BIN)/pip install -q -e ".[audio]" -c constraints.txt
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(BIN)/pip install -q -e ".[audio,bench,dev]" -c constraints.txt
+	touch $@
+
+demo: $(VENV)/.core
+	$(BIN)/gencontrol finetune --config demo.toml --output runs/demo
+	@echo "Open runs/demo/report.html to hear base and tuned sound side by side."
+
+test: $(VENV)/.dev lint types
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/python tools/typecheck.py
+
+# extras that cannot share an environment with NumPy 2
+test-extras: constraints-numpy1.txt
+	$(PYTHON) -m venv .venv-extras
+	.venv-extras/bin/pip install -q $(TORCH) "numpy<2"
+	.venv-extras/bin/pip install -q -e ".[audio,clap,robomimic,dev]" -c constraints-numpy1.txt
+	.venv-extras/bin/python tools/torchvision_guard.py
+	.venv-extras/bin/python -m pytest -m extras tests/extras
+
+bench: $(VENV)/.dev
+	$(BIN)/gencontrol bench dragon --output runs/bench
+
+clean:
+	rm -rf build dist *.egg-info runs
