@@ -1,0 +1,268 @@
+"""Roles: named parameter sets of one backbone (policy, ref, ema, …), as LoRA adapter slots or as copies.
+
+`policy` is what the optimizer moves.  Without LoRA the other roles are copies of the trainable parameters; with LoRA
+(Hu et al. 2021, by peft) every role but `ref` is an adapter slot and `ref` is the base model with adapters off, so that
+no second copy of a large model is held.  Parameters that are frozen, and buffers, are shared by all roles.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gencontrol.errors import CheckpointError, EnvironmentMissing, UsageError, nearest
+
+#: File name that diffusers' `load_lora_weights` looks for.
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+_ATTENTION_LAYERS = frozenset(
+    "to_q to_k to_v to_kv to_qkv to_out to_add_out add_q_proj add_k_proj add_v_proj q_proj k_proj v_proj out_proj".split()
+)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters.
+
+    Args:
+        rank: inner dimension.
+        alpha: scale; the update is alpha/rank · B·A.  None means `rank` (scale 1).
+        targets: names (or name endings) of the linear layers; None means all projections of attention layers.
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    targets: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or (self.alpha is not None and self.alpha <= 0):
+            raise ValueError(f"lora rank {self.rank} and alpha {self.alpha} must be positive")
+
+
+def lora_targets(module: nn.Module, endings: Sequence[str] | None = None) -> list[str]:
+    """Return the full names of the linear layers to adapt, by endings, or all attention projections.
+
+    Raises:
+        UsageError: no linear layer fits.
+    """
+    names = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    if endings is None:
+        chosen = [n for n in names if n.removesuffix(".0").rpartition(".")[2] in _ATTENTION_LAYERS]
+    else:
+        chosen = [n for n in names if any(n == e or n.endswith("." + e) for e in endings)]
+    if not chosen:
+        raise UsageError(f"no linear layer of {type(module).__name__} fits lora targets {endings}; e.g. {names[:5]}.")
+    return chosen
+
+
+def ema_decay(decay: float, update: int) -> float:
+    """Decay with warm-up: min(decay, (1 + n)/(10 + n)) after n updates, so that early averages forget the start."""
+    return min(decay, (1.0 + update) / (10.0 + update))
+
+
+class Roles:
+    """Named parameter sets of one module; `use(role)` switches them, the module's own state is the policy."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        roles: Sequence[str] = ("policy", "ref", "ema"),
+        lora: LoraConfig | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Prepare the roles, all equal to the module's present weights.
+
+        Args:
+            module: the network; its parameters that require gradients are trained (with LoRA: only adapters).
+            roles: names; must hold "policy".
+            lora: adapters instead of full tuning.
+            seed: of the adapters' initial draw (it does not touch the global generator).
+
+        Raises:
+            UsageError: "policy" is missing, a name twice, nothing to train, or trainable weights not in fp32.
+        """
+        if "policy" not in roles or len(set(roles)) != len(roles):
+            raise UsageError(f"roles {tuple(roles)}: each name once, and 'policy' among them.")
+        self.module, self.lora, self._names = module, lora, tuple(roles)
+        self._active = "policy"
+        if lora is None:
+            self._sets = _copies(module, self._names)
+        else:
+            self._sets = _inject(module, self._names, lora, seed)
+            self._switch("policy")
+
+    def names(self) -> Sequence[str]:
+        """Names of the roles."""
+        return self._names
+
+    @property
+    def active(self) -> str:
+        """The role whose weights the module has now."""
+        return self._active
+
+    def trainable(self) -> list[nn.Parameter]:
+        """Parameters of the policy, for the optimizer."""
+        return [p for p in self._sets["policy"].values() if isinstance(p, nn.Parameter)]
+
+    @contextmanager
+    def use(self, role: str) -> Iterator[nn.Module]:
+        """Give the module this role's weights inside the block; parameters get no gradients unless it is the policy."""
+        self._check(role)
+        before = self._active
+        self._switch(role)
+        try:
+            yield self.module
+        finally:
+            self._switch(before)
+
+    def _switch(self, role: str) -> None:
+        if self.lora is not None:
+            _select_adapter(self.module, None if role == "ref" else role)
+        elif role != self._active:
+            _exchange(self._sets["policy"], self._sets[self._active])  # back to the policy
+            _exchange(self._sets["policy"], self._sets[role])
+        for parameter in self.trainable():
+            parameter.requires_grad_(role == "policy")
+        self._active = role
+
+    def _check(self, role: str) -> None:
+        if role not in self._names:
+            raise UsageError(f"no role '{role}'.{nearest(role, self._names)} Roles: {', '.join(self._names)}.")
+
+    @torch.no_grad()
+    def copy(self, src: str, dst: str) -> None:
+        """Set the weights of role `dst` to those of `src`."""
+        source, target = self._pair(src, dst)
+        torch._foreach_copy_(target, source)
+
+    @torch.no_grad()
+    def lerp(self, dst: str, decay: float) -> None:
+        """Move role `dst` towards the policy: dst ← decay·dst + (1 − decay)·policy, decay in [0, 1]."""
+        if not 0.0 <= decay <= 1.0:
+            raise ValueError(f"decay {decay} is not in [0, 1]")
+        source, target = self._pair("policy", dst)
+        torch._foreach_lerp_(target, source, 1.0 - decay)
+
+    def _pair(self, src: str, dst: str) -> tuple[list[Tensor], list[Tensor]]:
+        self._check(src)
+        self._check(dst)
+        if self._active != "policy":
+            raise RuntimeError(f"roles cannot be moved inside use('{self._active}')")
+        if dst == "policy" and src == "policy" or (self.lora is not None and dst == "ref"):
+            raise UsageError(f"role '{dst}' cannot be written from '{src}' (with LoRA, ref is the frozen base).")
+        if self.lora is not None and src == "ref":
+            raise UsageError("with LoRA the role 'ref' has no weights of its own to copy.")
+        return list(self._sets[src].values()), list(self._sets[dst].values())
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Weights of every role, detached; with LoRA `ref` is empty (it is the base model)."""
+        if self._active != "policy":
+            raise RuntimeError(f"state_dict inside use('{self._active}')")
+        return {role: {name: value.detach() for name, value in self._sets[role].items()} for role in self._names}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Restore the weights of every role, in place.
+
+        Raises:
+            CheckpointError: roles or tensors are missing, unknown or of another shape; both lists are named.
+        """
+        mine = {(role, name): value for role, weights in self._sets.items() for name, value in weights.items()}
+        theirs = {(role, name): value for role, weights in state.items() for name, value in weights.items()}
+        missing = sorted("/".join(key) for key in mine.keys() - theirs.keys())
+        unknown = sorted("/".join(key) for key in theirs.keys() - mine.keys())
+        wrong = sorted("/".join(key) for key in mine.keys() & theirs.keys() if mine[key].shape != theirs[key].shape)
+        if missing or unknown or wrong:
+            raise CheckpointError(
+                f"roles do not fit the checkpoint: missing {_short(missing)}, unknown {_short(unknown)}, "
+                f"other shape {_short(wrong)}; use the model, lora and roles it was made with."
+            )
+        for key, value in mine.items():
+            value.copy_(theirs[key])
+
+    def save_lora(self, folder: str | Path, role: str = "policy") -> None:
+        """Write a role's adapter as diffusers' `pytorch_lora_weights.safetensors` (with its alpha in the header).
+
+        Raises:
+            UsageError: these roles have no LoRA, or `role` is the base model.
+        """
+        if self.lora is None or role == "ref":
+            raise UsageError("save_lora needs roles made with a LoraConfig, and a role other than 'ref'.")
+        self._check(role)
+        from gencontrol.models.lora import write_lora
+
+        write_lora(self.module, role, folder)
+
+
+def _short(names: list[str]) -> str:
+    return str(names) if len(names) <= 6 else f"{names[:6]} and {len(names) - 6} more"
+
+
+def _copies(module: nn.Module, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    policy: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not policy:
+        raise UsageError(f"{type(module).__name__} has no parameter that requires gradients: nothing to train.")
+    wrong = {str(p.dtype) for p in policy.values()} - {"torch.float32", "torch.float64"}
+    if wrong:
+        raise UsageError(f"trainable weights are {sorted(wrong)}; load the model in float32 (precision is autocast's).")
+    return {r: policy if r == "policy" else {n: p.detach().clone() for n, p in policy.items()} for r in names}
+
+
+def _exchange(policy: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    """Swap storages of two sets in place; parameters keep their identity."""
+    if policy is other:
+        return
+    for name, parameter in policy.items():
+        parameter.data, other[name].data = other[name].data, parameter.data
+
+
+def _lora_layers(module: nn.Module) -> list[Any]:
+    from peft.tuners.lora import LoraLayer
+
+    return [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+
+
+def _inject(module: nn.Module, names: Sequence[str], lora: LoraConfig, seed: int) -> dict[str, dict[str, Tensor]]:
+    """Add one adapter slot per role except `ref`; all slots start equal, and at zero effect."""
+    try:
+        import peft
+    except ImportError as error:
+        raise EnvironmentMissing("LoRA needs the package peft; pip install peft.") from error
+    if _lora_layers(module):
+        raise UsageError(f"{type(module).__name__} has LoRA layers already; fuse or unload them first.")
+    module.requires_grad_(False)
+    alpha = float(lora.rank) if lora.alpha is None else lora.alpha
+    settings = peft.LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=lora_targets(module, lora.targets))  # type: ignore[arg-type]
+    slots = [name for name in names if name != "ref"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for slot in slots:
+            peft.inject_adapter_in_model(settings, module, adapter_name=slot)
+    sets: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+    for name, parameter in module.named_parameters():
+        for slot in slots:
+            if f".{slot}." in name and ".lora_" in name:
+                parameter.data = parameter.data.float()
+                sets[slot][name.replace(f".{slot}.", ".")] = parameter
+    with torch.no_grad():
+        for slot in slots:
+            torch._foreach_copy_(list(sets[slot].values()), list(sets["policy"].values()))
+    return sets
+
+
+def _select_adapter(module: nn.Module, slot: str | None) -> None:
+    """Activate one adapter slot, or none (the base model); gradients are left to the caller."""
+    for layer in _lora_layers(module):
+        layer.enable_adapters(slot is not None)
+        if slot is not None:
+            layer.set_adapter(slot)
+            for name, parameter in layer.named_parameters():
+                if ".lora_" in f".{name}":
+                    parameter.requires_grad_(False)
