@@ -1,0 +1,157 @@
+"""Several processes (torchrun): gradients and counts are summed, rank 0 writes, an error on one rank stops all.
+
+Between two exchanges every rank does the same number of collectives, so a rank that failed simply goes to the next
+exchange and reports there; ranks that are still working learn of it at their next poll through the key-value store.
+"""
+
+from __future__ import annotations
+
+import datetime
+import faulthandler
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from gencontrol.errors import GencontrolError, Preempted, UsageError
+from gencontrol.train.signals import SignalGuard
+
+T = TypeVar("T")
+_ERROR, _STOP = "gencontrol/error", "gencontrol/stop"
+
+
+class PeerError(GencontrolError):
+    """Another rank failed; the message carries its rank and error."""
+
+
+class Group:
+    """The process group of a run, read from RANK and WORLD_SIZE; a single process needs no backend at all.
+
+    Args:
+        timeout_s: a collective that waits longer ends the run; stacks are printed at half of it.
+    """
+
+    def __init__(self, timeout_s: float = 600.0) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if not 0 <= self.rank < self.world_size:
+            raise UsageError(f"RANK = {self.rank} and WORLD_SIZE = {self.world_size}; start with torchrun.")
+        self.timeout_s = timeout_s
+        self._owned = False
+        self._checked = 0.0
+
+    def __enter__(self) -> Group:
+        if self.world_size > 1 and not torch.distributed.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            torch.distributed.init_process_group(backend, timeout=datetime.timedelta(seconds=self.timeout_s))
+            self._owned = True
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._owned:
+            torch.distributed.destroy_process_group()
+            self._owned = False
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the JSON value of every rank, in rank order."""
+        if self.world_size == 1:
+            return [value]
+        faulthandler.dump_traceback_later(self.timeout_s / 2, file=sys.stderr)
+        try:
+            data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+            torch.distributed.all_gather(sizes, torch.tensor([data.numel()]))
+            longest = max(int(size) for size in sizes)
+            padded = torch.zeros(longest, dtype=torch.uint8)
+            padded[: data.numel()] = data
+            parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.world_size)]
+            torch.distributed.all_gather(parts, padded)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        pairs = zip(parts, sizes, strict=True)
+        return [json.loads(bytes(part[: int(size)].tolist()).decode()) for part, size in pairs]
+
+    def together(self, work: Callable[[], T], note: Callable[[T], Any], signals: SignalGuard) -> tuple[T, list[Any]]:
+        """Run `work` on all ranks; returns its result and every rank's `note` (JSON) of it.
+
+        Raises:
+            the rank's own error; PeerError when only another rank failed; Preempted on all ranks when one got a signal.
+        """
+        if self.world_size == 1:
+            result = work()
+            signals.poll()
+            return result, [note(result)]
+        done: list[T] = []
+        error: Exception | None = None
+        report = {"error": "", "stop": False, "note": None}
+        try:
+            done.append(work())
+            report["note"] = note(done[0])
+            report["stop"] = signals.pending is not None
+        except Preempted:
+            report["stop"] = True
+        except Exception as caught:  # reported to all ranks, then raised again
+            error = caught
+            report["error"] = f"{type(caught).__name__}: {caught}"[:2000]
+            if not isinstance(caught, PeerError):
+                self._store().set(_ERROR, f"rank {self.rank} failed: {report['error']}")
+        reports = self.gather(report)
+        self._raise_first(error, reports)
+        if any(row["stop"] for row in reports):
+            raise signals.error()
+        return done[0], [row["note"] for row in reports]
+
+    def _raise_first(self, error: Exception | None, reports: Sequence[dict[str, Any]]) -> None:
+        if error is not None:
+            raise error
+        for rank, row in enumerate(reports):
+            if row["error"] and not row["error"].startswith("PeerError"):
+                raise PeerError(f"rank {rank} failed: {row['error']}")
+
+    def _store(self) -> Any:
+        return torch.distributed.distributed_c10d._get_default_store()
+
+    def poll(self, signals: SignalGuard) -> None:
+        """Raise Preempted on a signal to any rank, PeerError when another rank failed.
+
+        The store is asked at most once a second.
+        """
+        if self.world_size > 1:
+            if signals.pending is not None:
+                self._store().set(_STOP, "1")
+            elif time.monotonic() - self._checked >= 1:
+                self._checked = time.monotonic()
+                if self._store().check([_ERROR]):
+                    raise PeerError(self._store().get(_ERROR).decode())
+                if self._store().check([_STOP]):
+                    raise signals.error()
+        signals.poll()
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Add up the gradients of all ranks in place; a missing gradient counts as zero."""
+        if self.world_size == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        self.sum(flat)
+        for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Add up a tensor over all ranks in place."""
+        if self.world_size > 1:
+            faulthandler.dump_traceback_later(self.timeout_s / 2, file=sys.stderr)
+            try:
+                torch.distributed.all_reduce(value)
+            finally:
+                faulthandler.cancel_dump_traceback_later()
+        return value

@@ -1,0 +1,113 @@
+"""The file layer of training: every change on disk passes here, so that tests can fail or kill at each call.
+
+Write protocol (reliability.md §4): files are written into a `.tmp_…` folder and synced, the folder is synced and
+renamed, its parent is synced; deletion renames to `.del_…` first.  A crash anywhere leaves the old or new state.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from gencontrol.errors import DiskError
+
+#: Called with (operation, path) before each operation; tests raise or kill in it.
+Hook = Callable[[str, Path], None]
+
+
+def _nothing(operation: str, path: Path) -> None:
+    """The default hook."""
+
+
+class FileLayer:
+    """Durable file operations; `hook(operation, path)` runs before each of them."""
+
+    def __init__(self, hook: Hook = _nothing) -> None:
+        self.hook = hook
+
+    def free_bytes(self, path: Path) -> int:
+        """Bytes that this user may still write on the file system of `path`."""
+        self.hook("free", path)
+        return shutil.disk_usage(path).free
+
+    def make_folder(self, path: Path) -> None:
+        """Create a folder and its parents; an existing one is kept."""
+        self.hook("mkdir", path)
+        path.mkdir(parents=True, exist_ok=True)
+
+    def write(self, path: Path, data: bytes) -> str:
+        """Write and fsync a file; returns the sha256 of `data`."""
+        self.hook("write", path)
+        with open(path, "wb") as file:
+            file.write(data)
+            file.flush()
+            self.hook("fsync", path)
+            os.fsync(file.fileno())
+        return hashlib.sha256(data).hexdigest()
+
+    def sync_folder(self, path: Path) -> None:
+        """Make names in a folder durable."""
+        self.hook("fsync-folder", path)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Rename atomically; a file replaces a file, a folder must be new."""
+        self.hook("rename", target)
+        os.replace(source, target)
+
+    def remove_tree(self, path: Path) -> None:
+        """Delete a folder file by file."""
+        for child in sorted(path.iterdir()):
+            if child.is_dir() and not child.is_symlink():
+                self.remove_tree(child)
+            else:
+                self.hook("unlink", child)
+                child.unlink()
+        self.hook("rmdir", path)
+        path.rmdir()
+
+    def replace_file(self, path: Path, data: bytes) -> None:
+        """Replace one file atomically."""
+        staged = path.with_name(f".tmp_{path.name}_{os.getpid()}")
+        self.write(staged, data)
+        self.rename(staged, path)
+        self.sync_folder(path.parent)
+
+    def replace_folder(self, staged: Path, target: Path) -> None:
+        """Move a finished folder to `target`; what lay there is moved to `.del_…` first and then deleted."""
+        self.sync_folder(staged)
+        if target.exists():
+            self.discard(target, staged)
+        else:
+            self.rename(staged, target)
+            self.sync_folder(target.parent)
+
+    def discard(self, path: Path, successor: Path | None = None) -> None:
+        """Delete a folder by renaming it first; `successor` takes its name in between."""
+        doomed = path.with_name(f".del_{path.name}_{os.getpid()}")
+        if doomed.exists():
+            self.remove_tree(doomed)
+        self.rename(path, doomed)
+        if successor is not None:
+            self.rename(successor, path)
+        self.sync_folder(path.parent)
+        self.remove_tree(doomed)
+
+
+def disk_error(error: OSError, what: str, where: Path) -> DiskError:
+    """Return the one-line DiskError for a failed write."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(where).free / 1e6 if where.exists() else 0.0
+        return DiskError(
+            f"the disk is full: {what} in '{where}' was not written ({free:.0f} MB free); earlier files are intact. "
+            "Free some space and run the same command to resume."
+        )
+    return DiskError(f"{what} in '{where}' could not be written: {error.strerror or error}; make the folder writable.")

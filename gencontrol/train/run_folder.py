@@ -1,0 +1,206 @@
+"""The run folder: lock, settings, metrics.jsonl, samples and final/; every replacement is atomic."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import shutil
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from gencontrol.config import dump_toml, load_toml
+from gencontrol.errors import UsageError
+from gencontrol.train.config import differences, flatten, is_harmless
+from gencontrol.train.files import FileLayer, disk_error
+
+#: A lock of another machine counts as dead when it was not touched for this long.
+FOREIGN_LOCK_S = 600.0
+
+
+def is_wall_clock(key: str) -> bool:
+    """Whether a metric depends on the clock or machine, so that it may differ after a resume."""
+    return key.startswith(("time/", "memory/")) or key == "samples/s"
+
+
+class Lock:
+    """One run per folder: `.lock` holds pid, start time and host; the lock of a dead process is taken over."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / ".lock"
+        self._touched = 0.0
+
+    def _exchange(self, content: str) -> None:
+        """Write `content` unless a living process holds the lock; a short flock makes this atomic."""
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            holder = os.read(descriptor, 4096).decode(errors="replace")
+            if holder != _identity() and _alive(holder, self.path):
+                pid, _, host = (holder.split() + ["?", "?"])[:3]
+                raise UsageError(
+                    f"'{self.path.parent}' is in use by process {pid} on {host}; wait for it, stop it, or choose "
+                    "another --output folder."
+                )
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, content.encode(), 0)
+        finally:
+            os.close(descriptor)
+
+    def __enter__(self) -> Lock:
+        try:
+            self._exchange(_identity())
+        except OSError as error:
+            raise disk_error(error, "the lock file", self.path.parent) from error
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.path.exists():
+            self._exchange("")
+
+    def touch(self) -> None:
+        """Show other machines that this run lives; at most every 20 s."""
+        now = time.monotonic()
+        if now - self._touched > 20 and self.path.exists():
+            os.utime(self.path)
+            self._touched = now
+
+
+def _start_time(pid: int) -> str:
+    """Kernel start time of a process, so that a reused pid is told apart; empty where /proc is absent."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _identity() -> str:
+    return f"{os.getpid()} {_start_time(os.getpid()) or '-'} {socket.gethostname()}"
+
+
+def _alive(holder: str, path: Path) -> bool:
+    parts = holder.split()
+    if len(parts) != 3:
+        return False
+    if parts[2] != socket.gethostname():
+        return time.time() - path.stat().st_mtime < FOREIGN_LOCK_S
+    try:
+        os.kill(int(parts[0]), 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, ValueError):
+        return False
+    return _start_time(int(parts[0])) in ("", parts[1])
+
+
+def check_settings(run_dir: Path, settings: Mapping[str, Any], allow: Sequence[str], files: FileLayer) -> list[str]:
+    """Compare with the run's config.toml, write it, and return lines about harmless differences.
+
+    Raises:
+        UsageError: a setting that alters the result differs (each with old → new) and is not in `allow`.
+    """
+    path = run_dir / "config.toml"
+    notes = []
+    if path.exists():
+        changed = differences(load_toml(path), json.loads(json.dumps(_without_none(settings))))
+        bad = {key: pair for key, pair in changed.items() if not (is_harmless(key, settings) or key in allow)}
+        if bad:
+            rows = "; ".join(f"{key}: {old!r} → {new!r}" for key, (old, new) in bad.items())
+            raise UsageError(
+                f"'{run_dir}' was begun with other settings: {rows}. Use the old values, or another --output folder."
+            )
+        notes = [f"{key}: {old!r} → {new!r}" for key, (old, new) in changed.items()]
+    files.replace_file(path, dump_toml(_without_none(settings)).encode())
+    return notes
+
+
+def _without_none(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_none(value) if isinstance(value, Mapping) else value
+        for key, value in table.items()
+        if value is not None
+    }
+
+
+def settings_hash(settings: Mapping[str, Any]) -> str:
+    """Return a hex digest of all settings, independent of their order."""
+    import hashlib
+
+    return hashlib.sha256(json.dumps(flatten(settings), sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def finite_json(record: Mapping[str, Any]) -> str:
+    """Return one line of strict JSON; non-finite numbers become null."""
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(clean, allow_nan=False)
+
+
+class MetricsFile:
+    """metrics.jsonl: one object per step, appended a whole line at a time."""
+
+    def __init__(self, path: Path, files: FileLayer) -> None:
+        self.path, self.files = path, files
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the complete lines; a torn last line is left out."""
+        if not self.path.exists():
+            return []
+        rows = []
+        for line in self.path.read_text(errors="replace").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+    def rewind(self, step: int) -> bool:
+        """Drop lines after `step` (and torn ones); returns whether the line of `step` is there."""
+        rows = self.read()
+        kept = [row for row in rows if row["step"] <= step]
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        if self.path.exists() and text.encode() != self.path.read_bytes():
+            self.files.replace_file(self.path, text.encode())
+        return bool(kept) and kept[-1]["step"] == step
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add one line in a single write."""
+        self.files.hook("append", self.path)
+        with open(self.path, "ab", buffering=0) as file:
+            file.write((finite_json(record) + "\n").encode())
+
+    def sync(self) -> None:
+        """Make the lines durable."""
+        if self.path.exists():
+            with open(self.path, "ab") as file:
+                os.fsync(file.fileno())
+
+
+def write_samples(run_dir: Path, step: int, metrics: Mapping[str, float], artefacts: Mapping[str, bytes]) -> Path:
+    """Write samples/step_XXXXXXXX/ with metrics.json and the artefacts; returns the folder.
+
+    Raises:
+        ValueError: a name is a path, hidden, or metrics.json.
+    """
+    for name in artefacts:
+        if name != Path(name).name or "\\" in name or name.startswith(".") or name == "metrics.json":
+            raise ValueError(f"evaluation artefact '{name}' is not a plain file name (metrics.json is taken)")
+    files = FileLayer()
+    target = run_dir / "samples" / f"step_{step:08d}"
+    staged = target.with_name(f".tmp_{target.name}_{os.getpid()}")
+    try:
+        if staged.exists():
+            shutil.rmtree(staged)
+        files.make_folder(staged)
+        for name, data in artefacts.items():
+            files.write(staged / name, data)
+        files.write(staged / "metrics.json", (finite_json({"step": step, **metrics}) + "\n").encode())
+        files.replace_folder(staged, target)
+    except OSError as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise disk_error(error, f"samples of step {step}", target.parent) from error
+    return target

@@ -1,0 +1,179 @@
+"""What people watch: a progress bar on a terminal, a line every few seconds elsewhere, and TensorBoard.
+
+TensorBoard writes from a thread behind a bounded queue; whatever fails there is counted and never stops the run.
+"""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+#: Seconds between two lines where there is no terminal.
+LINE_EVERY_S = 5.0
+
+
+class Tracker(Protocol):
+    """A second log; calls return at once and never raise."""
+
+    dropped: int
+
+    def log(self, step: int, metrics: Mapping[str, Any], artefacts: Mapping[str, bytes]) -> None: ...
+    def close(self) -> None: ...
+
+
+class NoTracker:
+    """Keeps nothing."""
+
+    dropped = 0
+
+    def log(self, step: int, metrics: Mapping[str, Any], artefacts: Mapping[str, bytes]) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class TensorBoardTracker:
+    """Event files under `folder`: scalars, and wav and png artefacts as they are.
+
+    Args:
+        folder: where event files go; must be writable, else everything is dropped and counted.
+        resume_step: events after it, of an earlier process, are hidden by TensorBoard.
+    """
+
+    def __init__(self, folder: Path, resume_step: int, capacity: int = 256) -> None:
+        self.dropped = 0
+        self._queue: queue.Queue[tuple[int, dict[str, float], dict[str, bytes]] | None] = queue.Queue(capacity)
+        self._thread = threading.Thread(target=self._work, args=(folder, resume_step), daemon=True, name="tensorboard")
+        self._thread.start()
+
+    def log(self, step: int, metrics: Mapping[str, Any], artefacts: Mapping[str, bytes]) -> None:
+        """Queue one step; when the queue is full it is dropped and counted."""
+        scalars = {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float)) and k != "step"}
+        try:
+            self._queue.put_nowait((step, scalars, dict(artefacts)))
+        except queue.Full:
+            self.dropped += 1
+
+    def close(self) -> None:
+        """Write what is queued, waiting at most 5 s."""
+        try:
+            self._queue.put(None, timeout=2)
+            self._thread.join(timeout=5)
+        except queue.Full:
+            self.dropped += self._queue.qsize()
+
+    def _work(self, folder: Path, resume_step: int) -> None:
+        writer = None
+        while (item := self._queue.get()) is not None:
+            try:
+                if writer is None:
+                    writer = _open_events(folder, resume_step)
+                for event in _events(*item):
+                    writer.add_event(event)
+                writer.flush()
+            except Exception as error:  # a tracker must not end a run: counted, said once
+                self.dropped += 1
+                if self.dropped == 1:
+                    print(f"warning: TensorBoard: {error}; metrics.jsonl goes on.", file=sys.stderr)
+        if writer is not None:
+            writer.close()
+
+
+def _open_events(folder: Path, resume_step: int) -> Any:
+    from tensorboard.compat.proto import event_pb2
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    writer = EventFileWriter(str(folder))
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    writer.add_event(event_pb2.Event(wall_time=time.time(), step=resume_step + 1, session_log=start))
+    return writer
+
+
+def _events(step: int, scalars: Mapping[str, float], artefacts: Mapping[str, bytes]) -> list[Any]:
+    from tensorboard.compat.proto import event_pb2, summary_pb2
+
+    values = [summary_pb2.Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+    for name, data in artefacts.items():
+        stem, _, kind = name.rpartition(".")
+        if kind == "png":
+            image = summary_pb2.Summary.Image(encoded_image_string=data)
+            values.append(summary_pb2.Summary.Value(tag=f"samples/{stem}", image=image))
+        elif kind == "wav":
+            audio = summary_pb2.Summary.Audio(encoded_audio_string=data, content_type="audio/wav")
+            values.append(summary_pb2.Summary.Value(tag=f"samples/{stem}", audio=audio))
+    return [event_pb2.Event(wall_time=time.time(), step=step, summary=summary_pb2.Summary(value=values))]
+
+
+def open_tracker(kind: str, run_dir: Path, resume_step: int) -> Tracker:
+    """Return the chosen tracker; a missing tensorboard package is said once and replaced by none."""
+    import importlib.util
+
+    if kind == "none":
+        return NoTracker()
+    if importlib.util.find_spec("tensorboard") is None:
+        print("warning: track = tensorboard, but it is not installed (pip install tensorboard).", file=sys.stderr)
+        return NoTracker()
+    return TensorBoardTracker(run_dir / "tensorboard", resume_step)
+
+
+def headline(record: Mapping[str, Any]) -> str:
+    """Return the numbers a person wants to see of a step: reward first, then loss."""
+    for name in ("reward/mean", "eval/reward/mean", "loss/total"):
+        if isinstance(record.get(name), (int, float)):
+            shown = [(name, record[name])]
+            break
+    else:
+        shown = []
+    if shown and shown[0][0] != "loss/total" and isinstance(record.get("loss/total"), (int, float)):
+        shown.append(("loss/total", record["loss/total"]))
+    return " ".join(f"{name.removesuffix('/mean').removesuffix('/total')} {value:.4g}" for name, value in shown)
+
+
+class Progress:
+    """A bar on a terminal, else a line on stderr every few seconds; silent on ranks other than 0."""
+
+    def __init__(self, steps: int, done: int, *, visible: bool) -> None:
+        self.steps, self.first = steps, done
+        self._visible = visible
+        self._begin = time.monotonic()
+        self._last = -LINE_EVERY_S
+        self._bar: Any = None
+        self._task: Any = None
+        if visible and sys.stderr.isatty():
+            self._open_bar(done)
+
+    def _open_bar(self, done: int) -> None:
+        try:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+        except ImportError:
+            return
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        self._bar = Bar(*columns, console=Console(stderr=True), transient=False)
+        self._task = self._bar.add_task("", total=self.steps, completed=done)
+        self._bar.start()
+
+    def show(self, step: int, record: Mapping[str, Any]) -> None:
+        """Show a finished step."""
+        if not self._visible:
+            return
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=headline(record))
+            return
+        now = time.monotonic()
+        if now - self._last >= LINE_EVERY_S or step == self.steps:
+            self._last = now
+            rate = (step - self.first) / max(now - self._begin, 1e-9)
+            print(f"step {step}/{self.steps} {headline(record)} ({rate:.2f} steps/s)", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
