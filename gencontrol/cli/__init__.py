@@ -1,0 +1,24 @@
+"""The command line: `main` runs one command, prints one line per error and returns the exit code.
+
+Nothing heavy is imported here: `gencontrol --help` loads neither torch nor a model library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `gencontrol` with the given arguments (default: those of the process) and return the exit code."""
+    try:
+        import typer  # noqa: F401  # only to say in one line that it is missing
+    except ImportError:
+        import sys
+
+        print("gencontrol: error: the command line needs typer; run: pip install typer rich", file=sys.stderr)
+        return 6
+    from gencontrol.cli.app import run
+
+    return run(arguments)

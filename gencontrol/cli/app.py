@@ -1,0 +1,103 @@
+"""The command table and the one place where an exception becomes a line of text and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+import gencontrol
+from gencontrol.cli import commands
+from gencontrol.cli.options import NormalisedCommand
+from gencontrol.errors import GencontrolError
+
+app = typer.Typer(
+    name="gencontrol",
+    help="Steer a pretrained generative model towards a reward: fine-tune, sample, measure.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(value: bool | None) -> None:
+    if value:
+        print(f"gencontrol {gencontrol.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool | None, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = None,
+) -> None:
+    """Steer a pretrained generative model towards a reward: fine-tune, sample, measure."""
+
+
+for _name, (_function, _panel) in commands.TABLE.items():
+    app.command(_name, cls=NormalisedCommand, rich_help_panel=_panel)(_function)
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    """Run one command and return its exit code; an error is one line on stderr (GENCONTROL_DEBUG=1 adds the trace)."""
+    try:
+        result: Any = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+    except BaseException as error:  # the boundary of the process: every error becomes a line and a code
+        return _explain(error)
+    if result == 130:
+        return _say("interrupted; the same command goes on from the last checkpoint.", 130)
+    return result if isinstance(result, int) else 0
+
+
+def _say(message: str, code: int) -> int:
+    print(f"gencontrol: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def _explain(error: BaseException) -> int:
+    """Print what happened and what to do next; return the exit code."""
+    if os.environ.get("GENCONTROL_DEBUG", "") not in ("", "0"):
+        traceback.print_exception(error)
+    if isinstance(error, typer.TyperException):
+        message = error.format_message()
+        return _say(message if message.rstrip().endswith("?") else f"{message.rstrip('.')}; see --help.", 2)
+    if isinstance(error, GencontrolError):
+        return _say(str(error), error.exit_code)
+    if isinstance(error, KeyboardInterrupt):
+        return _say("interrupted; the same command goes on from the last checkpoint.", 130)
+    if isinstance(error, typer.Abort):
+        return _say("aborted at a question; run again and answer it.", 130)
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, OSError):
+        return _explain_os(error)
+    return _explain_unknown(error)
+
+
+def _explain_os(error: OSError) -> int:
+    if error.errno == errno.EPIPE:
+        sys.stderr.close()
+        return 0
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return _say(f"the disk is full{where}; free some space and run the same command again: it resumes.", 7)
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return _say(f"no permission to write or read{where}; choose another --output or mend the permission.", 7)
+    return _explain_unknown(error)
+
+
+def _explain_unknown(error: BaseException) -> int:
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, MemoryError) or "out of memory" in text.lower():
+        return _say(f"out of memory ({text[:200]}); lower --micro-batch, or use --precision bf16.", 6)
+    if isinstance(error, ImportError):
+        name = error.name or "a package"
+        return _say(f"{name} is missing or broken ({error}); `gencontrol doctor` lists the install lines.", 6)
+    return _say(f"unexpected {text[:400]}; run again with GENCONTROL_DEBUG=1 for the trace and report it.", 1)

@@ -1,0 +1,229 @@
+"""The commands with their options.  Each function only hands what was given to the module that does the work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+WHAT, TRAINING, RUN = "What to train, on what, towards what", "Training", "Run"
+
+
+def _option(flag: str, text: str, panel: str, metavar: str | None = None) -> Any:
+    return typer.Option(flag, help=text, rich_help_panel=panel, metavar=metavar, show_default=False)
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="SECTION.KEY=VALUE", help="Overrides such as algorithm.beta=100.", show_default=False),
+]
+Text, Number, Real, Flag, Many = str | None, int | None, float | None, bool | None, list[str] | None
+
+Set = Annotated[Many, _option("--set", "The same as an option; may be repeated.", RUN, "SECTION.KEY=VALUE")]
+Config = Annotated[Text, _option("--config", "Sections run, train and algorithm.", RUN, "FILE.toml")]
+Output = Annotated[Text, _option("--output", "The run folder.", RUN, "FOLDER")]
+SaveEvery = Annotated[Number, _option("--save-every", "Steps between checkpoints.", RUN)]
+Keep = Annotated[Number, _option("--keep", "Checkpoints kept.", RUN)]
+EvalEvery = Annotated[Number, _option("--eval-every", "Steps between evaluations; 0 is never.", RUN)]
+Track = Annotated[Text, _option("--track", "Tracker beside metrics.jsonl.", RUN, "tensorboard|none")]
+Resume = Annotated[
+    Flag, _option("--resume", "Require a checkpoint to go on from; the same command resumes anyway.", RUN)
+]
+Fresh = Annotated[Flag, _option("--fresh", "Refuse a run folder that was used before.", RUN)]
+DryRun = Annotated[Flag, _option("--dry-run", "Check all options, print the plan, load no weights.", RUN)]
+Online = Annotated[Flag, _option("--online", "Allow downloads from the Hugging Face hub.", RUN)]
+Steps = Annotated[Number, _option("--steps", "Training steps.", TRAINING)]
+Lr = Annotated[Real, _option("--lr", "Learning rate.", TRAINING)]
+LrSchedule = Annotated[Text, _option("--lr-schedule", "Shape of the learning rate.", TRAINING, "constant|cosine|linear")]
+Warmup = Annotated[Number, _option("--warmup", "Steps of rising learning rate.", TRAINING)]
+MaxGradNorm = Annotated[Real, _option("--max-grad-norm", "Gradient norm is clipped to this.", TRAINING)]
+Batch = Annotated[Number, _option("--batch", "Items collected in one step.", TRAINING)]
+MicroBatch = Annotated[Number, _option("--micro-batch", "Largest number of items in one pass.", TRAINING)]
+Precision = Annotated[Text, _option("--precision", "Precision of the network.", TRAINING, "fp32|bf16|fp16")]
+Seed = Annotated[Number, _option("--seed", "Seed of everything that is random.", TRAINING)]
+Device = Annotated[Text, _option("--device", "Where it runs.", TRAINING, "auto|cpu|cuda")]
+Threads = Annotated[Number, _option("--threads", "CPU threads; 0 leaves it to the library.", TRAINING)]
+Reward = Annotated[
+    Many, _option("--reward", "clap, fad:0.3, package.module:Name …; repeat to sum.", WHAT, "NAME[:WEIGHT]")
+]
+RewardModel = Annotated[Text, _option("--reward-model", "Network of the reward.", WHAT, "FOLDER|HUB_ID")]
+Reference = Annotated[Text, _option("--reference", "What set rewards compare with.", WHAT, "FOLDER|FILE.txt")]
+Algorithm = Annotated[Text, _option("--algorithm", "The method.", WHAT, "dragon|rwr")]
+Model = Annotated[Text, _option("--model", "The base model (default: bundled).", WHAT, "bundled|FOLDER|HUB_ID")]
+Prompts = Annotated[Text, _option("--prompts", "txt, jsonl or csv (default: bundled prompts).", WHAT, "FILE")]
+EvalPrompts = Annotated[Text, _option("--eval-prompts", "Fixed prompts for before and after.", WHAT, "FILE")]
+EvalSamples = Annotated[Number, _option("--eval-samples", "Samples of one evaluation.", RUN)]
+LoraRank = Annotated[Number, _option("--lora-rank", "Rank of the adapter; 0 trains all weights.", TRAINING)]
+LoraAlpha = Annotated[Real, _option("--lora-alpha", "Scale of the adapter (default: the rank).", TRAINING)]
+LoraTargets = Annotated[Many, _option("--lora-targets", "Linear layers by name; may be repeated.", TRAINING)]
+AllowChange = Annotated[
+    Many, _option("--allow-change", "Go on although this option differs from the run folder's.", RUN, "SECTION.KEY")
+]
+
+
+def finetune(
+    ctx: typer.Context,
+    overrides: Overrides = None,
+    reward: Reward = None,
+    algorithm: Algorithm = None,
+    model: Model = None,
+    prompts: Prompts = None,
+    eval_prompts: EvalPrompts = None,
+    reward_model: RewardModel = None,
+    reference: Reference = None,
+    steps: Steps = None,
+    lr: Lr = None,
+    lr_schedule: LrSchedule = None,
+    warmup: Warmup = None,
+    max_grad_norm: MaxGradNorm = None,
+    batch: Batch = None,
+    micro_batch: MicroBatch = None,
+    lora_rank: LoraRank = None,
+    lora_alpha: LoraAlpha = None,
+    lora_targets: LoraTargets = None,
+    precision: Precision = None,
+    seed: Seed = None,
+    device: Device = None,
+    threads: Threads = None,
+    output: Output = None,
+    save_every: SaveEvery = None,
+    keep: Keep = None,
+    eval_every: EvalEvery = None,
+    eval_samples: EvalSamples = None,
+    track: Track = None,
+    resume: Resume = None,
+    fresh: Fresh = None,
+    allow_change: AllowChange = None,
+    online: Online = None,
+    config: Config = None,
+    set_: Set = None,
+    dry_run: DryRun = None,
+) -> None:
+    """Fine-tune a model towards a reward.
+
+    Example: gencontrol finetune --reward clap --prompts prompts.txt --output runs/a
+    """
+    from gencontrol.cli.finetune import command
+
+    command(ctx.params)
+
+
+def pretrain(
+    ctx: typer.Context,
+    what: Annotated[str, typer.Argument(metavar="sound-data|clap|attributes|flow", help="What to make.")],
+    overrides: Overrides = None,
+    data: Annotated[Text, _option("--data", "Folder of the sound data.", WHAT, "FOLDER")] = None,
+    steps: Steps = None,
+    lr: Lr = None,
+    lr_schedule: LrSchedule = None,
+    warmup: Warmup = None,
+    max_grad_norm: MaxGradNorm = None,
+    batch: Batch = None,
+    micro_batch: MicroBatch = None,
+    precision: Precision = None,
+    seed: Seed = None,
+    device: Device = None,
+    threads: Threads = None,
+    output: Output = None,
+    save_every: SaveEvery = None,
+    keep: Keep = None,
+    eval_every: EvalEvery = None,
+    track: Track = None,
+    resume: Resume = None,
+    fresh: Fresh = None,
+    allow_change: AllowChange = None,
+    config: Config = None,
+    set_: Set = None,
+    dry_run: DryRun = None,
+) -> None:
+    """Make the bundled sound data and models.
+
+    Example: gencontrol pretrain flow --data data/sound --steps 20000 --output runs/flow
+    """
+    from gencontrol.cli.pretrain import command
+
+    command(ctx.params)
+
+
+def sample(
+    ctx: typer.Context,
+    model: Model = None,
+    prompt: Annotated[Many, _option("--prompt", "A prompt; may be repeated.", WHAT, "TEXT")] = None,
+    prompts: Annotated[Text, _option("--prompts", "Prompts in a txt, jsonl or csv file.", WHAT, "FILE")] = None,
+    num: Annotated[int, typer.Option("--num", help="Samples of each prompt.", rich_help_panel=WHAT, min=1)] = 4,
+    steps: Annotated[
+        Number, _option("--steps", "Sampler steps (default: the model's own choice).", WHAT)
+    ] = None,
+    guidance_scale: Annotated[
+        Real, _option("--guidance-scale", "Classifier-free guidance (default: the model's own choice).", WHAT)
+    ] = None,
+    negative_prompt: Annotated[Text, _option("--negative-prompt", "What to steer away from.", WHAT, "TEXT")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the first sample.", rich_help_panel=WHAT)] = 0,
+    lora: Annotated[Text, _option("--lora", "LoRA weights to load on top.", WHAT, "FOLDER|FILE")] = None,
+    reward: Reward = None,
+    reward_model: RewardModel = None,
+    reference: Reference = None,
+    output: Annotated[
+        str, typer.Option("--output", help="Folder for wav, png and samples.json.", rich_help_panel=RUN)
+    ] = "samples",
+    device: Device = None,
+    threads: Threads = None,
+    online: Online = None,
+) -> None:
+    """Draw samples and, with --reward, score them.
+
+    Example: gencontrol sample --prompt "a slow sad piano melody" --num 4 --output samples
+    """
+    from gencontrol.cli.sample import command
+
+    command(ctx.params)
+
+
+def report(
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="The run folder.")],
+    open_: Annotated[bool, typer.Option("--open/--no-open", help="Show it in a browser.")] = False,
+) -> None:
+    """Write report.html of a run: curves, sound before and after, configuration.
+
+    Example: gencontrol report runs/a
+    """
+    from gencontrol.cli.report import command
+
+    command(run_dir, open_)
+
+
+def doctor(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> int:
+    """Check this machine: packages, devices, bundled weights.
+
+    Example: gencontrol doctor
+    """
+    from gencontrol.cli.doctor import command
+
+    return command(as_json=json_)
+
+
+def bench(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the benchmark.")],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="ARGS", help="Handed to the benchmark.", show_default=False)
+    ] = None,
+) -> int:
+    """Run a benchmark of a claim, with its own options after `--`.
+
+    Example: gencontrol bench dragon -- --seeds 3
+    """
+    from gencontrol.cli.bench import command
+
+    return command(name, arguments or [])
+
+
+#: command name → (function, panel of the help)
+TABLE: dict[str, tuple[Callable[..., Any], str]] = {
+    "finetune": (finetune, "Work"),
+    "sample": (sample, "Work"),
+    "pretrain": (pretrain, "Work"),
+    "report": (report, "Look"),
+    "bench": (bench, "Look"),
+    "doctor": (doctor, "Look"),
+}

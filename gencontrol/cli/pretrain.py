@@ -1,0 +1,169 @@
+"""`gencontrol pretrain`: sound-data, clap, attributes and flow, which together make everything that is bundled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gencontrol.cli.environment import choose_device, prepare
+from gencontrol.cli.runs import RunFolder, fit, open_run
+from gencontrol.cli.settings import describe, given_flags, merge, run_mode
+from gencontrol.config import build, dump_toml
+from gencontrol.errors import UsageError, nearest
+
+STAGES = ("sound-data", "clap", "attributes", "flow")
+SECTIONS = ("run", "train", "algorithm", "model", "process")
+
+ROUTES = {
+    "data": "run.data",
+    "output": "run.output",
+    "batch": "algorithm.batch",
+    **{
+        name: f"train.{name}"
+        for name in (
+            "steps lr lr_schedule warmup max_grad_norm micro_batch precision seed device threads save_every keep "
+            "eval_every track"
+        ).split()
+    },
+}
+
+
+@dataclass(frozen=True)
+class PretrainRun:
+    """The [run] section of a pretraining.
+
+    Args:
+        stage: clap, attributes or flow.
+        data: folder of `gencontrol pretrain sound-data`.
+        output: the run folder.
+        clap: "bundled" or a CLAP folder, whose text encoder conditions the flow model.
+        codec: "bundled" or a folder of a MelCodec.
+        cache: folder of the cached latents; empty means `latents` inside the data folder.
+    """
+
+    stage: str
+    data: str = "data/sound"
+    output: str = ""
+    clap: str = "bundled"
+    codec: str = "bundled"
+    cache: str = ""
+
+
+@dataclass(frozen=True)
+class SoundDataConfig:
+    """The [run] section of sound-data: the folder (`data`, or `output`), clips per split, worker processes."""
+
+    data: str = "data/sound"
+    output: str = ""
+    train: int = 12000
+    val: int = 500
+    test: int = 1000
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        if min(self.train, self.val, self.test, self.workers) < 1:
+            raise ValueError("train, val, test and workers must be at least 1")
+
+
+def command(parameters: Mapping[str, Any]) -> None:
+    """Run one stage with the options as typer parsed them."""
+    stage = parameters["what"]
+    if stage not in STAGES:
+        raise UsageError(f"pretrain has no stage '{stage}'.{nearest(stage, STAGES)} Stages: {', '.join(STAGES)}.")
+    overrides = [*(parameters["overrides"] or []), *(parameters["set_"] or [])]
+    table = merge(parameters["config"], given_flags(parameters, ROUTES), overrides, SECTIONS)
+    if stage == "sound-data":
+        _sound_data(table, dry_run=bool(parameters["dry_run"]))
+    else:
+        _train(stage, table, parameters)
+
+
+def _sound_data(table: Mapping[str, Mapping[str, Any]], *, dry_run: bool) -> None:
+    seed = dict(table["train"]).pop("seed", 0)
+    extra = [f"{section}.{key}" for section in table for key in table[section] if section != "run" and key != "seed"]
+    if extra:
+        raise UsageError(f"pretrain sound-data does not use {', '.join(extra)}; give run.train, run.val, run.test, --seed.")
+    config = build(SoundDataConfig, table["run"], "run")
+    folder = config.output or config.data
+    if dry_run:
+        print(dump_toml(describe([("run", config)])), end="")
+        return
+    from gencontrol.data.sound import build_sound_dataset
+
+    path = build_sound_dataset(
+        folder, train=config.train, val=config.val, test=config.test, seed=int(seed), workers=config.workers
+    )
+    print(path)
+
+
+def _train(stage: str, table: dict[str, dict[str, Any]], parameters: Mapping[str, Any]) -> None:
+    """Check everything, then make the algorithm and fit it."""
+    from gencontrol.registry import PRETRAIN, resolve
+    from gencontrol.train.config import TrainConfig
+
+    table["run"]["stage"] = stage
+    table["run"].setdefault("output", f"runs/{stage}")
+    run = build(PretrainRun, table["run"], "run")
+    train = build(TrainConfig, {**_train_defaults(table["train"]), **table["train"]}, "train")
+    prepare(threads=train.threads)
+    algorithm = resolve(PRETRAIN, stage, "pretraining")
+    options = build(algorithm.Config, table["algorithm"], "algorithm")
+    sections: list[tuple[str, Any]] = [("run", run), ("train", train), ("algorithm", options)]
+    architecture: tuple[Any, Any] | None = None
+    if stage == "flow":
+        from gencontrol.cli.pretrain_flow import FlowModel, flow_process
+
+        architecture = build(FlowModel, table["model"], "model"), flow_process(table["process"])
+        sections += [("model", architecture[0]), ("process", architecture[1])]
+    elif table["model"] or table["process"]:
+        raise UsageError(f"pretrain {stage} has no sections [model] and [process]; only flow has.")
+    _check_data(run.data)
+    folder = open_run(run.output, describe(sections), mode=run_mode(parameters), allow=parameters["allow_change"] or ())
+    if parameters["dry_run"]:
+        print(dump_toml(folder.table), end="")
+        return
+    _fit(stage, algorithm, run, options, train, architecture, folder)
+
+
+def _train_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    steps = given.get("steps", 1000)
+    return {"eval_every": max(1, steps // 10)} if isinstance(steps, int) else {}
+
+
+def _check_data(folder: str) -> None:
+    if not (Path(folder) / "train.npy").exists():
+        raise UsageError(f"no sound data in '{folder}'; make it: gencontrol pretrain sound-data --data {folder}")
+
+
+def _fit(
+    stage: str,
+    algorithm: Any,
+    run: PretrainRun,
+    options: Any,
+    train: Any,
+    architecture: tuple[Any, Any] | None,
+    folder: RunFolder,
+) -> None:
+    device = choose_device(train.device)
+    if architecture is not None:
+        from gencontrol.cli.pretrain_flow import make_flow
+
+        made = make_flow(algorithm, run, options, architecture[0], architecture[1], seed=train.seed, device=device)
+    elif stage == "clap":
+        codec = load_codec(run.codec) if options.codec_share > 0 else None
+        made = algorithm(run.data, options, codec=codec, seed=train.seed)
+        made.roles.module.to(device)
+    else:
+        made = algorithm(run.data, options, codec=load_codec(run.codec), seed=train.seed)
+        made.roles.module.to(device)
+    fit(folder, train, made, {"kind": "pretrain", "stage": stage})
+
+
+def load_codec(name: str) -> Any:
+    """Load the MelCodec of a folder, or the bundled one."""
+    from gencontrol.cli.bundled import BUNDLED
+    from gencontrol.models.codec import MelCodec
+
+    return MelCodec.from_pretrained(BUNDLED / "text_to_audio" / "codec" if name == "bundled" else name)
