@@ -22,9 +22,9 @@ from gencontrol.algorithms.base import Collected, Evaluation, LossOut, StepConte
 from gencontrol.errors import UsageError
 from gencontrol.models.denoiser import Denoiser
 from gencontrol.models.roles import Roles, ema_decay
-from gencontrol.process.convert import rows
+from gencontrol.process.gaussian import GaussianProcess
 from gencontrol.rng import item_generators, stream
-from gencontrol.types import Cond
+from gencontrol.types import Cond, cond_to
 
 
 class LatentData(Protocol):
@@ -124,6 +124,8 @@ class FlowPretrain:
         """
         if not {"policy", "ema"} <= set(roles.names()):
             raise UsageError(f"flow pretraining needs the roles 'policy' and 'ema', not {tuple(roles.names())}.")
+        if not isinstance(denoiser.process, GaussianProcess):
+            raise UsageError("flow pretraining needs a denoiser with a GaussianProcess, not a masked one.")
         if len(data) == 0 or (held_out is not None and len(held_out) == 0):
             raise UsageError("the training or held-out data has no items.")
         self.denoiser, self.data, self.config, self.roles, self.seed = denoiser, data, config, roles, seed
@@ -162,18 +164,15 @@ class FlowPretrain:
         return self._on_device(x0, _drop(cond, draws[:, 1] < self.config.drop), time_of_uniform(u, self.config), noise)
 
     def _on_device(self, x0: Tensor, cond: Cond, t: Tensor, noise: Tensor) -> FlowMicro:
-        from gencontrol.types import cond_to
-
         device = next(self.roles.module.parameters()).device
         return FlowMicro(x0.to(device), cond_to(cond, device), t.to(device), noise.to(device))
 
     def errors(self, micro: FlowMicro) -> Float[Tensor, " b"]:
         """Mean squared error of the network's own output for each item: E‖F(x_t, t) − r·(x0, eps)‖² / dim."""
-        xt = self.denoiser.process.corrupt(micro.x0, micro.t, micro.noise)
-        coeffs = self.denoiser.process.schedule.coeffs(micro.t)
-        on_x0, on_eps = rows(self.denoiser.prediction, coeffs, self.denoiser.sigma_data)
-        shape = (-1, *[1] * (xt.ndim - 1))
-        target = on_x0.reshape(shape) * micro.x0 + on_eps.reshape(shape) * micro.noise
+        process = self.denoiser.process
+        assert isinstance(process, GaussianProcess)  # checked at construction
+        xt = process.corrupt(micro.x0, micro.t, micro.noise)
+        target = self.denoiser.target(micro.x0, micro.noise, micro.t)
         output = self.denoiser(xt, micro.t, micro.cond).raw
         return (output.float() - target).square().flatten(1).mean(1)
 
