@@ -106,7 +106,9 @@ def checked(
     good = torch.isfinite(values.detach())
     if valid is not None:
         if valid.shape != (batch,):
-            raise RewardError(f"reward '{name}' returned a valid mask of shape {list(valid.shape)}; expected [{batch}].")
+            raise RewardError(
+                f"reward '{name}' returned a valid mask of shape {list(valid.shape)}; expected [{batch}]."
+            )
         good = good & valid.to(good.device, torch.bool)
     return RewardOut(torch.where(good, values, torch.full_like(values, float("nan"))), good, extras)
 
@@ -166,7 +168,9 @@ def broadcast(name: str, value: float, features: Features, extras: Mapping[str, 
 class MeanState:
     """Mean of per-item values over a changing set; every operation is O(1) (influence O(n))."""
 
-    def __init__(self, values: Float[Tensor, " pool"], valid: Bool[Tensor, " pool"], chosen: Int64[Tensor, " n"]) -> None:
+    def __init__(
+        self, values: Float[Tensor, " pool"], valid: Bool[Tensor, " pool"], chosen: Int64[Tensor, " n"]
+    ) -> None:
         """Start with the rows `chosen`."""
         check_chosen(valid, chosen)
         self._values = [float(v) if ok else float("-inf") for v, ok in zip(values.double(), valid, strict=True)]

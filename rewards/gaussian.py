@@ -1,8 +1,8 @@
 """Fréchet distance between Gaussian statistics, in the symmetric form that cannot become complex or negative.
 
-d² = ‖μ₁ − μ₂‖² + Tr C₁ + Tr C₂ − 2 Tr (R C₁ R)^{1/2},  R = C₂^{1/2}  (Dowson & Landau 1982; symmetric form as proposed in
-mseitzer/pytorch-fid issue 117).  Everything is float64; R is computed once per reference; the trace of the root is the
-sum of roots of eigenvalues of a symmetric matrix, clipped at 0, so that fewer samples than dimensions (a singular
+d² = ‖μ₁ − μ₂‖² + Tr C₁ + Tr C₂ − 2 Tr (R C₁ R)^{1/2},  R = C₂^{1/2}  (Dowson & Landau 1982; symmetric form as proposed
+in mseitzer/pytorch-fid issue 117).  Everything is float64; R is computed once per reference; the trace of the root is
+the sum of roots of eigenvalues of a symmetric matrix, clipped at 0, so that fewer samples than dimensions (a singular
 covariance) are allowed.  With n ≤ d samples the same eigenvalues come from the n×n matrix X C₂ Xᵀ/(n − 1).
 """
 
@@ -40,9 +40,10 @@ def root_sum(matrices: Float[Tensor, "*b d d"]) -> Float[Tensor, "*b"]:
 
 
 def psd_root(matrix: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
-    """Symmetric square root of a symmetric PSD matrix; negative rounding counts as 0."""
+    """Symmetric square root of a symmetric PSD matrix; eigenvalues under d·ε·λ_max (rounding) count as 0."""
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    floor = values[-1].abs() * (len(values) * torch.finfo(values.dtype).eps)
+    return (vectors * torch.where(values > floor, values, 0.0).sqrt()) @ vectors.T
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Gaussian:
         """Fréchet distance (squared 2-Wasserstein distance of the two Gaussians), ≥ 0."""
         if self.mean.shape != other.mean.shape:
             raise UsageError(f"embeddings of {len(self.mean)} and {len(other.mean)} dimensions cannot be compared.")
-        cross = root_sum(other.root @ self.cov @ other.root)
+        cross = torch.linalg.svdvals(self.root @ other.root).sum()  # = Tr (R C R)^{1/2}, more exact near singularity
         value = (self.mean - other.mean).square().sum() + self.cov.trace() + other.cov.trace() - 2 * cross
         return max(0.0, float(value))
 
@@ -143,10 +144,10 @@ class Gaussian:
 def frechet_distance(mu1: Array, cov1: Array, mu2: Array | None = None, cov2: Array | None = None) -> float:
     """Fréchet distance of two Gaussians, or of two embedding sets; ≥ 0, float64, torch or numpy inputs.
 
-    Call it with (mu1 [d], cov1 [d d], mu2 [d], cov2 [d d]), or with two embedding sets (x [n d], y [m d]), whose mean and
-    unbiased covariance are taken.  Fewer samples than dimensions give a singular covariance: the result is still the
-    exact distance of those statistics (root of a PSD matrix, never complex), but it is biased upward as an estimate;
-    compare only equal n.
+    Call it with (mu1 [d], cov1 [d d], mu2 [d], cov2 [d d]), or with two embedding sets (x [n d], y [m d]), whose mean
+    and unbiased covariance are taken.  Fewer samples than dimensions give a singular covariance: the result is still
+    the exact distance of those statistics (root of a PSD matrix, never complex), but it is biased upward as an
+    estimate; compare only equal n.
 
     Raises:
         UsageError: three arguments, shapes that do not fit, fewer than two embeddings, NaN.

@@ -1,7 +1,7 @@
 """Audio files and plain waveform operations: reading, writing, mono mix, resampling, chunks.
 
-A waveform is a float32 tensor in [-1, 1], [n] or [channels n], with its rate in Hz beside it.  Reading and writing files
-needs `soundfile` (extra `audio`), imported inside the functions; `wav_bytes` needs only the standard library.
+A waveform is a float32 tensor in [-1, 1], [n] or [channels n], with its rate in Hz beside it.  Reading and writing
+files needs `soundfile` (extra `audio`), imported inside the functions; `wav_bytes` needs only the standard library.
 Resampling is windowed-sinc interpolation (Smith, "Digital Audio Resampling", 2002; Kaiser window, derived here), a
 linear map written as one strided convolution per phase, so it is differentiable and batched.
 """

@@ -1,0 +1,235 @@
+"""CLAP models behind one small surface: audio and text → unit embeddings in one space.
+
+Two loaders: transformers' ClapModel (the bundled model, any folder or hub id; the default and the better kept one) and
+the checkpoints of the `laion-clap` package, read by that package's own loader.  Weights are frozen and in eval mode;
+nothing is random; the gradient reaches the audio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from gencontrol.errors import EnvironmentMissing, UsageError
+from gencontrol.rewards.clap_features import ClapLogMel, LogMelConfig, LongClips
+
+_SMALLEST_VOCABULARY = 32
+
+
+class ClapBackend(Protocol):
+    """What the rewards need of a CLAP model."""
+
+    name: str
+    sampling_rate: int
+    max_seconds: float
+    device: torch.device
+
+    def audio(self, wave: Float[Tensor, "b n"], long_clips: LongClips) -> Float[Tensor, "b d"]:
+        """Unit embeddings of clips at `sampling_rate` on `device`, with gradient."""
+        ...
+
+    def text(self, texts: Sequence[str]) -> Float[Tensor, "b d"]:
+        """Unit embeddings of texts, without gradient."""
+        ...
+
+
+def bundled_clap() -> Path:
+    """Folder of the bundled CLAP model.
+
+    Raises:
+        EnvironmentMissing: this installation does not hold it.
+    """
+    import gencontrol
+
+    folder = Path(str(gencontrol.__file__)).resolve().parent / "bundled" / "clap"
+    if not (folder / "config.json").is_file():
+        raise EnvironmentMissing(
+            f"the bundled CLAP model is not in {folder}; reinstall gencontrol, or give reward_model a local folder or "
+            "hub id of a transformers CLAP model."
+        )
+    return folder
+
+
+def _embedding(output: Any) -> Tensor:
+    """The embedding tensor of get_*_features: a tensor in transformers 4, an output object in 5."""
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+class TransformersClap:
+    """A transformers ClapModel with its tokenizer and the settings of its feature extractor."""
+
+    def __init__(self, model: Any, tokenizer: Any, features: LogMelConfig, name: str, device: torch.device) -> None:
+        """Freeze the model; `name` is its fingerprint in statistics files.
+
+        Raises:
+            UsageError: the tokenizer's vocabulary does not fit the model (a sign of missing tokenizer files).
+        """
+        text = model.config.text_config
+        if not _SMALLEST_VOCABULARY <= len(tokenizer) <= text.vocab_size:
+            raise UsageError(
+                f"the tokenizer of '{name}' has {len(tokenizer)} tokens and the model {text.vocab_size}; its tokenizer "
+                "files are missing or belong to another model."
+            )
+        self.name, self.device = name, device
+        self.sampling_rate, self.max_seconds = features.sampling_rate, float(features.max_length_s)
+        self._model = model.eval().requires_grad_(False).to(device, torch.float32)
+        self._tokenizer = tokenizer
+        self._max_tokens = min(int(tokenizer.model_max_length), text.max_position_embeddings - 2)
+        self._features = ClapLogMel(features).to(device)
+
+    def audio(self, wave: Float[Tensor, "b n"], long_clips: LongClips) -> Float[Tensor, "b d"]:
+        """Unit embeddings; clips longer than `max_seconds` by their chunks' mean, their centre or their start."""
+        crops = self._features.crops(wave, long_clips)
+        mel = self._features(crops.flatten(0, 1))
+        longer = torch.zeros(mel.shape[0], 1, dtype=torch.bool, device=mel.device)
+        with torch.autocast(mel.device.type, enabled=False):
+            output = self._model.get_audio_features(input_features=mel, is_longer=longer)
+        units = F.normalize(_embedding(output), dim=-1)
+        return F.normalize(units.unflatten(0, crops.shape[:2]).mean(1), dim=-1)
+
+    @torch.no_grad()
+    def text(self, texts: Sequence[str]) -> Float[Tensor, "b d"]:
+        """Unit embeddings of texts, cut at the model's length."""
+        tokens = self._tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt"
+        )
+        with torch.autocast(self.device.type, enabled=False):
+            output = self._model.get_text_features(
+                input_ids=tokens["input_ids"].to(self.device), attention_mask=tokens["attention_mask"].to(self.device)
+            )
+        return F.normalize(_embedding(output), dim=-1)
+
+
+def load_transformers_clap(source: str | Path, name: str, device: torch.device) -> TransformersClap:
+    """Load a ClapModel, its tokenizer and its feature extractor from a folder or the hub.
+
+    Raises:
+        UsageError: not found (or offline), not a CLAP model, missing weights, or an unfit tokenizer.
+    """
+    from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(source)
+        if config.model_type != "clap":
+            raise UsageError(f"reward_model '{source}' is a '{config.model_type}' model; expected a CLAP model.")
+        model, report = AutoModel.from_pretrained(source, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        extractor = AutoFeatureExtractor.from_pretrained(source)
+    except UsageError:
+        raise
+    except (OSError, ValueError) as error:
+        where = "cannot be loaded from its folder" if Path(source).is_dir() else "is no local folder and not on the hub"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"reward_model '{source}' {where} ({reason}); offline, give a folder saved with save_pretrained, "
+            "or 'bundled'."
+        ) from error
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise UsageError(f"reward_model '{source}' lacks weights ({missing}, …); its file is incomplete.")
+    return TransformersClap(model, tokenizer, LogMelConfig.from_mapping(extractor.to_dict()), name, device)
+
+
+class LaionClap:
+    """A checkpoint of the laion-clap package, at 48 kHz, 10 s."""
+
+    sampling_rate = 48_000
+    max_seconds = 10.0
+
+    def __init__(self, module: Any, name: str, device: torch.device) -> None:
+        """Freeze a loaded `laion_clap.CLAP_Module`."""
+        self.name, self.device = name, device
+        self._module = module.eval().requires_grad_(False).to(device)
+        self._crops = ClapLogMel(LogMelConfig(truncation="rand_trunc"))
+
+    def audio(self, wave: Float[Tensor, "b n"], long_clips: LongClips) -> Float[Tensor, "b d"]:
+        """Unit embeddings; the package sees clips of at most 10 s, so its own random crop never runs."""
+        crops = self._crops.crops(wave, long_clips)
+        output = self._module.get_audio_embedding_from_data(x=list(crops.flatten(0, 1)), use_tensor=True)
+        units = F.normalize(output.to(wave.device).float(), dim=-1)
+        return F.normalize(units.unflatten(0, crops.shape[:2]).mean(1), dim=-1)
+
+    @torch.no_grad()
+    def text(self, texts: Sequence[str]) -> Float[Tensor, "b d"]:
+        """Unit embeddings of texts."""
+        output = self._module.get_text_embedding(list(texts), use_tensor=True)
+        return F.normalize(output.to(self.device).float(), dim=-1)
+
+
+def load_laion_clap(checkpoint: Path, device: torch.device, audio_tower: str) -> LaionClap:
+    """Load a laion-clap `.pt` file by the package's own loader; it is a pickle: load files you trust.
+
+    Args:
+        audio_tower: "HTSAT-tiny", "HTSAT-base", or "auto": base for the `music_…` files, else tiny.
+
+    Raises:
+        UsageError: no such file, or it does not fit the audio tower.
+        EnvironmentMissing: laion-clap is not installed, or its RoBERTa files are not here.
+    """
+    if not checkpoint.is_file():
+        raise UsageError(f"reward_model '{checkpoint}' does not exist; give the path of a laion-clap checkpoint.")
+    tower = audio_tower
+    if tower == "auto":
+        tower = "HTSAT-base" if checkpoint.name.startswith("music_") else "HTSAT-tiny"
+    fusion = "fusion" in checkpoint.name
+    try:
+        if fusion:
+            import torchaudio  # noqa: F401  # the package computes the mel input of fusion models with it
+        from laion_clap import CLAP_Module
+
+        module = CLAP_Module(enable_fusion=fusion, device=str(device), amodel=tower)
+    except ImportError as error:
+        raise EnvironmentMissing(
+            f"a laion-clap checkpoint needs laion-clap (and torchaudio for fusion models): {error}; "
+            "pip install 'gencontrol[clap]', or give reward_model a transformers CLAP model."
+        ) from error
+    except OSError as error:
+        raise EnvironmentMissing(
+            "laion-clap could not load its text model 'roberta-base' (offline?); download it once, or put a folder "
+            f"'roberta-base' into the working directory. First cause: {str(error).strip().splitlines()[0]}"
+        ) from error
+    try:
+        module.load_ckpt(str(checkpoint), verbose=False)
+    except (RuntimeError, KeyError) as error:
+        raise UsageError(
+            f"'{checkpoint}' does not fit laion-clap's {tower}: {str(error).splitlines()[0]}; set audio_tower to "
+            "'HTSAT-tiny' or 'HTSAT-base'."
+        ) from error
+    return LaionClap(module, f"laion-clap:{checkpoint.stem}", device)
+
+
+@lru_cache(maxsize=4)
+def _load(reward_model: str, device: str, audio_tower: str) -> ClapBackend:
+    """Load a backend once per process, model, device and tower."""
+    if reward_model.endswith((".pt", ".pth")):
+        return load_laion_clap(Path(reward_model), torch.device(device), audio_tower)
+    if reward_model == "bundled":
+        return load_transformers_clap(bundled_clap(), "clap:bundled", torch.device(device))
+    name = Path(reward_model).resolve().name if Path(reward_model).is_dir() else reward_model
+    return load_transformers_clap(reward_model, f"clap:{name}", torch.device(device))
+
+
+def clap_backend(
+    reward_model: str | Path = "bundled", device: str | torch.device | None = None, audio_tower: str = "auto"
+) -> ClapBackend:
+    """Return the CLAP model of that name; rewards that name the same model share it.
+
+    Args:
+        reward_model: "bundled", a folder or hub id of a transformers CLAP model, or a laion-clap `.pt` file.
+        device: None takes the GPU when there is one.
+        audio_tower: for `.pt` files, see `load_laion_clap`.
+
+    Raises:
+        UsageError, EnvironmentMissing: as the loaders say.
+    """
+    if audio_tower not in ("auto", "HTSAT-tiny", "HTSAT-base"):
+        raise UsageError(f"audio_tower is 'auto', 'HTSAT-tiny' or 'HTSAT-base', not '{audio_tower}'.")
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else str(device)
+    return _load(str(reward_model), chosen, audio_tower)
