@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from gencontrol.errors import GencontrolError, Preempted, UsageError
+from gencontrol.train.optim import gradients
 from gencontrol.train.signals import SignalGuard
 
 T = TypeVar("T")
@@ -137,10 +138,7 @@ class Group:
         """Add up the gradients of all ranks in place; a missing gradient counts as zero."""
         if self.world_size == 1:
             return
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        grads = [p.grad for p in parameters if p.grad is not None]
+        grads = gradients(parameters)
         flat = torch.cat([grad.reshape(-1) for grad in grads])
         self.sum(flat)
         for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):

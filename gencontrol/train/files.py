@@ -10,7 +10,8 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from gencontrol.errors import DiskError
@@ -57,6 +58,15 @@ class FileLayer:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+    def sync_tree(self, path: Path) -> None:
+        """Make all files below a folder durable (files that other libraries wrote)."""
+        for folder, _, names in os.walk(path):
+            for name in names:
+                self.hook("fsync", Path(folder, name))
+                with open(Path(folder, name), "rb") as file:
+                    os.fsync(file.fileno())
+            self.sync_folder(Path(folder))
 
     def rename(self, source: Path, target: Path) -> None:
         """Rename atomically; a file replaces a file, a folder must be new."""
@@ -105,9 +115,17 @@ class FileLayer:
 def disk_error(error: OSError, what: str, where: Path) -> DiskError:
     """Return the one-line DiskError for a failed write."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(where).free / 1e6 if where.exists() else 0.0
         return DiskError(
-            f"the disk is full: {what} in '{where}' was not written ({free:.0f} MB free); earlier files are intact. "
-            "Free some space and run the same command to resume."
+            f"the disk is full: {what} in '{where}' was not written; earlier files are intact. Free some space and run "
+            "the same command to resume."
         )
     return DiskError(f"{what} in '{where}' could not be written: {error.strerror or error}; make the folder writable.")
+
+
+@contextmanager
+def disk_errors(what: str, where: Path) -> Iterator[None]:
+    """Turn an OSError inside the block into a DiskError about `what` in `where`."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(error, what, where) from error

@@ -32,7 +32,7 @@ def name_parameters(module: nn.Module, parameters: Sequence[nn.Parameter]) -> di
     """Return the trainable parameters under their names in `module`; those outside it are called extra.0, extra.1…
 
     Raises:
-        UsageError: none is trainable, one occurs twice, or one is not float32.
+        UsageError: none is trainable, one occurs twice, or one is in half precision.
     """
     known = {id(parameter): strip_prefix(name) for name, parameter in module.named_parameters()}
     named: dict[str, nn.Parameter] = {}
@@ -40,7 +40,7 @@ def name_parameters(module: nn.Module, parameters: Sequence[nn.Parameter]) -> di
         name = known.get(id(parameter), f"extra.{len(named)}")
         if name in named:
             raise UsageError(f"parameter '{name}' is listed twice as trainable; list it once.")
-        if parameter.dtype != torch.float32:
+        if parameter.dtype not in (torch.float32, torch.float64):
             raise UsageError(
                 f"trainable parameter '{name}' is {parameter.dtype}; keep trainable weights in float32 and choose "
                 "precision = bf16 or fp16 for the networks instead."
@@ -143,17 +143,22 @@ class LossScale:
         self.scale, self.good = float(state["scale"]), int(state["good"])
 
 
-def scale_gradients(parameters: Sequence[nn.Parameter], factor: float) -> None:
-    """Multiply all gradients in place; a parameter without one counts as zero."""
+def gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Return the gradients; a parameter without one is given zeros, so that all ranks hold the same list."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    torch._foreach_mul_([p.grad for p in parameters], factor)
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def scale_gradients(parameters: Sequence[nn.Parameter], factor: float) -> None:
+    """Multiply all gradients in place."""
+    torch._foreach_mul_(gradients(parameters), factor)
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
     """Clip gradients to a 2-norm (0 = measure only) and return the norm before; non-finite norms change nothing."""
-    norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    norm = float(torch.nn.utils.get_total_norm(gradients(parameters)))
     if max_norm > 0 and math.isfinite(norm) and norm > max_norm:
-        torch._foreach_mul_([p.grad for p in parameters], max_norm / (norm + 1e-6))
+        torch._foreach_mul_(gradients(parameters), max_norm / (norm + 1e-6))
     return norm

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import math
 import os
-import shutil
+import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 from gencontrol.config import dump_toml, load_toml
 from gencontrol.errors import UsageError
 from gencontrol.train.config import differences, flatten, is_harmless
-from gencontrol.train.files import FileLayer, disk_error
+from gencontrol.train.files import FileLayer, disk_errors
 
 #: A lock of another machine counts as dead when it was not touched for this long.
 FOREIGN_LOCK_S = 600.0
@@ -53,10 +54,8 @@ class Lock:
             os.close(descriptor)
 
     def __enter__(self) -> Lock:
-        try:
+        with disk_errors("the lock file", self.path.parent):
             self._exchange(_identity())
-        except OSError as error:
-            raise disk_error(error, "the lock file", self.path.parent) from error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -129,8 +128,6 @@ def _without_none(table: Mapping[str, Any]) -> dict[str, Any]:
 
 def settings_hash(settings: Mapping[str, Any]) -> str:
     """Return a hex digest of all settings, independent of their order."""
-    import hashlib
-
     return hashlib.sha256(json.dumps(flatten(settings), sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -192,15 +189,24 @@ def write_samples(run_dir: Path, step: int, metrics: Mapping[str, float], artefa
     files = FileLayer()
     target = run_dir / "samples" / f"step_{step:08d}"
     staged = target.with_name(f".tmp_{target.name}_{os.getpid()}")
-    try:
-        if staged.exists():
-            shutil.rmtree(staged)
+    with disk_errors(f"samples of step {step}", target.parent):
         files.make_folder(staged)
         for name, data in artefacts.items():
             files.write(staged / name, data)
         files.write(staged / "metrics.json", (finite_json({"step": step, **metrics}) + "\n").encode())
         files.replace_folder(staged, target)
-    except OSError as error:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise disk_error(error, f"samples of step {step}", target.parent) from error
     return target
+
+
+_LEFTOVER = re.compile(r"\.tmp_final|\.del_final_\d+|\.(tmp|del)_step_\d{8}_\d+")
+
+
+def clean_leftovers(run_dir: Path, files: FileLayer) -> None:
+    """Delete staging folders of final/ and samples/ that an interrupted process left; no other name is touched."""
+    for folder in (run_dir, run_dir / "samples"):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if _LEFTOVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+                files.remove_tree(path)
+    for path in run_dir.glob(".tmp_*"):
+        if re.fullmatch(r"\.tmp_(metrics\.jsonl|config\.toml)_\d+", path.name) and not path.is_symlink():
+            path.unlink()

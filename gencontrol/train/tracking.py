@@ -138,14 +138,18 @@ def headline(record: Mapping[str, Any]) -> str:
 class Progress:
     """A bar on a terminal, else a line on stderr every few seconds; silent on ranks other than 0."""
 
-    def __init__(self, steps: int, done: int, *, visible: bool) -> None:
-        self.steps, self.first = steps, done
+    def __init__(self, steps: int, *, visible: bool) -> None:
+        self.steps, self.first = steps, 0
         self._visible = visible
         self._begin = time.monotonic()
         self._last = -LINE_EVERY_S
         self._bar: Any = None
         self._task: Any = None
-        if visible and sys.stderr.isatty():
+
+    def start(self, done: int) -> None:
+        """Begin at a step; opens the bar on a terminal."""
+        self.first, self._begin = done, time.monotonic()
+        if self._visible and sys.stderr.isatty():
             self._open_bar(done)
 
     def _open_bar(self, done: int) -> None:
@@ -170,8 +174,9 @@ class Progress:
         now = time.monotonic()
         if now - self._last >= LINE_EVERY_S or step == self.steps:
             self._last = now
-            rate = (step - self.first) / max(now - self._begin, 1e-9)
-            print(f"step {step}/{self.steps} {headline(record)} ({rate:.2f} steps/s)", file=sys.stderr, flush=True)
+            taken = step - self.first
+            rate = f" ({taken / max(now - self._begin, 1e-9):.2f} steps/s)" if taken else ""
+            print(f"step {step}/{self.steps} {headline(record)}{rate}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leave the terminal as it was."""
