@@ -1,0 +1,32 @@
+"""Pipelines: ready models behind diffusers' interface.  Importing this package loads nothing but what is asked for."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gencontrol.pipelines.backend import ProcessSpec
+    from gencontrol.pipelines.base import Pipeline
+    from gencontrol.pipelines.outputs import AudioPipelineOutput
+    from gencontrol.pipelines.text_to_audio import TextToAudioPipeline
+
+__all__ = ["AudioPipelineOutput", "Pipeline", "ProcessSpec", "TextToAudioPipeline"]
+
+_WHERE = {
+    "AudioPipelineOutput": "outputs",
+    "Pipeline": "base",
+    "ProcessSpec": "backend",
+    "TextToAudioPipeline": "text_to_audio",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import an exported class when it is first asked for."""
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,209 @@
+"""diffusers' Stable Audio and AudioLDM2 pipelines as backends: their own encoders, decoders and files, our denoiser.
+
+Conditions are the network's own keyword arguments.  Each prompt is encoded alone and padded to one fixed length, so
+that a sound does not depend on its neighbours in the batch (diffusers pads AudioLDM2's prompts to the longest one,
+which changes its language model's positions).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gencontrol.errors import EnvironmentMissing, UsageError
+from gencontrol.pipelines.backend import AudioBackend, Defaults
+from gencontrol.pipelines.hub import LoadOptions, hub_errors, own_memory, quiet
+from gencontrol.types import Cond, cat_cond
+
+#: longest AudioLDM2 prompt in tokens of its T5; longer ones are cut
+MAX_T5_TOKENS = 128
+
+
+class _DiffusersAudio:
+    """What both have in common: the wrapped pipeline, its components, its saving."""
+
+    network_name: str
+
+    def __init__(self, pipe: Any) -> None:
+        from gencontrol.models.adapters import from_diffusers
+
+        self.pipe = pipe
+        self.components = {name: part for name, part in pipe.components.items() if part is not None}
+        network = self.components[self.network_name]
+        for name, part in self.components.items():
+            if isinstance(part, torch.nn.Module):
+                part.eval()
+                if name != self.network_name:
+                    part.requires_grad_(False)
+        self.denoiser = from_diffusers(network, pipe.scheduler)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the network."""
+        return next(self.components[self.network_name].parameters()).device
+
+    def replace(self, components: Mapping[str, Any]) -> AudioBackend:
+        """The same kind of backend around other components."""
+        return wrap(type(self.pipe)(**components))
+
+    def times(self, steps: int) -> Float[Tensor, " k"]:
+        """The scheduler's own grid of noise levels, as times."""
+        from gencontrol.models.adapters import scheduler_times
+
+        return scheduler_times(self.pipe.scheduler, self.denoiser, steps)
+
+    def save(self, folder: Path, weights: Callable[[], dict[str, Tensor]] | None) -> None:
+        """Write the folder as diffusers does; with `weights`, the network is saved from them."""
+        with quiet():
+            if weights is None:
+                self.pipe.save_pretrained(folder, safe_serialization=True)
+                return
+            network = self.components[self.network_name]
+            with torch.device("meta"):
+                plain = type(network).from_config(network.config)
+            plain.load_state_dict(weights(), assign=True)
+            self.pipe.register_modules(**{self.network_name: plain})
+            try:
+                self.pipe.save_pretrained(folder, safe_serialization=True)
+            finally:
+                self.pipe.register_modules(**{self.network_name: network})
+
+
+class StableAudio(_DiffusersAudio):
+    """StableAudioPipeline: T5 and seconds → DiT on [channels, length] latents → Oobleck decoder, stereo."""
+
+    network_name = "transformer"
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(pipe)
+        self.sampling_rate = int(pipe.vae.config.sampling_rate)
+        self.max_seconds = pipe.transformer.config.sample_size * pipe.vae.hop_length / self.sampling_rate
+        self.defaults = Defaults(step="dpmpp2m", steps=100, guidance_scale=7.0)
+
+    def latent_shape(self, seconds: float | None) -> tuple[int, ...]:
+        """Shape [channels length]; fixed, the length of the sound is a condition."""
+        return self.pipe.transformer.config.in_channels, self.pipe.transformer.config.sample_size
+
+    def _seconds(self, seconds: float | None) -> tuple[Tensor, Tensor]:
+        end = self.max_seconds if seconds is None else seconds
+        return self.pipe.encode_duration(0.0, end, self.device, False, 1)
+
+    def _cond(self, text: Float[Tensor, "1 m c"], seconds: float | None) -> Cond:
+        start, end = self._seconds(seconds)
+        return {
+            "encoder_hidden_states": torch.cat([text, start, end], dim=1),
+            "global_hidden_states": torch.cat([start, end], dim=2),
+        }
+
+    def encode(self, prompts: Sequence[str], seconds: float | None) -> Cond:
+        """Text and duration embeddings, exactly those of StableAudioPipeline."""
+        return cat_cond(
+            [self._cond(self.pipe.encode_prompt([text], self.device, False), seconds) for text in prompts]
+        )
+
+    def uncond(self, seconds: float | None) -> Cond:
+        """Zeros in place of text and duration tokens, the duration kept in the global embedding."""
+        cond = self.encode([""], seconds)
+        return {**cond, "encoder_hidden_states": torch.zeros_like(cond["encoder_hidden_states"])}
+
+    def decode(self, latents: Float[Tensor, "b c n"]) -> Float[Tensor, "b 2 m"]:
+        """Stereo waveforms."""
+        return self.pipe.vae.decode(latents.to(self.pipe.vae.dtype)).sample
+
+
+class AudioLDM2(_DiffusersAudio):
+    """AudioLDM2Pipeline: CLAP, T5 and a language model → UNet on mel latents → VAE and HiFi-GAN, mono."""
+
+    network_name = "unet"
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(pipe)
+        config = pipe.vocoder.config
+        self.sampling_rate = int(config.sampling_rate)
+        self._frame = math.prod(config.upsample_rates) / self.sampling_rate  # seconds of one mel frame
+        self.max_seconds = pipe.unet.config.sample_size * pipe.vae_scale_factor * self._frame
+        self.defaults = Defaults(step="ddim", steps=200, guidance_scale=3.5)
+
+    def latent_shape(self, seconds: float | None) -> tuple[int, ...]:
+        """Shape [channels frames mel/scale] for a length in seconds, rounded up to what the VAE can hold."""
+        factor = self.pipe.vae_scale_factor
+        frames = math.ceil((self.max_seconds if seconds is None else seconds) / self._frame - 1e-6)
+        bins = int(self.pipe.vocoder.config.model_in_dim) // factor
+        return self.pipe.unet.config.in_channels, math.ceil(frames / factor), bins
+
+    def encode(self, prompts: Sequence[str], seconds: float | None) -> Cond:
+        """Generated embeddings of the language model, T5 embeddings and their mask."""
+        return cat_cond([self._encode(text) for text in prompts])
+
+    def _encode(self, text: str) -> Cond:
+        embeds, mask, generated = self.pipe.encode_prompt([text], self.device, 1, False)
+        length = min(MAX_T5_TOKENS, int(self.pipe.tokenizer_2.model_max_length))
+        embeds, mask = embeds[:, :length], mask[:, :length]
+        pad = length - embeds.shape[1]
+        return {
+            "encoder_hidden_states": generated,
+            "encoder_hidden_states_1": torch.nn.functional.pad(embeds, (0, 0, 0, pad)),
+            "encoder_attention_mask_1": torch.nn.functional.pad(mask, (0, pad)),
+        }
+
+    def uncond(self, seconds: float | None) -> Cond:
+        """The condition of the empty prompt."""
+        return self._encode("")
+
+    def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
+        """Mono waveforms."""
+        vae = self.pipe.vae
+        mel = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+        return self.pipe.vocoder(mel.squeeze(1).to(self.pipe.vocoder.dtype))
+
+
+#: pipelines of diffusers that TextToAudioPipeline takes
+FOREIGN: Mapping[str, type[_DiffusersAudio]] = {"StableAudioPipeline": StableAudio, "AudioLDM2Pipeline": AudioLDM2}
+
+
+def wrap(pipe: Any) -> AudioBackend:
+    """Return the backend of a loaded diffusers pipeline, sharing its components.
+
+    Raises:
+        UsageError: a pipeline of another class.
+    """
+    name = type(pipe).__name__
+    if name not in FOREIGN or not type(pipe).__module__.startswith("diffusers."):
+        raise UsageError(f"a {name} is no text-to-audio pipeline; give a diffusers {' or '.join(FOREIGN)}.")
+    return FOREIGN[name](pipe)  # type: ignore[return-value]  # the subclasses complete the protocol
+
+
+def load_foreign(kind: str, where: str | Path, options: LoadOptions) -> AudioBackend:
+    """Load a diffusers pipeline by diffusers' own loader (safetensors only) and wrap it.
+
+    Raises:
+        UsageError: components are missing or damaged, or the hub was not reached.
+        EnvironmentMissing: the pipeline's scheduler needs torchsde.
+    """
+    import diffusers
+
+    cls = {"StableAudioPipeline": diffusers.StableAudioPipeline, "AudioLDM2Pipeline": diffusers.AudioLDM2Pipeline}[kind]
+    try:
+        with hub_errors(str(where), options), quiet():
+            pipe = cls.from_pretrained(
+                str(where),
+                revision=options.revision,
+                variant=options.variant,
+                torch_dtype=options.dtype,
+                cache_dir=options.cache_dir,
+                local_files_only=options.local_files_only or isinstance(where, Path),
+                token=options.token,
+                use_safetensors=True,
+            )
+    except ImportError as error:
+        raise EnvironmentMissing(f"'{where}' needs a package that is not here: {error}".strip()) from error
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            own_memory(part)
+    return wrap(pipe)
