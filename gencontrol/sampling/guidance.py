@@ -1,0 +1,227 @@
+"""Controls: functions from Model to Model that samplers, searches and training never see.
+
+Predictions are mixed in the coordinate v = a·eps - s·x0, the one that no end of any schedule makes singular: at equal
+signal-to-noise ratio v/sqrt(a² + s²) is the same number for every process, so models of different schedules and
+prediction types meet there.  CFG: Ho & Salimans 2022 eq. 6.  Convex composition: the mixture of scores of GPC.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor, nn
+
+from gencontrol.models.denoiser import Pred, TokenPred
+from gencontrol.process.gaussian import GaussianProcess, Time
+from gencontrol.process.masked import MaskedProcess
+from gencontrol.process.schedule import column
+from gencontrol.sampling.state import repeat_cond
+from gencontrol.types import Cond, Prediction, cat_cond
+
+#: (prediction at (x_t, t), t, condition) → a score [b *d] to add; x_t and x0 are attributes of the prediction.
+ScoreFn = Callable[[Pred, Time, Cond], Tensor]
+
+
+class Control(nn.Module):
+    """A Model made of Models; they are its submodules, so device moves and parameter lists reach them."""
+
+    def __init__(self, process: GaussianProcess | MaskedProcess) -> None:
+        super().__init__()
+        self.process = process
+
+
+class _Guided(Control):
+    """Classifier-free guidance: uncond + scale·(cond - uncond)."""
+
+    def __init__(self, model: Any, scale: float, uncond: Cond) -> None:
+        super().__init__(model.process)
+        self.model, self.scale, self.uncond = model, scale, uncond
+
+    def forward(self, xt: Tensor, t: Time, cond: Cond = None) -> Pred | TokenPred:
+        """Predict with one call of the doubled batch (two calls if one of the conditions is None)."""
+        if self.scale == 1.0:
+            return self.model(xt, t, cond)
+        uncond = repeat_cond(self.uncond, len(xt))
+        if cond is None or uncond is None:
+            given, free = self.model(xt, t, cond), self.model(xt, t, uncond)
+        else:
+            both_t = torch.cat([t, t]) if isinstance(t, Tensor) and t.ndim else t
+            both = self.model(torch.cat([xt, xt]), both_t, cat_cond([cond, uncond]))
+            given, free = _rows(both, slice(0, len(xt))), _rows(both, slice(len(xt), None))
+        return _extrapolate(given, free, self.scale)
+
+
+def cfg(model: Any, scale: float, uncond: Cond) -> Control:
+    """Guide a conditional model by its own unconditional prediction; tokens are guided in their log-probabilities.
+
+    Args:
+        scale: 1 is the conditional model, 0 the unconditional one, larger pushes towards the condition.
+        uncond: the empty condition, of batch 1 (expanded) or of the batch; None where the model takes None (two calls).
+    """
+    if not math.isfinite(scale):
+        raise ValueError(f"guidance scale is {scale}; it must be finite")
+    return _Guided(model, float(scale), uncond)
+
+
+def _rows(both: Pred | TokenPred, index: slice) -> Pred | TokenPred:
+    """Some rows of a batch's prediction."""
+    if isinstance(both, TokenPred):
+        return TokenPred(both.logits[index], both.xt[index])
+    return Pred(both.raw[index], both.xt[index], both.coeffs.rows(index), both.prediction, both.sigma_data)
+
+
+def _extrapolate(given: Pred | TokenPred, free: Pred | TokenPred, scale: float) -> Pred | TokenPred:
+    """free + scale·(given - free), in the model's own coordinates (all are affine in the output at one x_t)."""
+    if isinstance(given, TokenPred):
+        on, off = given.log_probs, free.log_probs
+        mixed = torch.lerp(off, on, scale)
+        return given.replace(torch.where(torch.isneginf(on), on, mixed))
+    if given.prediction == free.prediction:
+        return given.replace(torch.lerp(free.raw, given.raw, scale))
+    return given.replace(torch.lerp(free.v, given.v, scale), Prediction.V)
+
+
+class _Retimed(Control):
+    """A Gaussian model seen through another process."""
+
+    def __init__(self, model: Any, process: GaussianProcess) -> None:
+        super().__init__(process)
+        self.model = model
+
+    def forward(self, xt: Tensor, t: Time, cond: Cond = None) -> Pred:
+        """Predict at the inner model's time of equal signal-to-noise ratio."""
+        inner, scale = self.process.matched(t, self.model.process.schedule)
+        scale = column(scale, xt)
+        pred = self.model(scale * xt, inner, cond)
+        # both v share the unit sqrt(a² + s²), whose ratio is the same scale
+        return Pred(pred.v / scale, xt, self.process.at(t, xt), Prediction.V)
+
+
+def retime(model: Any, process: GaussianProcess) -> Control:
+    """Return the same model under another process (schedule): exact, by matching the signal-to-noise ratio.
+
+    Where the model's own schedule does not reach the ratio, it is asked at its end.
+    """
+    if not isinstance(model.process, GaussianProcess) or not isinstance(process, GaussianProcess):
+        raise ValueError("retime needs Gaussian processes; masked tokens have no signal-to-noise ratio")
+    return _Retimed(model, process)
+
+
+class _Composed(Control):
+    """Convex mix of the predictions of several models."""
+
+    def __init__(self, models: Sequence[Any], weights: Sequence[float]) -> None:
+        super().__init__(models[0].process)
+        self.models = list(models)
+        self.weights = list(weights)
+        for index, model in enumerate(models):
+            if isinstance(model, nn.Module):
+                self.add_module(f"model{index}", model)
+
+    def forward(self, xt: Tensor, t: Time, cond: Cond = None) -> Pred | TokenPred:
+        """Predict with one call of every model whose weight is not 0."""
+        active = [(model, weight) for model, weight in zip(self.models, self.weights) if weight > 0]
+        preds = [model(xt, t, cond) for model, _ in active]
+        if len(preds) == 1:
+            return preds[0]
+        if isinstance(preds[0], TokenPred):
+            return preds[0].replace(_mix([p.log_probs for p in preds], [w for _, w in active]))
+        mixed = _mix([p.v for p in preds], [w for _, w in active])
+        return Pred(mixed, preds[0].xt, self.process.at(t, xt), Prediction.V)
+
+
+def compose(models: Sequence[Any], weights: Sequence[float]) -> Control:
+    """Mix several models with convex weights into one that has the FIRST model's process.
+
+    Gaussian models are compared at equal signal-to-noise ratio: the mix of their scores.  Token models must share their
+    vocabulary and masking; their log-probabilities are mixed (a geometric mean, normalised by the softmax).
+
+    Raises:
+        ValueError: weights are negative, do not sum to 1 (1e-6), or the processes cannot be compared.
+    """
+    if not models or len(models) != len(weights):
+        raise ValueError(f"compose got {len(models)} models and {len(weights)} weights; give one weight per model")
+    values = [float(w) for w in weights]
+    if min(values) < 0 or abs(sum(values) - 1) > 1e-6:
+        raise ValueError(f"compose weights {values} are not convex; they must be >= 0 and sum to 1")
+    first = models[0].process
+    if isinstance(first, MaskedProcess):
+        if any(model.process != first for model in models):
+            raise ValueError("compose needs token models with the same MaskedProcess")
+        return _Composed(models, values)
+    if not all(isinstance(model.process, GaussianProcess) for model in models):
+        raise ValueError("compose cannot mix Gaussian and masked models")
+    same = [model if model.process.schedule is first.schedule else retime(model, first) for model in models]
+    return _Composed(same, values)
+
+
+class _Shifted(Control):
+    """A Gaussian model with a score added."""
+
+    def __init__(self, model: Any, fn: ScoreFn, scale: float) -> None:
+        super().__init__(model.process)
+        self.model, self.fn, self.scale = model, fn, scale
+
+    def forward(self, xt: Tensor, t: Time, cond: Cond = None) -> Pred:
+        """Predict with score + scale·fn."""
+        pred = self.model(xt, t, cond)
+        a, s = pred.coeffs.a, pred.coeffs.s
+        if not isinstance(a, Tensor) and (a == 0.0 or s == 0.0):
+            return pred
+        rate = s * pred.coeffs.scale2 / a
+        if isinstance(a, Tensor):
+            rate = torch.where((a > 0) & (s > 0), rate, torch.zeros_like(rate))
+        return pred.replace(pred.v - self.scale * rate * self.fn(pred, t, cond), Prediction.V)
+
+
+def score_shift(model: Any, fn: ScoreFn, scale: float = 1.0) -> Control:
+    """Add scale·fn(pred, t, cond) to a Gaussian model's score: eps - s·g and x0 + (s²/a)·g.
+
+    `fn` sees the unshifted prediction (`pred.xt`, `pred.x0`), so a gradient may be taken at the noisy or at the clean
+    point; it opens torch.enable_grad itself.  At a = 0 nothing is added: pure noise says nothing about x0, so the score
+    of any tilted law is unchanged there.
+    """
+    if not isinstance(model.process, GaussianProcess):
+        raise ValueError("score_shift needs a Gaussian model; tokens have no score")
+    return _Shifted(model, fn, float(scale))
+
+
+class _Inpainted(Control):
+    """A model whose clean prediction is known on a mask."""
+
+    def __init__(self, model: Any, x_known: Tensor, mask: Tensor) -> None:
+        super().__init__(model.process)
+        self.model = model
+        self.register_buffer("x_known", x_known, persistent=False)
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, xt: Tensor, t: Time, cond: Cond = None) -> Pred | TokenPred:
+        """Predict with x0 replaced where the mask is True."""
+        pred = self.model(xt, t, cond)
+        if isinstance(pred, TokenPred):
+            known = torch.arange(pred.logits.shape[-1], device=xt.device) == self.x_known[..., None]
+            sure = torch.where(known, 0.0, -math.inf).to(pred.logits.dtype)
+            return pred.replace(torch.where(self.mask[..., None], sure, pred.logits))
+        return pred.replace(torch.where(self.mask, self.x_known.to(xt), pred.x0), Prediction.X0)
+
+
+def inpaint(model: Any, x_known: Shaped[Tensor, "#b *d"], mask: Bool[Tensor, "#b *d"]) -> Control:
+    """Fix the clean sample to `x_known` where `mask` is True: x0 replaced in every prediction (tokens: a sure logit).
+
+    The other positions see the known ones through x_t alone (replacement method, Song et al. 2021 app. I.2).
+    """
+    if mask.dtype != torch.bool:
+        raise ValueError(f"the inpainting mask has dtype {mask.dtype}; give bool, True where x_known holds")
+    return _Inpainted(model, x_known, mask)
+
+
+def _mix(values: Sequence[Tensor], weights: Sequence[float]) -> Float[Tensor, "*d"]:
+    """Weighted sum."""
+    total = weights[0] * values[0]
+    for value, weight in zip(values[1:], weights[1:]):
+        total = torch.add(total, value, alpha=weight)
+    return total
