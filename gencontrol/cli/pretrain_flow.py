@@ -80,12 +80,15 @@ def _text_encoder(name: str) -> tuple[Any, Any]:
     from transformers import AutoTokenizer, ClapTextModelWithProjection
 
     from gencontrol.cli.bundled import BUNDLED
+    from gencontrol.pipelines.hub import quiet
 
     folder = BUNDLED / "clap" if name == "bundled" else Path(name)
     if not (folder / "config.json").exists():
         raise UsageError(f"no CLAP in '{folder}'; make it: gencontrol pretrain clap --output {folder}, or set run.clap.")
-    model = ClapTextModelWithProjection.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-    return model.requires_grad_(False).eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with quiet():  # the audio half of the file is left out on purpose
+        model = ClapTextModelWithProjection.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return model.requires_grad_(False).eval(), tokenizer
 
 
 def _network(sizes: FlowModel, codec: Any, text_encoder: Any, seed: int) -> Any:
@@ -115,6 +118,6 @@ def _network(sizes: FlowModel, codec: Any, text_encoder: Any, seed: int) -> Any:
 
 def _artefacts(audio: Any, stem: str, latent: Any) -> dict[str, bytes]:
     """Decode one latent into a wav and a spectrogram picture."""
-    from gencontrol.cli.media import sound_files
+    from gencontrol.pipelines.artefacts import sound_artefacts
 
-    return sound_files(stem, audio.decode(latent[None])[0], audio.sampling_rate)
+    return sound_artefacts(stem, audio.decode(latent[None])[0].clamp(-1, 1), audio.sampling_rate)

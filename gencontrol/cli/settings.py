@@ -22,14 +22,18 @@ class RunConfig:
         model: "bundled", a folder or a hub id.
         reward: reward specs such as "clap:0.7"; several are summed with their weights.
         algorithm: name in the registry.
-        prompts, eval_prompts: prompt files (txt, jsonl, csv); None takes prompts of the bundled grammar.
+        prompts: prompt file (txt, jsonl, csv); None takes prompts of the bundled grammar.
+        eval_prompts: likewise; None takes bundled prompts that training never saw, or the first of `prompts`.
+        prompt_count, eval_count: how many prompts of the bundled grammar, or of `prompts`, those are.
         reward_model: folder or hub id of the reward's network; None takes the bundled one.
-        reference: folder of sound, or a text file of prompts, for set rewards that compare with a reference law.
+        reference: folder of sound, or a text file of captions, for set rewards that compare with a reference law.
+        encoder: encoder of the set rewards; None takes theirs.
         output: the run folder.
         lora_rank: rank of the adapter; 0 trains all weights.
         lora_alpha: scale of the adapter; None means the rank.
         lora_targets: names of the linear layers; empty takes the library's choice.
         online: allow downloads from the hub.
+        prompts_hash: written by a run, so that edited prompt files are noticed; not meant to be set.
     """
 
     model: str = "bundled"
@@ -37,13 +41,17 @@ class RunConfig:
     algorithm: str = "dragon"
     prompts: str | None = None
     eval_prompts: str | None = None
+    prompt_count: int = 2000
+    eval_count: int = 16
     reward_model: str | None = None
     reference: str | None = None
+    encoder: str | None = None
     output: str = "runs/finetune"
     lora_rank: int = 16
     lora_alpha: float | None = None
     lora_targets: tuple[str, ...] = ()
     online: bool = False
+    prompts_hash: str | None = None
 
     def __post_init__(self) -> None:
         if not self.reward:
@@ -52,6 +60,8 @@ class RunConfig:
             raise ValueError(f"lora_rank = {self.lora_rank}; expected 0 (all weights) or a positive rank")
         if self.lora_alpha is not None and self.lora_alpha <= 0:
             raise ValueError(f"lora_alpha = {self.lora_alpha}; expected a positive scale (usually the rank)")
+        if self.prompt_count < 1 or self.eval_count < 1:
+            raise ValueError("prompt_count and eval_count must be at least 1")
         if not self.output:
             raise ValueError("output is empty; name the run folder")
 
@@ -96,7 +106,7 @@ def given_flags(parameters: Mapping[str, Any], routes: Mapping[str, str]) -> dic
     return {
         routes[name]: list(value) if isinstance(value, tuple) else value
         for name, value in parameters.items()
-        if name in routes and value is not None and value != []
+        if name in routes and value is not None and value not in ([], ())
     }
 
 

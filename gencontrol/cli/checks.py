@@ -1,0 +1,106 @@
+"""Checks of what a run names — model, rewards, reference, prompts — that need no weights and take milliseconds."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from gencontrol.cli.prompts import bundled_prompts, read_prompts
+from gencontrol.cli.settings import RunConfig
+from gencontrol.errors import UsageError, nearest
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def check_names(run: RunConfig) -> None:
+    """Check everything that the [run] section names; see the functions below for what they raise."""
+    check_rewards(run.reward)
+    check_model(run.model)
+    if run.reference is not None:
+        check_reference(run.reference)
+    if run.reward_model is not None:
+        check_source(run.reward_model, "--reward-model")
+
+
+def check_rewards(specs: Sequence[str]) -> None:
+    """Raise UsageError for an unknown reward (nearest one named) or user code that cannot be imported."""
+    from gencontrol.registry import REWARDS, resolve_dotted
+    from gencontrol.rewards.loading import parse_spec
+
+    for spec in specs:
+        name, _ = parse_spec(spec)
+        if ":" in name:
+            if os.getcwd() not in sys.path:
+                sys.path.append(os.getcwd())  # as `python -m` does: user code beside the run
+            resolve_dotted(name, "reward")
+        elif name not in REWARDS:
+            raise UsageError(
+                f"unknown reward '{name}'.{nearest(name, REWARDS)} Known: {', '.join(sorted(REWARDS))}, or "
+                "package.module:Name of your own."
+            )
+
+
+def check_model(source: str) -> None:
+    """Raise UsageError or EnvironmentMissing unless the source is "bundled", a pipeline folder or a hub id."""
+    from gencontrol.pipelines.hub import bundled_folder, read_index
+    from gencontrol.pipelines.text_to_audio import TextToAudioPipeline
+
+    if source == "bundled":
+        bundled_folder(TextToAudioPipeline.bundled)
+    elif Path(source).expanduser().is_dir():
+        read_index(Path(source).expanduser())
+    else:
+        check_source(source, "--model")
+
+
+def check_source(source: str, option: str) -> None:
+    """Raise UsageError unless the source is "bundled", an existing path, or looks like a hub id."""
+    path = Path(source).expanduser()
+    if source == "bundled" or path.exists():
+        if path.is_file() and option == "--model":
+            raise UsageError(f"{option} {source} is a file; give the folder of the model.")
+        return
+    if not _HUB_ID.fullmatch(source) or source.startswith("."):
+        raise UsageError(f"{option} {source} does not exist; give a folder, a hub id (owner/name) or 'bundled'.")
+
+
+def check_reference(reference: str) -> None:
+    """Raise UsageError unless it is "bundled", a folder with sound, a caption file, or saved statistics."""
+    from gencontrol.data.audio import AUDIO_SUFFIXES, list_audio
+
+    path = Path(reference).expanduser()
+    if reference == "bundled":
+        return
+    if path.is_dir():
+        if not list_audio(path):
+            raise UsageError(
+                f"--reference {reference} holds no sound; put {', '.join(AUDIO_SUFFIXES)} files there or name another."
+            )
+        return
+    if not path.is_file():
+        raise UsageError(f"--reference {reference} does not exist; give a folder of sound or a .txt file of captions.")
+    if path.suffix == ".txt":
+        if len(set(read_prompts(path))) < 2:
+            raise UsageError(f"--reference {reference} holds fewer than 2 different captions; add some, one per line.")
+    elif path.suffix != ".safetensors":
+        raise UsageError(f"--reference {reference}: give a folder of sound, a .txt of captions or .safetensors statistics.")
+
+
+def load_prompts(run: RunConfig) -> tuple[list[str], list[str]]:
+    """Return training prompts and fixed evaluation prompts.
+
+    Raises:
+        UsageError: a prompt file that cannot be used; see `read_prompts`.
+    """
+    if run.prompts is None:
+        train = bundled_prompts("train", run.prompt_count)
+    else:
+        train = read_prompts(run.prompts)
+    if run.eval_prompts is not None:
+        return train, read_prompts(run.eval_prompts)
+    if run.prompts is None:
+        return train, bundled_prompts("test", run.eval_count)
+    return train, list(dict.fromkeys(train))[: run.eval_count]

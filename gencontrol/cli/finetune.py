@@ -1,0 +1,176 @@
+"""`gencontrol finetune`: from options to a trained model.  The loss is two calls away: `Trainer.fit` → `algorithm.loss`."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gencontrol.cli.checks import check_names, load_prompts
+from gencontrol.cli.environment import choose_device, prepare
+from gencontrol.cli.runs import RunFolder, fit, open_run
+from gencontrol.cli.settings import RunConfig, describe, given_flags, merge, run_mode
+from gencontrol.config import build, to_table
+from gencontrol.errors import UsageError
+
+ROUTES = {
+    **{
+        name: f"run.{name}"
+        for name in (
+            "model reward algorithm prompts eval_prompts reward_model reference output lora_rank lora_alpha "
+            "lora_targets online"
+        ).split()
+    },
+    **{
+        name: f"train.{name}"
+        for name in (
+            "steps lr lr_schedule warmup max_grad_norm micro_batch precision seed device threads save_every keep "
+            "eval_every track"
+        ).split()
+    },
+    "batch": "algorithm.batch",
+    "eval_samples": "algorithm.eval_samples",
+}
+
+#: what algorithms call the number of prompts drawn in one step, which --batch sets
+BATCH_FIELDS = ("batch", "pairs_per_round", "prompts_per_round", "groups_per_round", "prompts_per_step")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked fine-tuning, before anything is loaded.
+
+    Args:
+        run, train, algorithm: the three configurations.
+        kind: the algorithm's class.
+        prompts, eval_prompts: what it is trained and judged on.
+        folder: the run folder.
+    """
+
+    run: RunConfig
+    train: Any
+    algorithm: Any
+    kind: Any
+    prompts: list[str]
+    eval_prompts: list[str]
+    folder: RunFolder
+
+
+def command(parameters: Mapping[str, Any]) -> None:
+    """Check all options; then print the plan (--dry-run) or train."""
+    job = check(parameters)
+    if parameters["dry_run"]:
+        from gencontrol.cli.plan import print_plan
+
+        print_plan(job)
+        return
+    train(job)
+
+
+def check(parameters: Mapping[str, Any]) -> Job:
+    """Merge and validate everything; loads no weights and writes nothing.
+
+    Raises:
+        UsageError, EnvironmentMissing, CheckpointError: what cannot work, and what to do.
+    """
+    from gencontrol.registry import ALGORITHMS, resolve
+    from gencontrol.train.config import TrainConfig
+
+    overrides = [*(parameters["overrides"] or []), *(parameters["set_"] or [])]
+    table = merge(parameters["config"], given_flags(parameters, ROUTES), overrides)
+    run = build(RunConfig, table["run"], "run")
+    trainer = build(TrainConfig, {**_train_defaults(table["train"]), **table["train"]}, "train")
+    prepare(threads=trainer.threads, online=run.online)
+    kind = resolve(ALGORITHMS, run.algorithm, "algorithm")
+    run, options = _share_options(run, table["algorithm"], {field.name for field in dataclasses.fields(kind.Config)})
+    algorithm = build(kind.Config, options, "algorithm")
+    check_names(run)
+    prompts, eval_prompts = load_prompts(run)
+    run = _with_fingerprint(run, prompts, eval_prompts)
+    choose_device(trainer.device)
+    sections = describe([("run", run), ("train", trainer), ("algorithm", algorithm)])
+    folder = open_run(run.output, sections, mode=run_mode(parameters), allow=parameters["allow_change"] or ())
+    return Job(run, trainer, algorithm, kind, prompts, eval_prompts, folder)
+
+
+def _train_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Evaluate the base, the result, and four times on the way, unless the user says otherwise."""
+    steps = given.get("steps", 1000)
+    return {"eval_every": max(1, steps // 5)} if isinstance(steps, int) else {}
+
+
+def _share_options(run: RunConfig, given: Mapping[str, Any], fields: set[str]) -> tuple[RunConfig, dict[str, Any]]:
+    """Give --batch the algorithm's own name for it, and one LoRA rank to both sections."""
+    options = dict(given)
+    if "batch" in options and "batch" not in fields:
+        own = next((name for name in BATCH_FIELDS if name in fields), None)
+        if own is None:
+            raise UsageError(f"--batch: algorithm '{run.algorithm}' sets its batch itself; leave the option out.")
+        options[own] = options.pop("batch")
+    if "lora_rank" in fields:
+        rank = options.get("lora_rank", run.lora_rank)
+        if isinstance(rank, int) and rank >= 0:
+            run = dataclasses.replace(run, lora_rank=rank)
+        options["lora_rank"] = rank
+    return run, options
+
+
+def _with_fingerprint(run: RunConfig, prompts: list[str], eval_prompts: list[str]) -> RunConfig:
+    """Put a hash of the prompts into the configuration, so that an edited file does not pass as the same run."""
+    mark = hashlib.sha256(json.dumps([prompts, eval_prompts]).encode()).hexdigest()[:12]
+    if run.prompts_hash not in (None, mark):
+        raise UsageError(
+            "the prompts differ from those that this configuration was made with; remove run.prompts_hash from the "
+            "config file to train on the new ones."
+        )
+    return dataclasses.replace(run, prompts_hash=mark)
+
+
+def train(job: Job) -> None:
+    """Load the model and the reward, make the algorithm, fit it; writes final/ with its card, and report.html."""
+    device = choose_device(job.train.device)
+    pipeline = load_pipeline(job.run.model, device, online=job.run.online)
+    task = pipeline.task(job.prompts, job.eval_prompts)
+    algorithm = job.kind(
+        task,
+        load_reward(job.run, device),
+        job.algorithm,
+        roles=make_roles(job, task.denoiser.network),
+        seed=job.train.seed,
+    )
+    fit(job.folder, job.train, algorithm, {"kind": "finetune", "eval_prompts": job.eval_prompts})
+
+
+def load_pipeline(model: str, device: str, *, online: bool) -> Any:
+    """Load the model in float32 (autocast gives the lower precision) onto the device."""
+    from gencontrol.pipelines import TextToAudioPipeline
+
+    return TextToAudioPipeline.from_pretrained(model, local_files_only=not online).to(device)
+
+
+def load_reward(run: RunConfig, device: str) -> Any:
+    """Load the weighted sum of the rewards."""
+    from gencontrol.rewards import load_rewards
+
+    return load_rewards(
+        run.reward, reward_model=run.reward_model, reference=run.reference, encoder=run.encoder, device=device
+    )
+
+
+def make_roles(job: Job, network: Any) -> Any:
+    """Make the parameter sets that the algorithm needs: LoRA slots, or copies of all weights at rank 0."""
+    from gencontrol.models.roles import LoraConfig, Roles
+
+    lora = None
+    if job.run.lora_rank:
+        lora = LoraConfig(job.run.lora_rank, job.run.lora_alpha, job.run.lora_targets or None)
+    return Roles(network, role_names(job.algorithm), lora, job.train.seed)
+
+
+def role_names(algorithm: Any) -> tuple[str, ...]:
+    """Return the roles that an algorithm's configuration needs: an average only where its decay is set."""
+    averaged = to_table(algorithm).get("ema_decay", 0) > 0
+    return ("policy", "ref", "ema") if averaged else ("policy", "ref")
