@@ -68,7 +68,7 @@ class LoudnessRange:
 
 
 class SpectralCentroid:
-    """Item reward: power-weighted mean frequency of the clip in octaves above 1 Hz or in Hz, or closeness to a target."""
+    """Item reward: power-weighted mean frequency of a clip in octaves above 1 Hz or in Hz, or closeness to a target."""
 
     kind: Literal["item", "set"] = "item"
     differentiable = True

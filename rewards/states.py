@@ -55,6 +55,7 @@ class FrechetState:
         flat = self._y[rows].flatten(0, 1)
         self._sums = (self._s[rows].sum(0), self._sy[rows].sum(0), self._q[rows].sum(), flat.T @ flat)
         self._swaps = 0
+        self._value: float | None = None
 
     def _rewards(self, s: Tensor, sy: Tensor, q: Tensor, outer: Tensor, clips: int) -> Tensor:
         """−FD from sums with any leading batch axes; `clips` members each."""
@@ -77,8 +78,10 @@ class FrechetState:
         )
 
     def value(self) -> float:
-        """Minus the Fréchet distance of the set."""
-        return float(self._rewards(*self._sums, len(self._slots)))
+        """Minus the Fréchet distance of the set; kept until the next swap."""
+        if self._value is None:
+            self._value = float(self._rewards(*self._sums, len(self._slots)))
+        return self._value
 
     def propose(self, slot: int, candidate: int) -> float:
         """Value after the exchange; −inf for an invalid candidate."""
@@ -94,7 +97,7 @@ class FrechetState:
         """
         if not self._valid[candidate]:
             raise RewardError(f"pool item {candidate} is invalid and cannot enter the set.")
-        self._sums = self._exchanged(slot, candidate)
+        self._sums, self._value = self._exchanged(slot, candidate), None
         self._slots[slot] = candidate
         self._swaps += 1
         if self._swaps >= 1000:
@@ -166,6 +169,7 @@ class VendiState:
         members = self._e[self._slots]
         self._matrix = members @ members.T if self._primal else members.T @ members
         self._swaps = 0
+        self._value: float | None = None
 
     def _exchanged(self, slot: int, candidate: int) -> Tensor:
         """The matrix after an exchange."""
@@ -181,8 +185,10 @@ class VendiState:
         return matrix
 
     def value(self) -> float:
-        """Vendi score in [1, n]."""
-        return float(entropy_score(torch.linalg.eigvalsh(self._matrix)))
+        """Vendi score in [1, n]; kept until the next swap."""
+        if self._value is None:
+            self._value = float(entropy_score(torch.linalg.eigvalsh(self._matrix)))
+        return self._value
 
     def propose(self, slot: int, candidate: int) -> float:
         """Value after the exchange; −inf for an invalid candidate."""
@@ -198,7 +204,7 @@ class VendiState:
         """
         if not self._valid[candidate]:
             raise RewardError(f"pool item {candidate} is invalid and cannot enter the set.")
-        self._matrix = self._exchanged(slot, candidate)
+        self._matrix, self._value = self._exchanged(slot, candidate), None
         self._slots[slot] = candidate
         self._swaps += 1
         if self._swaps >= 1000:
