@@ -50,7 +50,9 @@ class LatentDataset:
         """Latents and conditions, fp32, of items with the chosen wording of each."""
         index = torch.as_tensor(items, dtype=torch.long)
         row = self.rows[index, torch.as_tensor(variants, dtype=torch.long)]
-        cond = {key: table[row] if table.dtype is torch.bool else table[row].float() for key, table in self.cond.items()}
+        cond = {
+            key: table[row] if table.dtype is torch.bool else table[row].float() for key, table in self.cond.items()
+        }
         return self.latents[index].float(), {**cond, "drop": torch.zeros(len(index), dtype=torch.bool)}
 
     def text(self, item: int, variant: int = 0) -> str:
@@ -127,7 +129,9 @@ def _fingerprint(folder: Path, split: str, size: int, codec: nn.Module, text_enc
     digest.update(f"{split} {size} ".encode() + (folder / "recipe.json").read_bytes())
     for network in (codec, text_encoder):
         for name, value in sorted(network.state_dict().items()):
-            digest.update(name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(
+                name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            )
     return digest.hexdigest()
 
 

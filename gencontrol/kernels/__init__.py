@@ -1,7 +1,1 @@
-"""Kernels behind one dispatch: each has a plain reference that is its specification."""
-
-from __future__ import annotations
-
-from gencontrol.kernels.attention import BACKENDS, attention
-
-__all__ = ["BACKENDS", "attention"]
+"""Kernels behind one dispatch each; a plain reference is the specification of every one."""

@@ -17,25 +17,25 @@ from gencontrol.kernels.attention import attention
 
 def time_embedding(t: Float[Tensor, " b"], dim: int) -> Float[Tensor, "b dim"]:
     """Sinusoids of 1000·t, t in [0, 1], fp32; `dim` is even."""
-    frequencies = torch.exp(-math.log(10000.0) * torch.arange(dim // 2, device=t.device, dtype=torch.float32) / (dim // 2))
+    frequencies = torch.exp(
+        -math.log(10000.0) * torch.arange(dim // 2, device=t.device, dtype=torch.float32) / (dim // 2)
+    )
     angles = 1000.0 * t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def rotary_table(tokens: int, dim: int) -> tuple[Float[Tensor, "n half"], Float[Tensor, "n half"]]:
-    """Cosines and sines of rotary positions 0 … tokens−1 for heads of `dim` channels (half-split convention)."""
+def rotary_table(tokens: int, dim: int) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]:
+    """Cosines and signed sines of rotary positions 0 … tokens−1 for heads of `dim` channels (half-split convention)."""
     inverse = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     angles = torch.arange(tokens, dtype=torch.float32)[:, None] * inverse
-    return angles.cos(), angles.sin()
+    return angles.cos().repeat(1, 2), torch.cat([-angles.sin(), angles.sin()], dim=-1)
 
 
 def rotate(
-    x: Float[Tensor, "b n h d"], cos: Float[Tensor, "n half"], sin: Float[Tensor, "n half"]
+    x: Float[Tensor, "b n h d"], cos: Float[Tensor, "n d"], sin: Float[Tensor, "n d"]
 ) -> Float[Tensor, "b n h d"]:
-    """Rotate the pairs (x_i, x_{i+d/2}) of each head by the angles of its position."""
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    """Rotate the pairs (x_i, x_{i+d/2}) of each head by the angles of its position (Su et al. 2021)."""
+    return torch.addcmul(x * cos[:, None], x.roll(x.shape[-1] // 2, dims=-1), sin[:, None])
 
 
 def modulate(

@@ -80,7 +80,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         dim, hidden = config.dim, round(config.dim * config.mlp_ratio)
-        self.embed: nn.Module = nn.Embedding(config.vocab_size, dim) if config.vocab_size else nn.Linear(config.in_dim, dim)
+        self.embed: nn.Module = (
+            nn.Embedding(config.vocab_size, dim) if config.vocab_size else nn.Linear(config.in_dim, dim)
+        )
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.modulation = nn.Linear(dim, 6 * dim)
         self.pooled = nn.Linear(config.pooled_dim, dim) if config.pooled_dim else None
@@ -140,7 +142,9 @@ class Transformer(nn.Module):
         """
         b, n = x.shape[0], x.shape[1]
         if n > self.config.max_tokens:
-            raise ValueError(f"sequence of {n} elements; this model takes at most {self.config.max_tokens} (max_tokens)")
+            raise ValueError(
+                f"sequence of {n} elements; this model takes at most {self.config.max_tokens} (max_tokens)"
+            )
         cond = self._check(cond)
         h = self.embed(x) if self.config.vocab_size else self.embed(x.to(self.dtype))
         times = torch.as_tensor(t, device=self.device, dtype=torch.float32).expand(b)
@@ -151,7 +155,9 @@ class Transformer(nn.Module):
         cos, sin = self.cos[:n], self.sin[:n]
         for block in self.blocks:
             if self.config.gradient_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, modulation, cos, sin, context, mask, use_reentrant=False, preserve_rng_state=False)
+                h = checkpoint(
+                    block, h, modulation, cos, sin, context, mask, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 h = block(h, modulation, cos, sin, context, mask)
         shift, scale = (vector.unsqueeze(1) + self.final_offset).unsqueeze(2).unbind(1)
@@ -161,7 +167,9 @@ class Transformer(nn.Module):
         if cond is None:
             return {}
         if not isinstance(cond, Mapping):
-            raise ValueError(f"condition of type {type(cond).__name__}; expected None or a mapping of {sorted(_COND_KEYS)}")
+            raise ValueError(
+                f"condition of type {type(cond).__name__}; expected None or a mapping of {sorted(_COND_KEYS)}"
+            )
         places = {"pooled": self.pooled, "tokens": self.null_token, "mask": self.null_token}
         for key, value in cond.items():
             if key not in _COND_KEYS or (key in places and places[key] is None):
@@ -177,7 +185,11 @@ class Transformer(nn.Module):
         if "pooled" not in cond:
             return self.null_pooled.expand(b, -1)
         pooled = self.pooled(cond["pooled"].to(self.dtype))
-        return pooled if "drop" not in cond else torch.where(cond["drop"][:, None], self.null_pooled.to(pooled.dtype), pooled)
+        return (
+            pooled
+            if "drop" not in cond
+            else torch.where(cond["drop"][:, None], self.null_pooled.to(pooled.dtype), pooled)
+        )
 
     def _context(
         self, cond: Mapping[str, Tensor], b: int
@@ -222,7 +234,9 @@ class Transformer(nn.Module):
             table: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             weights = load_file(str(folder / "model.safetensors"))
         except (OSError, ValueError) as error:
-            raise UsageError(f"'{folder}' is no folder of a Transformer (config.json, model.safetensors): {error}") from error
+            raise UsageError(
+                f"'{folder}' is no folder of a Transformer (config.json, model.safetensors): {error}"
+            ) from error
         table.pop("_class_name", None)
         try:
             config = TransformerConfig(**table)
@@ -234,7 +248,9 @@ class Transformer(nn.Module):
         missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
         wrong = sorted(k for k in expected.keys() & weights.keys() if expected[k].shape != weights[k].shape)
         if missing or unknown or wrong:
-            raise UsageError(f"'{folder}/model.safetensors': missing {missing}, unknown {unknown}, other shape {wrong}.")
+            raise UsageError(
+                f"'{folder}/model.safetensors': missing {missing}, unknown {unknown}, other shape {wrong}."
+            )
         model.load_state_dict({key: value.to(dtype) for key, value in weights.items()}, assign=True)
         model.cos, model.sin = rotary_table(config.max_tokens, config.dim // config.heads)
         return model.requires_grad_(True).train()
