@@ -1,0 +1,1 @@
+"""Methods: a data rule and a loss each (`base.Algorithm`); look them up with `gencontrol.registry.ALGORITHMS`."""

@@ -1,0 +1,183 @@
+"""Reward-weighted regression: denoising regression on the policy's own samples, weighted by exp(reward/temperature).
+
+The simplest peer of DRAGON (Peters & Schaal 2007; for diffusion Lee et al. 2023, arXiv 2302.12192).  A set reward
+enters as the leave-one-out influence R(S) − R(S∖i) of each sample in the round's whole set (`InfluenceAsItem` says
+the same for a batch).  Rollout and denoising error are DRAGON's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from gencontrol.algorithms.base import Collected, Evaluation, LossOut, StepContext
+from gencontrol.algorithms.preference import denoising_error, draw_times
+from gencontrol.algorithms.rollout import autocast, chunks
+from gencontrol.algorithms.sets import Scores, reward_of
+from gencontrol.algorithms.task import PromptTask
+from gencontrol.algorithms.tuning import Tuning, check_tuning
+from gencontrol.models.roles import Roles
+from gencontrol.rewards.base import Reward, SetReward
+from gencontrol.rng import item_noise
+from gencontrol.types import Cond, index_cond
+
+
+@dataclass(frozen=True)
+class RwrConfig:
+    """Options of `RewardWeightedRegression`; all values are ours, the shared ones are DRAGON's.
+
+    Args:
+        prompts_per_round: prompts drawn per round, over all processes.
+        generations: samples per prompt.
+        updates_per_round: optimizer steps on one round's samples.
+        temperature: of the softmax weights, in standard deviations of the round's rewards, > 0.
+        demo_steps, eval_steps, sampler, guidance_scale: as in `DragonConfig`.
+        ema_decay: of the averaged weights that evaluation and the final model use; 0 = use the policy.
+        min_valid: least share of prompts with valid rewards; below it the round is drawn once more.
+        eval_samples: samples per evaluation prompt.
+    """
+
+    prompts_per_round: int = 256
+    generations: int = 2
+    updates_per_round: int = 8
+    temperature: float = 1.0
+    demo_steps: int = 20
+    eval_steps: int = 40
+    sampler: str = "euler"
+    guidance_scale: float = 1.0
+    ema_decay: float = 0.99
+    min_valid: float = 0.8
+    eval_samples: int = 1
+
+    def __post_init__(self) -> None:
+        check_tuning(self)
+        for name in ("prompts_per_round", "updates_per_round"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}; expected a whole number of at least 1")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature = {self.temperature}; expected a number above 0")
+
+
+def softmax_weights(
+    values: Float[Tensor, " n"], valid: Tensor, temperature: float
+) -> tuple[Float[Tensor, " n"], float]:
+    """Return weights of mean 1 over the valid items, 0 elsewhere, and the effective sample size as a share.
+
+    weights ∝ exp((r − mean r)/(temperature·std r)); equal rewards give equal weights.
+    """
+    kept = values[valid].double()
+    spread = float(kept.std(unbiased=False))
+    logits = (kept - kept.mean()) / (temperature * spread) if spread > 0 else torch.zeros_like(kept)
+    shares = torch.softmax(logits, 0)
+    weights = torch.zeros(len(values), dtype=torch.float32)
+    weights[valid] = (shares * len(kept)).float()
+    return weights, 1.0 / (float(shares.square().sum()) * len(kept))
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """This rank's samples of a round with their weights, conditions and global row numbers."""
+
+    latents: Float[Tensor, "n *d"]
+    weights: Float[Tensor, " n"]
+    cond: Cond
+    row: Int64[Tensor, " n"]
+    total: int
+
+
+@dataclass(frozen=True)
+class WeightedMicro:
+    """One micro-batch of weighted samples with times and noise."""
+
+    latents: Float[Tensor, "n *d"]
+    weights: Float[Tensor, " n"]
+    cond: Cond
+    t: Float[Tensor, " n"]
+    noise: Float[Tensor, "n *d"]
+
+
+class RewardWeightedRegression:
+    """Reward-weighted regression; see the module docstring."""
+
+    Config = RwrConfig
+
+    def __init__(
+        self, task: PromptTask, reward: Reward | SetReward, config: RwrConfig, *, roles: Roles, seed: int
+    ) -> None:
+        """Set up; `roles.module` is the task's network, with the roles policy, ref and (for ema_decay > 0) ema.
+
+        Raises:
+            UsageError: a role is missing.
+        """
+        self.config, self.roles, self.seed = config, roles, seed
+        self.shell = Tuning("rwr", task, reward, config, roles, seed)
+
+    def _values(self, scores: Scores) -> Float[Tensor, " pool"]:
+        """Return item values, or the influence of each valid item in the set of all valid items."""
+        if scores.values is not None:
+            return scores.values
+        assert scores.features is not None
+        rows = scores.valid.nonzero().flatten()
+        values = torch.zeros(len(scores.valid), dtype=torch.float64)
+        values[rows] = self.shell.reward.state(scores.features, rows).influence().double().cpu()
+        return values
+
+    def collect(self, ctx: StepContext) -> Collected:
+        """Draw samples with the policy and weight them by their reward."""
+        cfg = self.config
+        pool, metrics = self.shell.draw(cfg.prompts_per_round, ctx)
+        valid = pool.scores.valid
+        if int(valid.sum()) < 2:
+            return Collected(None, 0, metrics)
+        weights, effective = softmax_weights(self._values(pool.scores), valid, cfg.temperature)
+        mine = torch.arange(pool.first_row, pool.first_row + len(pool.latents))
+        mine = mine[valid[mine]]
+        data = Weighted(pool.take(mine), weights[mine].to(pool.latents.device), pool.take_cond(mine), mine, len(valid))
+        metrics["reward/mean"] = reward_of(self.shell.reward, pool.scores, valid.nonzero().flatten())
+        metrics["policy/effective_share"] = effective
+        return Collected(data, cfg.updates_per_round, metrics)
+
+    def minibatches(self, data: Weighted, update: int, ctx: StepContext) -> Iterable[WeightedMicro]:
+        """Yield all samples of the round with new times and noise."""
+        device = data.latents.device
+        t = draw_times(data.total, self.seed, "rwr/time", ctx.step, update)[data.row].to(device)
+        for part in chunks(len(data.row), ctx.micro_batch):
+            name = f"rwr/eps/{ctx.step}/{update}"
+            noise = item_noise(data.latents.shape[1:], self.seed, name, data.row[part].tolist()).to(device)
+            cond = index_cond(data.cond, torch.arange(part.start, part.stop, device=device))
+            yield WeightedMicro(data.latents[part], data.weights[part], cond, t[part], noise)
+
+    def loss(self, micro: WeightedMicro, ctx: StepContext) -> LossOut:
+        """Weighted denoising error of one micro-batch."""
+        ctx.poll()
+        with self.roles.use("policy"), autocast(ctx):
+            errors = denoising_error(self.shell.task.denoiser, micro.latents, micro.t, micro.noise, micro.cond)
+        total = (micro.weights * errors).sum()
+        metrics = {"loss/weighted": total.detach(), "loss/denoising": errors.detach().sum()}
+        return LossOut(total, len(errors), metrics)
+
+    def after_update(self, ctx: StepContext, update: int) -> None:
+        """Move the averaged weights."""
+        self.shell.updated()
+
+    def evaluate(self, ctx: StepContext) -> Evaluation:
+        """Compare the averaged weights (or the policy) with the base on fixed held-out prompts and noise."""
+        return self.shell.evaluate(ctx)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Number of updates taken (for the warm-up of the average)."""
+        return {"updates": self.shell.updates}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.shell.updates = int(state["updates"])
+
+    def save_final(self, folder: Path) -> None:
+        """Write the tuned model (averaged weights where there are any), loadable by `from_pretrained`."""
+        self.shell.save_final(folder)

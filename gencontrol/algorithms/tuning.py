@@ -1,0 +1,123 @@
+"""What prompt-conditioned fine-tuning methods have in common: rollouts, averaged weights, evaluation and saving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from gencontrol.algorithms.base import Evaluation, StepContext
+from gencontrol.algorithms.compare import Comparison
+from gencontrol.algorithms.rollout import Pool, Sampling, draw_pool
+from gencontrol.algorithms.task import PromptTask
+from gencontrol.errors import UsageError
+from gencontrol.models.roles import Roles, ema_decay
+from gencontrol.rewards.base import Reward, SetReward
+
+
+class TuningConfig(Protocol):
+    """Options that every such method has; see `DragonConfig` for their meaning."""
+
+    @property
+    def generations(self) -> int: ...
+    @property
+    def demo_steps(self) -> int: ...
+    @property
+    def eval_steps(self) -> int: ...
+    @property
+    def sampler(self) -> str: ...
+    @property
+    def guidance_scale(self) -> float: ...
+    @property
+    def ema_decay(self) -> float: ...
+    @property
+    def min_valid(self) -> float: ...
+    @property
+    def eval_samples(self) -> int: ...
+
+
+def check_tuning(config: TuningConfig) -> None:
+    """Check the ranges of the common options; raises ValueError with the option's name."""
+    for name, value in (
+        ("demo_steps", config.demo_steps),
+        ("eval_steps", config.eval_steps),
+        ("eval_samples", config.eval_samples),
+        ("generations", config.generations),
+    ):
+        if value < 1:
+            raise ValueError(f"{name} = {value}; expected a whole number of at least 1")
+    if config.guidance_scale < 0:
+        raise ValueError(f"guidance_scale = {config.guidance_scale}; expected at least 0 (1 = no guidance)")
+    if not 0 <= config.ema_decay < 1:
+        raise ValueError(f"ema_decay = {config.ema_decay}; expected [0, 1), 0 = no average")
+    if not 0 <= config.min_valid <= 1:
+        raise ValueError(f"min_valid = {config.min_valid}; expected a share in [0, 1]")
+
+
+class Tuning:
+    """The shell around a method's data rule and loss; `name` prefixes all its random streams."""
+
+    def __init__(
+        self,
+        name: str,
+        task: PromptTask,
+        reward: Reward | SetReward,
+        config: TuningConfig,
+        roles: Roles,
+        seed: int,
+    ) -> None:
+        """Set up.
+
+        Raises:
+            UsageError: a role is missing, there are no evaluation prompts, or guidance is asked of a model without an
+                unconditional condition.
+        """
+        needed = {"policy", "ref"} | ({"ema"} if config.ema_decay > 0 else set())
+        if not needed <= set(roles.names()):
+            raise UsageError(f"{name} needs the roles {sorted(needed)}, not {list(roles.names())}.")
+        if config.guidance_scale != 1.0 and task.uncond is None:
+            raise UsageError(
+                f"guidance_scale {config.guidance_scale}: this model has no unconditional branch; use 1.0."
+            )
+        self.name, self.task, self.reward, self.config, self.roles, self.seed = name, task, reward, config, roles, seed
+        self.role = "ema" if config.ema_decay > 0 else "policy"
+        self.updates = 0
+        self._demos = Sampling(config.demo_steps, config.sampler, config.guidance_scale)
+        self.comparison = Comparison(
+            task,
+            reward,
+            roles,
+            Sampling(config.eval_steps, config.sampler, config.guidance_scale),
+            seed=seed,
+            name=name,
+            samples_per_prompt=config.eval_samples,
+        )
+
+    def draw(self, groups: int, ctx: StepContext) -> tuple[Pool, dict[str, float]]:
+        """Sample and score this step's groups with the policy; see `draw_pool`."""
+        with self.roles.use("policy"):
+            return draw_pool(
+                self.task,
+                self.reward,
+                self._demos,
+                ctx,
+                seed=self.seed,
+                name=self.name,
+                groups=groups,
+                generations=self.config.generations,
+                min_valid=self.config.min_valid,
+            )
+
+    def updated(self) -> None:
+        """Move the averaged weights after an optimizer step."""
+        if self.config.ema_decay > 0:
+            self.roles.lerp("ema", ema_decay(self.config.ema_decay, self.updates))
+        self.updates += 1
+
+    def evaluate(self, ctx: StepContext) -> Evaluation:
+        """Compare the averaged weights (or the policy) with the base on fixed held-out prompts and noise."""
+        return self.comparison.run(self.role, ctx)
+
+    def save_final(self, folder: Path) -> None:
+        """Write the tuned model (averaged weights where there are any), loadable by `from_pretrained`."""
+        with self.roles.use(self.role):
+            self.task.save_final(folder)
