@@ -122,7 +122,7 @@ class GaussianProcess:
 
     @staticmethod
     def path_kl(mean_p: Float[Tensor, "b *d"], mean_q: Float[Tensor, "b *d"], std: Scalar) -> Float[Tensor, " b"]:
-        """Return KL(p‖q) [b] of two Gaussian steps of equal std: |mean_p - mean_q|²/(2·std²), summed over *d in float32.
+        """Return KL(p‖q) [b] of Gaussian steps of equal std: |mean_p - mean_q|²/(2·std²), summed over *d in float32.
 
         Raises:
             ValueError: std is 0 (a deterministic step has no density); looked at for floats only.
