@@ -11,7 +11,9 @@ from torch import Tensor
 _PIXELS_HIGH = 128
 _FLOOR_DB = -80.0
 #: black → violet → red → yellow → white, evenly spaced
-_COLOURS = torch.tensor([[0, 0, 4], [81, 18, 124], [183, 55, 121], [252, 137, 97], [252, 253, 191]], dtype=torch.float32)
+_COLOURS = torch.tensor(
+    [[0, 0, 4], [81, 18, 124], [183, 55, 121], [252, 137, 97], [252, 253, 191]], dtype=torch.float32
+)
 
 
 def sound_artefacts(stem: str, sample: Float[Tensor, "*c n"], sampling_rate: int) -> dict[str, bytes]:
@@ -26,7 +28,7 @@ def sound_artefacts(stem: str, sample: Float[Tensor, "*c n"], sampling_rate: int
 
 
 def spectrogram_png(wave: Float[Tensor, " n"]) -> bytes:
-    """Draw power over time (left to right) and frequency (bottom to top, linear), 0 to -80 dB below its peak, as PNG."""
+    """Draw power over time (left to right) and linear frequency (upwards), 0 to -80 dB below its peak, as PNG."""
     from PIL import Image
 
     window = 2 * (_PIXELS_HIGH - 1) * 4

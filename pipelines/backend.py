@@ -104,7 +104,9 @@ class ProcessSpec:
         known = {f.name for f in dataclasses.fields(cls)}
         for key in table:
             if key not in known:
-                raise UsageError(f"'{path}': unknown key '{key}'.{nearest(key, known)} Keys: {', '.join(sorted(known))}.")
+                raise UsageError(
+                    f"'{path}': unknown key '{key}'.{nearest(key, known)} Keys: {', '.join(sorted(known))}."
+                )
         return cls(**table)
 
     def write(self, folder: Path) -> None:
@@ -135,7 +137,9 @@ class ProcessSpec:
             law = process.GaussianProcess(schedules[name](**self.parameters))
             prediction = Prediction(self.prediction)
         except (TypeError, ValueError) as error:
-            raise UsageError(f"{PROCESS_FILE}: {error}; expected e.g. schedule 'linear', prediction 'velocity'.") from error
+            raise UsageError(
+                f"{PROCESS_FILE}: {error}; expected e.g. schedule 'linear', prediction 'velocity'."
+            ) from error
         return Denoiser(network, law, prediction, sigma_data=self.sigma_data)
 
 
@@ -199,7 +203,9 @@ class NativeAudio:
                 )
                 tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         except (OSError, ValueError) as error:
-            raise UsageError(f"'{folder}': text_encoder or tokenizer cannot be loaded ({error}); copy it again.") from error
+            raise UsageError(
+                f"'{folder}': text_encoder or tokenizer cannot be loaded ({error}); copy it again."
+            ) from error
         if len(tokenizer) > text_encoder.config.vocab_size or len(tokenizer) < 16:
             raise UsageError(
                 f"'{folder}': the tokenizer has {len(tokenizer)} tokens, the text encoder "

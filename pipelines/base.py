@@ -126,7 +126,7 @@ class Pipeline:
         for name in components:
             if name not in self._components:
                 raise UsageError(
-                    f"no component '{name}'.{nearest(name, self._components)} Components: {', '.join(self._components)}."
+                    f"no component '{name}'.{nearest(name, self._components)} Known: {', '.join(self._components)}."
                 )
         self._rebuild({**self._components, **components})
 
@@ -196,7 +196,9 @@ class Pipeline:
         """
         target = _accelerator(gpu_id, device)
         if target is None:
-            warnings.warn("no accelerator on this machine: the pipeline stays on the CPU, nothing is offloaded", stacklevel=2)
+            warnings.warn(
+                "no accelerator on this machine: the pipeline stays on the CPU, nothing is offloaded", stacklevel=2
+            )
             return
         try:
             from accelerate import cpu_offload_with_hook
@@ -231,7 +233,10 @@ class Pipeline:
     # ---- progress -------------------------------------------------------------------------------------------------
 
     def set_progress_bar_config(
-        self, disable: bool | None = None, desc: str | None = None, leave: bool = True  # as diffusers'
+        self,
+        disable: bool | None = None,
+        desc: str | None = None,
+        leave: bool = True,  # as diffusers'
     ) -> None:
         """Choose the progress bar's look; `disable=None` shows it only on a terminal."""
         self._progress = {"disable": disable, "desc": desc, "leave": leave}

@@ -103,9 +103,7 @@ class StableAudio(_DiffusersAudio):
 
     def encode(self, prompts: Sequence[str], seconds: float | None) -> Cond:
         """Text and duration embeddings, exactly those of StableAudioPipeline."""
-        return cat_cond(
-            [self._cond(self.pipe.encode_prompt([text], self.device, False), seconds) for text in prompts]
-        )
+        return cat_cond([self._cond(self.pipe.encode_prompt([text], self.device, False), seconds) for text in prompts])
 
     def uncond(self, seconds: float | None) -> Cond:
         """Zeros in place of text and duration tokens, the duration kept in the global embedding."""

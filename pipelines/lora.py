@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -158,7 +159,9 @@ def inject(network: nn.Module, file: LoraFile, adapter: str) -> None:
     check_lora(file, network)
     modules = sorted({key.partition(".lora_")[0] for key in file.weights})
     config = peft.LoraConfig(**file.config, target_modules=modules, bias="none")
-    with torch.random.fork_rng(devices=[]):  # peft draws initial weights, which are replaced below
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # peft draws initial weights, which are replaced below, and warns of every second adapter
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")
         peft.inject_adapter_in_model(config, network, adapter_name=adapter, state_dict=dict(file.weights))
     own = peft.get_peft_model_state_dict(network, adapter_name=adapter)
     missing, unexpected = sorted(own.keys() - file.weights.keys()), sorted(file.weights.keys() - own.keys())
@@ -246,7 +249,7 @@ def merged_state(network: nn.Module) -> dict[str, Tensor]:
         name = key.replace(".base_layer.", ".").replace("_orig_mod.", "")
         state[name] = value
     for path, layer in layers.items():
-        if not layer.disable_adapters:
+        if not layer.disable_adapters and not layer.merged:
             fused = copy.deepcopy(layer)
             fused.merge()
             weight = fused.get_base_layer().weight

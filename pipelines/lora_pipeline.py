@@ -39,7 +39,9 @@ class LoraPipeline(Pipeline):
         path = Path(pretrained_model_name_or_path).expanduser()
         if not path.exists():
             if isinstance(pretrained_model_name_or_path, Path) or pretrained_model_name_or_path.count("/") != 1:
-                raise UsageError(f"LoRA '{path}' does not exist; give a {LORA_FILE}, its folder, or a hub id (owner/name).")
+                raise UsageError(
+                    f"LoRA '{path}' does not exist; give a {LORA_FILE}, its folder, or a hub id (owner/name)."
+                )
             options = LoadOptions(
                 revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
             )

@@ -267,7 +267,9 @@ class TextToAudioPipeline(LoraPipeline):
         seconds = arguments.seconds(audio_end_in_s, self.max_audio_length_in_s)
         prompts = arguments.texts(prompt, "prompt")
         repeats = arguments.positive(num_waveforms_per_prompt, "num_waveforms_per_prompt")
-        steps = arguments.positive(num_inference_steps if num_inference_steps is not None else defaults.steps, "num_inference_steps")
+        steps = arguments.positive(
+            num_inference_steps if num_inference_steps is not None else defaults.steps, "num_inference_steps"
+        )
         scale = arguments.guidance(guidance_scale if guidance_scale is not None else defaults.guidance_scale)
         negative = arguments.negatives(negative_prompt, len(prompts), repeats, scale)
         texts = [text for text in prompts for _ in range(repeats)]

@@ -87,7 +87,15 @@ def tiny_text_to_audio(seed: int = 0) -> Any:
     with seeded(seed):
         transformer = Transformer(
             TransformerConfig(
-                in_dim=16, out_dim=16, dim=16, depth=1, heads=2, mlp_ratio=2.0, context_dim=16, pooled_dim=8, max_tokens=8
+                in_dim=16,
+                out_dim=16,
+                dim=16,
+                depth=1,
+                heads=2,
+                mlp_ratio=2.0,
+                context_dim=16,
+                pooled_dim=8,
+                max_tokens=8,
             )
         )
         randomise(transformer)
@@ -221,9 +229,7 @@ def tiny_audioldm2(seed: int = 0) -> Any:
         clap = _tiny_clap()
         text_encoder_2 = T5EncoderModel(T5Config(vocab_size=48, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
         language_model = GPT2LMHeadModel(
-            GPT2Config(
-                n_embd=16, n_head=2, n_layer=1, vocab_size=100, n_positions=64, bos_token_id=0, eos_token_id=1
-            )
+            GPT2Config(n_embd=16, n_head=2, n_layer=1, vocab_size=100, n_positions=64, bos_token_id=0, eos_token_id=1)
         )
         vocoder = SpeechT5HifiGan(
             SpeechT5HifiGanConfig(
