@@ -138,7 +138,9 @@ class AttributePretrain:
         """Draw the step's clips of this rank."""
         generator = stream(self.seed, "attributes/batch", ctx.step)
         items = torch.randperm(len(self.train), generator=generator)[: self.config.batch]
-        return Collected(items[ctx.rank :: ctx.world_size], 1, {"data/epoch": ctx.step * self.config.batch / len(self.train)})
+        return Collected(
+            items[ctx.rank :: ctx.world_size], 1, {"data/epoch": ctx.step * self.config.batch / len(self.train)}
+        )
 
     def minibatches(self, data: Any, update: int, ctx: StepContext) -> Iterable[AttributeMicro]:
         """Read, augment and cut the step's clips; the draws do not depend on the micro-batch."""
@@ -187,7 +189,9 @@ class AttributePretrain:
         for name in parts[0]:
             label = torch.from_numpy(self.held_out.labels[name][:count])
             applies = label >= 0
-            metrics[f"eval/accuracy/{name}"] = float((torch.cat([p[name] for p in parts]) == label)[applies].float().mean())
+            metrics[f"eval/accuracy/{name}"] = float(
+                (torch.cat([p[name] for p in parts]) == label)[applies].float().mean()
+            )
         return Evaluation(metrics)
 
     def state_dict(self) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def contrastive_loss(
 
 def set_input_norm(model: ClapModel, features: Float[Tensor, "n 1 frames mel"]) -> None:
     """Put the mean and variance of each mel band into the audio tower's batch norm."""
-    norm = model.audio_model.audio_encoder.batch_norm
+    norm: Any = model.audio_model.audio_encoder.batch_norm
     rows = features.float()
     norm.running_mean.copy_(rows.mean((0, 1, 2)))
     norm.running_var.copy_(rows.var((0, 1, 2)))
@@ -146,7 +146,7 @@ class ClapPretrain:
         self.extractor: ClapFeatureExtractor = small_extractor()
         texts = (text for variants in self.train.captions for text in variants)
         self.tokenizer: PreTrainedTokenizerBase = train_tokenizer(texts)
-        model = build_clap(seed, len(self.tokenizer))
+        model: Any = build_clap(seed, len(self.tokenizer))
         self._cache(data, codec)
         set_input_norm(model, gather(self._clean, torch.arange(0, len(self.train), max(len(self.train) // 1000, 1))))
         self.roles = Roles(model.to(device), ("policy", "ema"))
@@ -226,7 +226,9 @@ class ClapPretrain:
             for start in range(0, len(texts), 100):
                 ctx.poll()
                 features = gather(self._val, torch.arange(start, min(start + 100, len(texts)))).to(device)
-                audio.append(F.normalize(model.get_audio_features(input_features=features).pooler_output.float(), dim=-1))
+                audio.append(
+                    F.normalize(model.get_audio_features(input_features=features).pooler_output.float(), dim=-1)
+                )
                 text.append(text_embeddings(model, self.tokenizer, texts[start : start + 100]))
         hit = retrieval_at_one(torch.cat(text), torch.cat(audio), candidates=20, seed=self.seed)
         return Evaluation({"eval/retrieval_20": hit})

@@ -33,9 +33,7 @@ WHAT = {
 }
 
 
-def write_card(
-    kind: str, model: Path, data: Path, sections: Mapping[str, Mapping[str, float]], made_by: str
-) -> None:
+def write_card(kind: str, model: Path, data: Path, sections: Mapping[str, Mapping[str, float]], made_by: str) -> None:
     """Write README.md and its picture into the model's folder, and measured.json beside them."""
     title, text = WHAT[kind]
     recipe = json.loads((data / "recipe.json").read_text())
@@ -91,7 +89,9 @@ def _draw_codec(pyplot: Any, model: Path, test: SoundDataset) -> Any:
     for row, mels in enumerate(pictures):
         for column in range(3):
             axis = axes[row, column]
-            axis.imshow(mels[column].T.numpy(), origin="lower", aspect="auto", vmin=-9.2, vmax=-1, extent=(0, 2.048, 0, 80))
+            axis.imshow(
+                mels[column].T.numpy(), origin="lower", aspect="auto", vmin=-9.2, vmax=-1, extent=(0, 2.048, 0, 80)
+            )
             axis.set_title(f"{'decoded: ' if row else ''}{test.captions[column][0]}"[:60], fontsize=8)
             axis.set_xlabel("s")
             axis.set_ylabel("mel band")

@@ -107,9 +107,7 @@ def attribute_predictions(
     return {name: np.concatenate(rows) for name, rows in parts.items()}
 
 
-def attribute_accuracy(
-    folder: str | Path, dataset: SoundDataset, *, codec: MelCodec | None = None
-) -> dict[str, float]:
+def attribute_accuracy(folder: str | Path, dataset: SoundDataset, *, codec: MelCodec | None = None) -> dict[str, float]:
     """Accuracy of each attribute over the clips it applies to."""
     predicted = attribute_predictions(folder, dataset, codec=codec)
     truth = dataset.labels

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -34,7 +34,7 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary: int = 800) -> PreTraine
     trainer = ByteLevelBPETokenizer(lowercase=False)
     trainer.train_from_iterator(texts, vocab_size=vocabulary, special_tokens=list(SPECIAL), show_progress=False)
     vocab, merges = _vocabulary_of(trainer)
-    return RobertaTokenizerFast(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+    return RobertaTokenizerFast(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)  # type: ignore[arg-type]
 
 
 def _vocabulary_of(trainer: object) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -42,8 +42,8 @@ def _vocabulary_of(trainer: object) -> tuple[dict[str, int], list[tuple[str, str
     import json
 
     model = json.loads(trainer.to_str())["model"]  # type: ignore[attr-defined]  # tokenizers ships no type for it
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    return model["vocab"], merges
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+    return model["vocab"], [(left, right) for left, right in pairs]
 
 
 def small_extractor() -> ClapFeatureExtractor:
@@ -131,7 +131,9 @@ def load_clap(
 
 
 @lru_cache(maxsize=8)
-def _bank(bins: int, n_fft: int, rate: int, low: float, high: float, fusion: bool, device: str) -> tuple[Tensor, Tensor]:
+def _bank(
+    bins: int, n_fft: int, rate: int, low: float, high: float, fusion: bool, device: str
+) -> tuple[Tensor, Tensor]:
     """Mel filters [f, m] and Hann window of an extractor's settings, on a device."""
     from transformers.audio_utils import mel_filter_bank
 
@@ -185,11 +187,10 @@ def audio_embeddings(
     return _pooled(model.get_audio_features(input_features=clap_features(wave, extractor)))
 
 
-def text_embeddings(
-    model: ClapModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]
-) -> Float[Tensor, "b d"]:
+def text_embeddings(model: ClapModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Float[Tensor, "b d"]:
     """Unit-length embeddings of captions; longer ones are cut at the model's maximum."""
-    limit = model.config.text_config.max_position_embeddings - 2
+    text_config: Any = model.config.text_config
+    limit = text_config.max_position_embeddings - 2
     tokens = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
     device = next(model.parameters()).device
     out = model.get_text_features(

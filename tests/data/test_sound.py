@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from gencontrol.data.sound import ATTRIBUTES, SoundDataset, build_sound_dataset, sample_captions
-from gencontrol.data.sound import fluid
+from gencontrol.data.sound import ATTRIBUTES, SoundDataset, build_sound_dataset, fluid, sample_captions
 from gencontrol.data.sound.dataset import render
 from gencontrol.data.sound.effects import PEAK, finish
 from gencontrol.data.sound.grammar import INSTRUMENTS, SoundSpec, spec_of_item, split_of
@@ -140,7 +140,7 @@ def test_fluid_clips_start_on_time_and_end_in_silence() -> None:
     assert np.abs(clips[0, :200]).max() < 0.02 * np.abs(clips[0]).max() < np.abs(clips[0, 320:1200]).max()
 
 
-def test_dataset_builds_resumes_and_loads(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dataset_builds_resumes_and_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fake(specs: list[SoundSpec]) -> np.ndarray:
         return np.stack([render_synth(spec(root=s.root, instrument="square lead", tempo="slow")) for s in specs])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from gencontrol.data.sound import ATTRIBUTES, sample_captions
 from gencontrol.models.attributes import AttributeNet, build_attribute_net
 
 pytest.importorskip("transformers")
-from gencontrol.models.clap_small import (  # noqa: E402
+from gencontrol.models.clap_small import (
     audio_embeddings,
     build_clap,
     clap_features,
@@ -40,14 +41,14 @@ def clips(count: int, samples: int = 32768) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = train_tokenizer(sample_captions(800, 0, "train"))
     path = tmp_path_factory.mktemp("clap")
     save_clap(path, build_clap(0, len(tokenizer)), tokenizer, small_extractor())
     return path
 
 
-def test_folder_loads_as_any_clap_of_the_hub(folder, fenced_rng: None) -> None:
+def test_folder_loads_as_any_clap_of_the_hub(folder: Path, fenced_rng: None) -> None:
     from transformers import AutoFeatureExtractor, AutoModel, AutoProcessor, AutoTokenizer, ClapModel
 
     model = ClapModel.from_pretrained(folder)
@@ -89,10 +90,12 @@ def test_features_are_differentiable_and_long_clips_are_cut_at_their_middle() ->
     clap_features(wave, small_extractor()).sum().backward()
     assert wave.grad is not None and bool(torch.isfinite(wave.grad).all())
     longer = torch.nn.functional.pad(clips(2, 48000), (100, 100))
-    torch.testing.assert_close(clap_features(longer, small_extractor()), clap_features(clips(2, 48000), small_extractor()))
+    torch.testing.assert_close(
+        clap_features(longer, small_extractor()), clap_features(clips(2, 48000), small_extractor())
+    )
 
 
-def test_embeddings_survive_saving_and_have_unit_length(folder) -> None:
+def test_embeddings_survive_saving_and_have_unit_length(folder: Path) -> None:
     model, tokenizer, extractor = load_clap(folder)
     again, _, _ = load_clap(folder)
     wave, texts = clips(3), sample_captions(3, 1, "test")
@@ -113,7 +116,7 @@ def test_info_nce_against_its_formula() -> None:
     torch.testing.assert_close(info_nce(audio, text, scale, scale), expected)
 
 
-def test_contrast_reaches_both_towers_and_goes_down_its_gradient(folder) -> None:
+def test_contrast_reaches_both_towers_and_goes_down_its_gradient(folder: Path) -> None:
     model, tokenizer, extractor = load_clap(folder)
     features = clap_features(clips(6), extractor)
     set_input_norm(model, features)
@@ -131,7 +134,7 @@ def test_contrast_reaches_both_towers_and_goes_down_its_gradient(folder) -> None
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.grad is not None:
-                parameter -= step * parameter.grad
+                parameter.sub_(step * parameter.grad)
         assert 0.01 < before.item() - loss().item() < 0.03
 
 
@@ -155,7 +158,7 @@ def test_retrieval_counts_hits() -> None:
     assert abs(retrieval_at_one(noise, noise.flip(0), candidates=20, seed=0) - 0.05) < 0.04
 
 
-def test_attribute_net_shapes_losses_and_persistence(tmp_path, fenced_rng: None) -> None:
+def test_attribute_net_shapes_losses_and_persistence(tmp_path: Path, fenced_rng: None) -> None:
     net = build_attribute_net(0, ATTRIBUTES)
     wave = clips(3)
     assert net.embed(wave).shape == (3, 32, 128) and net.embed_clip(wave).shape == (3, 128)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def test_silence_and_wild_latents_stay_finite(codec: MelCodec) -> None:
     assert bool(torch.isfinite(wild).all()) and float(wild.abs().max()) <= 1
 
 
-def test_save_and_load(codec: MelCodec, tmp_path) -> None:
+def test_save_and_load(codec: MelCodec, tmp_path: Path) -> None:
     codec.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     again = MelCodec.from_pretrained(tmp_path)

@@ -8,4 +8,12 @@ notes into sound (numpy voices and General MIDI timbres), `effects` finishes the
 from gencontrol.data.sound.dataset import SoundDataset, build_sound_dataset
 from gencontrol.data.sound.grammar import ATTRIBUTES, SoundSpec, caption, sample_captions, sample_spec
 
-__all__ = ["ATTRIBUTES", "SoundDataset", "SoundSpec", "build_sound_dataset", "caption", "sample_captions", "sample_spec"]
+__all__ = [
+    "ATTRIBUTES",
+    "SoundDataset",
+    "SoundSpec",
+    "build_sound_dataset",
+    "caption",
+    "sample_captions",
+    "sample_spec",
+]

@@ -50,7 +50,9 @@ def render_fluid(specs: Sequence[SoundSpec]) -> np.ndarray:
         if done.returncode != 0 or not audio.exists():
             from gencontrol.errors import EnvironmentMissing
 
-            raise EnvironmentMissing(f"fluidsynth failed: {done.stderr.strip()[-300:]}; try it by hand: {' '.join(call)}")
+            raise EnvironmentMissing(
+                f"fluidsynth failed: {done.stderr.strip()[-300:]}; try it by hand: {' '.join(call)}"
+            )
         stereo = np.fromfile(audio, dtype="<i2").reshape(-1, 2)
     return _slice(stereo, len(specs))
 

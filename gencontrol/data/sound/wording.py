@@ -127,7 +127,7 @@ def word(spec: SoundSpec, rng: np.random.Generator) -> str:
     thing, plain = _article(f"{lead} {pattern}"), f"{lead} {pattern}".strip()
     one = name if name in UNCOUNTED else _article(name)
     verb = "play" if name in ("drums", "wooden mallets") else "plays"
-    templates = (
+    templates: tuple[str, ...] = (
         f"{thing} on {the}{name}{tail}",
         f"{lead} {name} {pattern}{tail}".strip(),
         f"{name} playing {thing}{tail}",
@@ -167,7 +167,7 @@ def _adjectives_and_clauses(spec: SoundSpec, rng: np.random.Generator) -> tuple[
 
 
 def _join_clauses(clauses: list[str], rng: np.random.Generator) -> str:
-    """"", " with echo", ", with echo", " with echo and played softly", ..."""
+    """ "", " with echo", ", with echo", " with echo and played softly", ..."""
     if not clauses:
         return ""
     start = " " if rng.random() < 0.5 else ", "

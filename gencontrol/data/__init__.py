@@ -1,0 +1,1 @@
+"""Data: the bundled sound, cached latents, readers."""
