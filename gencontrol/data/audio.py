@@ -114,7 +114,7 @@ def wav_bytes(samples: Float[Tensor, "*c n"], sampling_rate: int) -> bytes:
     """
     _check_samples(samples)
     channels = samples.detach().float().cpu().reshape(-1, samples.shape[-1])
-    pcm = (channels.clamp(-1, 1) * 32767.0).round().to(torch.int16).T.contiguous()
+    pcm = (channels * 32768.0).round().clamp(-32768, 32767).to(torch.int16).T.contiguous()
     buffer = io.BytesIO()
     with _wave.open(buffer, "wb") as file:
         file.setnchannels(pcm.shape[1])

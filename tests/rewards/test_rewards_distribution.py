@@ -143,7 +143,9 @@ def test_frechet_state_stays_exact_over_ten_thousand_swaps() -> None:
     state, frames, reference = frechet_state()
     members = list(range(8))
     generator = torch.Generator().manual_seed(0)
-    moves = torch.stack([torch.randint(8, (10_000,), generator=generator), torch.randint(20, (10_000,), generator=generator)])
+    moves = torch.stack(
+        [torch.randint(8, (10_000,), generator=generator), torch.randint(20, (10_000,), generator=generator)]
+    )
     for slot, candidate in moves.T.tolist():
         state.swap(slot, candidate)
         members[slot] = candidate
@@ -181,7 +183,9 @@ def test_vendi_state_is_exact_over_ten_thousand_swaps(size: int) -> None:
     state = VendiState(rows, torch.ones(20, dtype=torch.bool), torch.arange(8))
     members = list(range(8))
     generator = torch.Generator().manual_seed(0)
-    moves = torch.stack([torch.randint(8, (10_000,), generator=generator), torch.randint(20, (10_000,), generator=generator)])
+    moves = torch.stack(
+        [torch.randint(8, (10_000,), generator=generator), torch.randint(20, (10_000,), generator=generator)]
+    )
     for slot, candidate in moves.T.tolist():
         state.swap(slot, candidate)
         members[slot] = candidate
@@ -216,7 +220,9 @@ def test_states_refuse_invalid_items() -> None:
 
 def test_greedy_exchanges_of_256_pairs_are_fast_enough_for_a_training_round() -> None:
     frames = normal(512, 8, 128).float()
-    state = FrechetState(frames, torch.ones(512, dtype=torch.bool), torch.arange(256), Gaussian.of(normal(600, 128) + 0.1))
+    state = FrechetState(
+        frames, torch.ones(512, dtype=torch.bool), torch.arange(256), Gaussian.of(normal(600, 128) + 0.1)
+    )
     begun, start = time.perf_counter(), state.value()
     for slot in range(128):
         if state.propose(slot, 256 + slot) > state.value():
