@@ -1,7 +1,7 @@
 """Cache of what flow pretraining reads: latents of clips and conditions of their captions, on disk as safetensors.
 
-The frozen codec and text encoder run once; equal captions are encoded once.  The cache records a fingerprint of the data
-and of both networks and is rebuilt when any of them changes.
+The frozen codec and text encoder run once; equal captions are encoded once.  The cache records a fingerprint of the
+data and of both networks and is rebuilt when any of them changes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Scaled dot-product attention behind one call: backends by diffusers' names, layout [b, n, h, d].
 
-`eager` is the plain reference and the specification: softmax(q·kᵀ/√d)·v over the visible keys; a query that sees no key
-gives zeros.  `native` is torch's SDPA, `flex` FlexAttention, `xformers` memory-efficient attention (CUDA).  `auto` picks by
-measurement: on a CPU with gradients the plain form is 2.7 to 7.9 times faster in bf16 and about equal in fp32 for the
+`eager` is the plain reference and the specification: softmax(q·kᵀ/√d)·v over the visible keys; a query that sees no
+key gives zeros.  `native` is torch's SDPA, `flex` FlexAttention, `xformers` memory-efficient attention (CUDA).  `auto`
+picks by measurement: on a CPU with gradients the plain form is 2.7 to 7.9 times faster in bf16 and about equal in fp32 for the
 shortest rows (0.7 to 1.4 times, by machine); everywhere else SDPA wins.
 """
 

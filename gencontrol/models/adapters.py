@@ -4,7 +4,7 @@ Times: t in [0, 1] with t = 0 data; what a diffusers network is given is compute
 
 | scheduler | process | prediction | network's timestep |
 |---|---|---|---|
-| with `alphas_cumprod` (DDPM, DDIM, PNDM, DPM-Solver, UniPC, Euler, Heun, …) | Table, variance preserving | epsilon, v, x0 | index of the table |
+| over `alphas_cumprod` (DDIM, DPM-Solver, Euler, …) | Table, a² + s² = 1 | epsilon, v, x0 | index of the table |
 | FlowMatch Euler and Heun | Linear | velocity (noise − data) | 1000·t |
 | CosineDPMSolverMultistep (Stable Audio) | Cosine: sigma = tan(πt/2) | v, or EDM for "epsilon" | t = 2/π·atan(sigma) |
 | EDM Euler, EDM DPM-Solver | Edm | EDM | ln(sigma)/4 |

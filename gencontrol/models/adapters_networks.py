@@ -118,7 +118,7 @@ def _pixart(model: nn.Module, x: Tensor, timestep: Tensor, given: Given) -> Tens
 
 
 def _flux(model: nn.Module, x: Tensor, timestep: Tensor, given: Given) -> Tensor:
-    """FLUX on unpacked latents [b c h w]: 2×2 patches become tokens, position ids are made here, times are in [0, 1]."""
+    """FLUX on unpacked latents [b c h w]: 2×2 patches become tokens, position ids are made here, times end at 1."""
     if x.ndim != 4 or x.shape[2] % 2 or x.shape[3] % 2:
         raise UsageError(f"FLUX latents are [b c h w] with even h and w (unpacked), not {tuple(x.shape)}.")
     config: Any = model.config

@@ -23,7 +23,9 @@ from gencontrol.errors import CheckpointError, EnvironmentMissing, UsageError, n
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 _ATTENTION_LAYERS = frozenset(
-    "to_q to_k to_v to_kv to_qkv to_out to_add_out add_q_proj add_k_proj add_v_proj q_proj k_proj v_proj out_proj".split()
+    (
+        "to_q to_k to_v to_kv to_qkv to_out to_add_out add_q_proj add_k_proj add_v_proj q_proj k_proj v_proj out_proj"
+    ).split()
 )
 
 
@@ -44,6 +46,11 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if self.rank < 1 or (self.alpha is not None and self.alpha <= 0):
             raise ValueError(f"lora rank {self.rank} and alpha {self.alpha} must be positive")
+
+    @property
+    def scale_alpha(self) -> float:
+        """alpha, or the rank where it is not given."""
+        return float(self.rank) if self.alpha is None else self.alpha
 
 
 def lora_targets(module: nn.Module, endings: Sequence[str] | None = None) -> list[str]:
@@ -115,6 +122,7 @@ class Roles:
     def use(self, role: str) -> Iterator[nn.Module]:
         """Give the module this role's weights inside the block; parameters get no gradients unless it is the policy."""
         self._check(role)
+        self._follow_device()
         before = self._active
         self._switch(role)
         try:
@@ -153,6 +161,7 @@ class Roles:
     def _pair(self, src: str, dst: str) -> tuple[list[Tensor], list[Tensor]]:
         self._check(src)
         self._check(dst)
+        self._follow_device()
         if self._active != "policy":
             raise RuntimeError(f"roles cannot be moved inside use('{self._active}')")
         if dst == "policy" and src == "policy" or (self.lora is not None and dst == "ref"):
@@ -196,9 +205,15 @@ class Roles:
         if self.lora is None or role == "ref":
             raise UsageError("save_lora needs roles made with a LoraConfig, and a role other than 'ref'.")
         self._check(role)
-        from gencontrol.models.lora import write_lora
+        _write_lora(self.module, self._sets[role], self.lora, Path(folder))
 
-        write_lora(self.module, role, folder)
+    def _follow_device(self) -> None:
+        """Bring copies to where the module has been moved since."""
+        if self.lora is None:
+            for weights in self._sets.values():
+                for name, parameter in self._sets["policy"].items():
+                    if weights[name].device != parameter.device:
+                        weights[name] = weights[name].to(parameter.device)
 
 
 def _short(names: list[str]) -> str:
@@ -237,9 +252,9 @@ def _inject(module: nn.Module, names: Sequence[str], lora: LoraConfig, seed: int
         raise EnvironmentMissing("LoRA needs the package peft; pip install peft.") from error
     if _lora_layers(module):
         raise UsageError(f"{type(module).__name__} has LoRA layers already; fuse or unload them first.")
+    targets = lora_targets(module, lora.targets)
     module.requires_grad_(False)
-    alpha = float(lora.rank) if lora.alpha is None else lora.alpha
-    settings = peft.LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=lora_targets(module, lora.targets))  # type: ignore[arg-type]
+    settings = peft.LoraConfig(r=lora.rank, lora_alpha=lora.scale_alpha, target_modules=targets)  # type: ignore[arg-type]
     slots = [name for name in names if name != "ref"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -247,10 +262,11 @@ def _inject(module: nn.Module, names: Sequence[str], lora: LoraConfig, seed: int
             peft.inject_adapter_in_model(settings, module, adapter_name=slot)
     sets: dict[str, dict[str, Tensor]] = {name: {} for name in names}
     for name, parameter in module.named_parameters():
-        for slot in slots:
-            if f".{slot}." in name and ".lora_" in name:
-                parameter.data = parameter.data.float()
-                sets[slot][name.replace(f".{slot}.", ".")] = parameter
+        path, _, rest = name.rpartition(".lora_")
+        part, _, slot = rest.removesuffix(".weight").partition(".")
+        if path and slot in slots:
+            parameter.data = parameter.data.float()
+            sets[slot][f"{path}.lora_{part}.weight"] = parameter
     with torch.no_grad():
         for slot in slots:
             torch._foreach_copy_(list(sets[slot].values()), list(sets["policy"].values()))
@@ -258,11 +274,20 @@ def _inject(module: nn.Module, names: Sequence[str], lora: LoraConfig, seed: int
 
 
 def _select_adapter(module: nn.Module, slot: str | None) -> None:
-    """Activate one adapter slot, or none (the base model); gradients are left to the caller."""
+    """Activate one adapter slot, or none (the base model), without gradients for any."""
     for layer in _lora_layers(module):
         layer.enable_adapters(slot is not None)
         if slot is not None:
-            layer.set_adapter(slot)
-            for name, parameter in layer.named_parameters():
-                if ".lora_" in f".{name}":
-                    parameter.requires_grad_(False)
+            layer.set_adapter(slot, inference_mode=True)
+
+
+def _write_lora(module: nn.Module, weights: Mapping[str, Tensor], lora: LoraConfig, folder: Path) -> None:
+    """Write adapter weights under diffusers' names, with rank, alpha and layers in the header."""
+    from safetensors.torch import save_file
+
+    prefix = "unet" if "UNet" in type(module).__name__ else "transformer"
+    layers = sorted({name.partition(".lora_")[0] for name in weights})
+    header = {f"{prefix}.r": lora.rank, f"{prefix}.lora_alpha": lora.scale_alpha, f"{prefix}.target_modules": layers}
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{prefix}.{name}": value.detach().cpu().contiguous() for name, value in weights.items()}
+    save_file(tensors, str(folder / LORA_FILE), metadata={"format": "pt", "lora_adapter_metadata": json.dumps(header)})
