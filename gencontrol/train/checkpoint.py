@@ -171,6 +171,10 @@ def decode(contents: Mapping[str, bytes]) -> TrainState:
     return TrainState(meta["step"], roles, optimizer, join_tensors(packed["tree"], tensors), meta)
 
 
+def _digest(table: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+
+
 def read_verified(folder: Path) -> dict[str, bytes]:
     """Return the files of a checkpoint folder after checking each against the manifest.
 
@@ -181,8 +185,11 @@ def read_verified(folder: Path) -> dict[str, bytes]:
         if path.is_symlink():
             raise Damaged(f"'{path}' is a symbolic link")
     try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())["files"]
-        entries = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest.items()}
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        table = manifest["files"]
+        entries = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in table.items()}
+        if manifest.get("digest", _digest(table)) != _digest(table):
+            raise ValueError("its own digest differs")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"'{folder / 'manifest.json'}' is missing or unreadable") from error
     contents: dict[str, bytes] = {}
@@ -258,7 +265,7 @@ class Checkpoints:
         manifest = {}
         for name, data in contents.items():
             manifest[name] = {"size": len(data), "sha256": self.files.write(staged / name, data)}
-        table = {"format": FORMAT, "files": manifest}
+        table = {"format": FORMAT, "files": manifest, "digest": _digest(manifest)}
         self.files.write(staged / "manifest.json", json.dumps(table, indent=1).encode())
 
     def _drop(self, staged: Path) -> None:

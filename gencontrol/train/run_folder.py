@@ -184,7 +184,7 @@ def write_samples(run_dir: Path, step: int, metrics: Mapping[str, float], artefa
         ValueError: a name is a path, hidden, or metrics.json.
     """
     for name in artefacts:
-        if name != Path(name).name or "\\" in name or name.startswith(".") or name == "metrics.json":
+        if not name or name != Path(name).name or "\\" in name or name.startswith(".") or name == "metrics.json":
             raise ValueError(f"evaluation artefact '{name}' is not a plain file name (metrics.json is taken)")
     files = FileLayer()
     target = run_dir / "samples" / f"step_{step:08d}"

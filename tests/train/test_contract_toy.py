@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contracts import AlgorithmContract
-from toy import Toy
+from training_toy import Toy
 
 
 class TestOneUpdate(AlgorithmContract):

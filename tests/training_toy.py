@@ -1,6 +1,6 @@
 """The smallest algorithm that fulfils the protocol: a 2-d regression with an EMA role, and hooks to inject faults.
 
-As a program: `python tests/train/toy.py RUN_DIR key=value…` trains it, with TrainConfig keys and the toy's own
+As a program: `python tests/training_toy.py RUN_DIR key=value…` trains it, with TrainConfig keys and the toy's own
 (`delay_s`, `updates`, `nan_from`, `fail_rank`); it exits with the code of the error, as the command line does.
 """
 

@@ -1,0 +1,148 @@
+"""Signals in real processes and in every phase of a step; resume in a fresh process (R1, R2, G1, G3, G4)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from contracts import assert_same_run
+from shim import CONFIG, Shim, fit, in_child, newest
+from training_toy import Toy
+
+from gencontrol.errors import Preempted
+from gencontrol.train.signals import Interrupted, SignalGuard
+from gencontrol.train.trainer import TrainConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Start the toy program in a process of its own."""
+    command = [sys.executable, str(ROOT / "tests/training_toy.py"), str(folder), *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_line(folder: Path, number: int) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        path = folder / "metrics.jsonl"
+        if path.exists() and len(path.read_text().splitlines()) >= number:
+            return
+        time.sleep(0.01)
+    raise AssertionError("the run did not get going")
+
+
+def test_g1_r1_sigterm_saves_exits_143_and_a_fresh_process_goes_on(tmp_path: Path) -> None:
+    arguments = ("steps=30", "save_every=100", "delay_s=0.05", "micro_batch=4", "updates=2", "lr=0.001")
+    process = start(tmp_path / "run", *arguments)
+    wait_for_line(tmp_path / "run", 3)
+    begin = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143 and time.monotonic() - begin < 10
+    assert "run the same command to go on" in said and "Traceback" not in said
+    state = newest(tmp_path / "run")
+    assert state is not None and 3 <= state.step < 30
+    process = start(tmp_path / "run", *arguments)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0 and f"resumed from step {state.step} of 30" in said
+    config = TrainConfig(steps=30, save_every=100, micro_batch=4, lr=1e-3)
+    fit(tmp_path / "reference", config, toy=Toy(updates=2))
+    assert_same_run(tmp_path / "reference", tmp_path / "run", 30)
+
+
+class Phase(Toy):
+    """Sends SIGTERM to itself in one phase of the second step."""
+
+    def __init__(self, phase: str, number: int = signal.SIGTERM) -> None:
+        super().__init__(updates=2)
+        self.phase, self.number = phase, number
+
+    def hit(self, phase: str, *, now: bool) -> None:
+        if phase == self.phase and now:
+            self.phase = ""
+            os.kill(os.getpid(), self.number)
+
+    def collect(self, ctx):  # type: ignore[no-untyped-def]
+        self.hit("collect", now=ctx.step == 1)
+        return super().collect(ctx)
+
+    def minibatches(self, data, update, ctx):  # type: ignore[no-untyped-def]
+        self.hit(f"update {update}", now=ctx.step == 1)
+        return super().minibatches(data, update, ctx)
+
+    def after_update(self, ctx, update):  # type: ignore[no-untyped-def]
+        super().after_update(ctx, update)
+        self.hit(f"after {update}", now=ctx.step == 1)
+
+    def evaluate(self, ctx):  # type: ignore[no-untyped-def]
+        self.hit("evaluate", now=ctx.step == 2)
+        return super().evaluate(ctx)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    fit(folder, toy=Toy(updates=2))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("phase", "saved"),
+    [("collect", 1), ("update 0", 1), ("after 0", 1), ("update 1", 1), ("after 1", 2), ("evaluate", 2)],
+)
+def test_g1_signal_in_each_phase_saves_the_last_whole_step(
+    reference: Path, tmp_path: Path, phase: str, saved: int
+) -> None:
+    sparse = TrainConfig(steps=4, save_every=100, keep=1, eval_every=2, micro_batch=4, lr=1e-3)
+    with pytest.raises(Preempted) as caught:
+        fit(tmp_path / "run", sparse, toy=Phase(phase))
+    assert caught.value.exit_code == 143
+    state = newest(tmp_path / "run")
+    assert state is not None and state.step == saved
+    fit(tmp_path / "run", sparse, toy=Toy(updates=2))
+    assert_same_run(reference, tmp_path / "run", 4)
+
+
+def test_g1_signal_in_a_save_finishes_it(tmp_path: Path) -> None:
+    counted = Shim()
+    fit(tmp_path / "count", shim=counted)
+    at = next(i for i, (op, p) in enumerate(counted.calls) if op == "rename" and p.name == "step_00000002")
+    with pytest.raises(Preempted):
+        fit(tmp_path / "run", shim=Shim(at, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    state = newest(tmp_path / "run")
+    assert state is not None and state.step == 2
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 143)])
+def test_g3_ctrl_c_and_usr1_save_too(tmp_path: Path, number: int, code: int) -> None:
+    with pytest.raises(Preempted) as caught:
+        fit(tmp_path / "run", toy=Phase("collect", number))
+    assert caught.value.exit_code == code and isinstance(caught.value, Interrupted) == (code == 130)
+    state = newest(tmp_path / "run")
+    assert state is not None and state.step == 1
+
+
+def test_g3_second_signal_exits_at_once_and_handlers_are_put_back(tmp_path: Path) -> None:
+    def twice() -> None:
+        with SignalGuard():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+    assert in_child(twice) == 143
+    before = signal.getsignal(signal.SIGTERM)
+    fit(tmp_path / "run", CONFIG)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_g4_forked_workers_have_the_default_behaviour() -> None:
+    with SignalGuard() as guard:
+        assert in_child(lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(5))) == 128 + signal.SIGTERM
+        assert guard.pending is None
