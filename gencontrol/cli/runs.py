@@ -157,6 +157,7 @@ def _commit() -> str | None:
 
 def fit(run: RunFolder, train: Any, algorithm: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Record the start, train to the end, write report.html; returns the trainer's summary."""
+    from gencontrol.train.card import write_card
     from gencontrol.train.report import write_report
     from gencontrol.train.trainer import Trainer
 
@@ -167,5 +168,6 @@ def fit(run: RunFolder, train: Any, algorithm: Any, facts: Mapping[str, Any]) ->
     others = {section: values for section, values in run.table.items() if section != "train"}
     summary = Trainer(train, run.path, settings=others, allow=run.allow).fit(algorithm)
     if int(os.environ.get("RANK", "0")) == 0:
+        write_card(run.path)
         print(f"model:  {run.path / 'final'}\nreport: {write_report(run.path)}")
     return summary

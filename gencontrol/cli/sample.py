@@ -1,0 +1,158 @@
+"""`gencontrol sample`: sounds and pictures from prompts, with a table of what was drawn and how it was scored."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gencontrol.cli.checks import check_model, check_reference, check_rewards, check_source
+from gencontrol.cli.environment import choose_device, prepare
+from gencontrol.cli.prompts import read_prompts
+from gencontrol.cli.settings import check_output
+from gencontrol.errors import UsageError
+
+_CHUNK = 16  # sounds in one pass of the network
+
+
+def command(parameters: Mapping[str, Any]) -> None:
+    """Check the options, draw, score, write wav, png and samples.json."""
+    prepare(threads=parameters["threads"] or 0, online=bool(parameters["online"]))
+    prompts = _prompts(parameters)
+    model = parameters["model"] or "bundled"
+    _check(parameters, model)
+    folder = check_output(parameters["output"])
+    device = choose_device(parameters["device"] or "auto")
+    reward = _reward(parameters, device)
+    pipeline = _pipeline(model, parameters["lora"], device, online=bool(parameters["online"]))
+    texts = [prompt for prompt in prompts for _ in range(parameters["num"])]
+    seeds = [parameters["seed"] + index for index in range(len(texts))]
+    sounds = _draw(pipeline, texts, seeds, parameters)
+    scores, set_value = _score(reward, sounds, texts, pipeline.sampling_rate)
+    items = _write(folder, pipeline, sounds, texts, seeds, scores, parameters["num"])
+    table = {
+        "model": model,
+        "lora": parameters["lora"],
+        "steps": parameters["steps"],
+        "guidance_scale": parameters["guidance_scale"],
+        "negative_prompt": parameters["negative_prompt"],
+        "sampling_rate": pipeline.sampling_rate,
+        "reward": list(parameters["reward"] or []),
+        "set_reward": set_value,
+        "samples": items,
+    }
+    (folder / "samples.json").write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _print(items, set_value, folder)
+
+
+def _prompts(parameters: Mapping[str, Any]) -> list[str]:
+    prompts = list(parameters["prompt"] or [])
+    if parameters["prompts"]:
+        prompts += read_prompts(parameters["prompts"])
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise UsageError("no prompt is given, or an empty one; use --prompt TEXT (repeatable) or --prompts FILE.")
+    return prompts
+
+
+def _check(parameters: Mapping[str, Any], model: str) -> None:
+    check_model(model)
+    if parameters["reward"]:
+        check_rewards(parameters["reward"])
+    for option in ("reward_model", "reference"):
+        if parameters[option] and not parameters["reward"]:
+            raise UsageError(f"--{option.replace('_', '-')} without --reward has no effect; name a reward or leave it out.")
+    if parameters["reward_model"]:
+        check_source(parameters["reward_model"], "--reward-model")
+    if parameters["reference"]:
+        check_reference(parameters["reference"])
+    if parameters["steps"] is not None and parameters["steps"] < 1:
+        raise UsageError(f"--steps {parameters['steps']}: at least 1 sampler step is needed.")
+
+
+def _reward(parameters: Mapping[str, Any], device: str) -> Any | None:
+    if not parameters["reward"]:
+        return None
+    from gencontrol.rewards import load_rewards
+
+    return load_rewards(
+        list(parameters["reward"]),
+        reward_model=parameters["reward_model"],
+        reference=parameters["reference"],
+        device=device,
+    )
+
+
+def _pipeline(model: str, lora: str | None, device: str, *, online: bool) -> Any:
+    from gencontrol.pipelines import TextToAudioPipeline
+
+    pipeline = TextToAudioPipeline.from_pretrained(model, local_files_only=not online)
+    if lora is not None:
+        pipeline.load_lora_weights(lora)
+    return pipeline.to(device)
+
+
+def _draw(pipeline: Any, texts: Sequence[str], seeds: Sequence[int], parameters: Mapping[str, Any]) -> list[Any]:
+    """Sounds as tensors on the CPU; sound i depends on its prompt and seed alone (up to rounding)."""
+    sounds: list[Any] = []
+    for start in range(0, len(texts), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        output = pipeline(
+            list(texts[part]),
+            num_inference_steps=parameters["steps"],
+            guidance_scale=parameters["guidance_scale"],
+            negative_prompt=parameters["negative_prompt"],
+            seed=list(seeds[part]),
+        )
+        sounds += list(output.audios.cpu())
+    return sounds
+
+
+def _score(
+    reward: Any | None, sounds: Sequence[Any], texts: Sequence[str], rate: int
+) -> tuple[list[float | None] | None, float | None]:
+    """Per-sound values (None for an invalid sound), and the value of the whole set for a set reward."""
+    if reward is None:
+        return None, None
+    import torch
+
+    from gencontrol.types import RewardContext
+
+    out = reward(torch.stack(list(sounds)), RewardContext(prompts=list(texts), sampling_rate=rate))
+    if reward.kind == "set":
+        value = float(out.extras["set_value"])
+        return None, value if math.isfinite(value) else None
+    return [float(v) if ok else None for v, ok in zip(out.values, out.valid, strict=True)], None
+
+
+def _write(
+    folder: Path,
+    pipeline: Any,
+    sounds: Sequence[Any],
+    texts: Sequence[str],
+    seeds: Sequence[int],
+    scores: Sequence[float | None] | None,
+    num: int,
+) -> list[dict[str, Any]]:
+    """Write the files of every sound; returns the rows of the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    items = []
+    for index, (sound, text, seed) in enumerate(zip(sounds, texts, seeds, strict=True)):
+        files = pipeline.artefacts(f"{index // num:03d}_{index % num:02d}", sound)
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        row: dict[str, Any] = {"files": sorted(files), "prompt": text, "seed": seed}
+        if scores is not None:
+            row["reward"] = scores[index]
+        items.append(row)
+    return items
+
+
+def _print(items: Sequence[Mapping[str, Any]], set_value: float | None, folder: Path) -> None:
+    for row in items:
+        score = "" if "reward" not in row else "  invalid" if row["reward"] is None else f"  {row['reward']:8.4f}"
+        name = next((file for file in row["files"] if file.endswith(".wav")), row["files"][0])
+        print(f"{folder / name}{score}  {row['prompt']}")
+    if set_value is not None:
+        print(f"reward of the whole set: {set_value:.4f}")

@@ -1,0 +1,223 @@
+"""Line charts as inline SVG: readable axes, a band for the interval, no script; colours come from the page's CSS."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+#: Margins of the plot in the drawing: left, right, top, bottom.
+LEFT, RIGHT, TOP, BOTTOM = 64, 14, 12, 46
+_MOST_POINTS = 400
+_MARKED = 40
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve.
+
+    Args:
+        label: for the legend; empty leaves it out.
+        x, y: points with finite coordinates, x rising.
+        style: CSS class: "tuned", "base", "train" or "faint".
+        low, high: the interval at each point; empty for none.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    style: str = "tuned"
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Size:
+    """Width and height of a drawing in its own units, which are pixels at the page's usual width."""
+
+    width: int
+    height: int
+
+
+SMALL, WIDE = Size(480, 270), Size(1000, 380)
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Maps data to the drawing."""
+
+    x0: float
+    x1: float
+    y0: float
+    y1: float
+    size: Size
+
+    def x(self, value: float) -> float:
+        return LEFT + (value - self.x0) / (self.x1 - self.x0) * (self.size.width - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        return self.size.height - BOTTOM - (value - self.y0) / (self.y1 - self.y0) * (self.size.height - TOP - BOTTOM)
+
+
+def ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Return round numbers (1, 2 or 5 times a power of ten apart) inside [low, high], at most `most` + 1 of them."""
+    if not high > low:
+        return [low]
+    raw = (high - low) / max(1, most - 1)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
+    first = math.ceil(low / step - 1e-9)
+    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def label(value: float, step: float) -> str:
+    """Write a tick with as many decimals as neighbours need to differ, thousands with a thin space, a true minus."""
+    digits = max(0, -math.floor(math.log10(step) + 1e-9)) if 0 < step < 1 else 0
+    return f"{value:,.{digits}f}".replace(",", "\u2009").replace("-", "−")
+
+
+def power_of(low: float, high: float) -> int:
+    """Return the power of ten to take out of an axis from low to high: 0 for numbers that read well as they are."""
+    largest = max(abs(low), abs(high))
+    if largest == 0 or 1e-2 <= largest < 1e5:
+        return 0
+    return math.floor(math.log10(largest))
+
+
+def _superscript(number: int) -> str:
+    return str(number).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def thin(line: Line, most: int = _MOST_POINTS) -> Line:
+    """Average neighbouring points so that at most `most` remain."""
+    if len(line.x) <= most:
+        return line
+    size = math.ceil(len(line.x) / most)
+
+    def averaged(values: Sequence[float]) -> list[float]:
+        parts = [values[i : i + size] for i in range(0, len(values), size)]
+        return [sum(part) / len(part) for part in parts]
+
+    return Line(line.label, averaged(line.x), averaged(line.y), line.style, averaged(line.low), averaged(line.high))
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Return the mean over the `window` values that end at each point (fewer at the start)."""
+    result, total = [], 0.0
+    for i, value in enumerate(values):
+        total += value - (values[i - window] if i >= window else 0.0)
+        result.append(total / min(i + 1, window))
+    return result
+
+
+def line_chart(
+    lines: Sequence[Line], *, title: str, y_label: str, x_label: str = "training step", size: Size = SMALL
+) -> str:
+    """Return a figure with caption and legend; a chart without points says so.
+
+    Args:
+        lines: drawn in order, the last on top.
+        title: caption; also the accessible name.
+        y_label: quantity and unit of the vertical axis.
+        x_label: of the horizontal axis.
+        size: of the drawing.
+    """
+    drawn = [thin(line) for line in lines if len(line.x)]
+    if not drawn:
+        return f'<figure class="chart"><figcaption>{escape(title)}</figcaption><p>No values yet.</p></figure>'
+    frame = _frame(drawn, size)
+    parts = [
+        _axes(frame, x_label, y_label),
+        *(_band(line, frame) for line in drawn),
+        *(_curve(line, frame) for line in drawn),
+    ]
+    summary = "; ".join(
+        f"{line.label or title} from {line.y[0]:.4g} to {line.y[-1]:.4g}" for line in drawn if line.style != "faint"
+    )
+    return (
+        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>{_legend(drawn)}'
+        f'<svg viewBox="0 0 {size.width} {size.height}" role="img" aria-label="{escape(f"{title}: {summary}")}">'
+        f"{''.join(parts)}</svg></figure>"
+    )
+
+
+def _frame(lines: Sequence[Line], size: Size) -> _Frame:
+    xs = [value for line in lines for value in line.x]
+    ys = [value for line in lines for value in (*line.y, *line.low, *line.high) if math.isfinite(value)]
+    x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
+    if x0 == x1:
+        x0, x1 = x0 - 0.5, x1 + 0.5
+    if y1 - y0 <= 1e-12 * max(abs(y0), abs(y1), 1e-300):
+        y0, y1 = (y0 - abs(y0) * 0.05, y1 + abs(y1) * 0.05) if y0 else (-1.0, 1.0)
+    pad = 0.06 * (y1 - y0)
+    floor = 0.0 if y0 >= 0 and y0 - pad < 0 else y0 - pad
+    return _Frame(x0, x1, floor, y1 + pad, size)
+
+
+def _axes(frame: _Frame, x_label: str, y_label: str) -> str:
+    right, base = frame.size.width - RIGHT, frame.size.height - BOTTOM
+    out = []
+    power = power_of(frame.y0, frame.y1)
+    vertical = ticks(frame.y0, frame.y1)
+    y_step = (vertical[1] - vertical[0] if len(vertical) > 1 else abs(vertical[0])) / 10.0**power
+    for value in vertical:
+        y = frame.y(value)
+        out.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        text = label(value / 10.0**power, y_step)
+        out.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
+    horizontal = [value for value in ticks(frame.x0, frame.x1) if value == int(value)] or [frame.x0]
+    for value in horizontal:
+        x = frame.x(value)
+        out.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{base}" y2="{base + 4}"/>')
+        out.append(f'<text class="tick" x="{x:.1f}" y="{base + 18}" text-anchor="middle">{label(value, 1)}</text>')
+    unit = f"{y_label}  (×10{_superscript(power)})" if power else y_label
+    middle, height = (LEFT + right) / 2, (TOP + base) / 2
+    out.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{base}" y2="{base}"/>')
+    out.append(f'<text class="name" x="{middle}" y="{frame.size.height - 6}" text-anchor="middle">{escape(x_label)}</text>')
+    out.append(
+        f'<text class="name" x="13" y="{height}" text-anchor="middle" transform="rotate(-90 13 {height})">'
+        f"{escape(unit)}</text>"
+    )
+    return "".join(out)
+
+
+def _band(line: Line, frame: _Frame) -> str:
+    """The interval as an area, over the points where it is finite."""
+    if not line.low:
+        return ""
+    rows = [
+        (x, low, high)
+        for x, low, high in zip(line.x, line.low, line.high, strict=True)
+        if math.isfinite(low) and math.isfinite(high)
+    ]
+    if not rows:
+        return ""
+    if len(rows) == 1:
+        x, low, high = rows[0]
+        ends = f'y1="{frame.y(low):.1f}" y2="{frame.y(high):.1f}"'
+        return f'<line class="bar {line.style}" x1="{frame.x(x):.1f}" x2="{frame.x(x):.1f}" {ends}/>'
+    outline = [(x, high) for x, _, high in rows] + [(x, low) for x, low, _ in reversed(rows)]
+    points = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in outline)
+    return f'<polygon class="band {line.style}" points="{points}"/>'
+
+
+def _curve(line: Line, frame: _Frame) -> str:
+    points = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in zip(line.x, line.y, strict=True))
+    drawn = f'<polyline class="line {line.style}" points="{points}"/>'
+    if len(line.x) > _MARKED or line.style in ("faint", "base"):
+        return drawn
+    name = escape(line.label)
+    return drawn + "".join(
+        f'<circle class="dot {line.style}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3.2">'
+        f"<title>{name} at step {x:g}: {y:.5g}</title></circle>"
+        for x, y in zip(line.x, line.y, strict=True)
+    )
+
+
+def _legend(lines: Sequence[Line]) -> str:
+    named = [line for line in lines if line.label]
+    if not named or (len(named) == 1 and not named[0].low):
+        return ""
+    items = "".join(f'<li class="{line.style}"><span class="key"></span>{escape(line.label)}</li>' for line in named)
+    return f'<ul class="legend">{items}</ul>'

@@ -1,0 +1,207 @@
+"""What a report shows, read from a run folder; needs neither torch nor the trainer, and survives a damaged file."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import wave
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gencontrol.config import load_toml
+from gencontrol.errors import UsageError
+
+#: Seconds of a sound that are put into the page where all sounds together would be too large for it.
+SHORT_S, BUDGET_BYTES = 10.0, 24 * 2**20
+
+_STEP = re.compile(r"step_(\d{8})")
+
+
+@dataclass(frozen=True)
+class Sound:
+    """One sound: a wav, perhaps a picture, and its reward where it was scored alone."""
+
+    wav: bytes
+    png: bytes | None = None
+    reward: float | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A fixed prompt with the sound of the base model and of the tuned one (either may be missing)."""
+
+    prompt: str
+    base: Sound | None = None
+    tuned: Sound | None = None
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run folder as read.
+
+    Args:
+        path: the folder.
+        config: config.toml by section.
+        record: run.json: kind, starts (command, versions, device).
+        rows: records of metrics.jsonl in order.
+        pairs: sounds of the last evaluation.
+        pairs_step: its step.
+        cut_s: seconds that sounds were cut to, or None.
+        final: whether final/ is there.
+    """
+
+    path: Path
+    config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
+    rows: Sequence[Mapping[str, Any]] = ()
+    pairs: Sequence[Pair] = ()
+    pairs_step: int = 0
+    cut_s: float | None = None
+    final: bool = False
+
+    @property
+    def step(self) -> int:
+        """The last step that was logged."""
+        return int(self.rows[-1]["step"]) if self.rows else 0
+
+    @property
+    def steps(self) -> int:
+        """The steps that were asked for."""
+        return int(self.config.get("train", {}).get("steps", self.step))
+
+    def series(self, name: str) -> tuple[list[float], list[float]]:
+        """Steps and finite values of one metric."""
+        points = [(float(row["step"]), row[name]) for row in self.rows if is_number(row.get(name))]
+        return [x for x, _ in points], [float(y) for _, y in points]
+
+    def last(self, name: str) -> float | None:
+        """The newest finite value of a metric, or None."""
+        values = self.series(name)[1]
+        return values[-1] if values else None
+
+    def names(self) -> list[str]:
+        """All metrics that hold a number, in order of first appearance."""
+        return list(dict.fromkeys(key for row in self.rows for key, value in row.items() if is_number(value)))
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number (and not a boolean)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_run(run_dir: str | Path) -> RunData:
+    """Read a run folder.
+
+    Raises:
+        UsageError: the folder is not there or holds no run.
+    """
+    path = Path(run_dir)
+    if not path.is_dir():
+        raise UsageError(f"run folder '{path}' does not exist; check the path.")
+    if not any((path / name).exists() for name in ("metrics.jsonl", "config.toml", "run.json")):
+        raise UsageError(f"'{path}' is no run folder: it has neither metrics.jsonl nor config.toml; check the path.")
+    config = load_toml(path / "config.toml") if (path / "config.toml").exists() else {}
+    step, pairs = _read_pairs(path / "samples")
+    pairs, cut = _within_budget(pairs)
+    return RunData(
+        path=path,
+        config={key: value for key, value in config.items() if isinstance(value, dict)},
+        record=_read_json(path / "run.json", {}),
+        rows=_read_rows(path / "metrics.jsonl"),
+        pairs=pairs,
+        pairs_step=step,
+        cut_s=cut,
+        final=(path / "final").is_dir(),
+    )
+
+
+def _read_json(path: Path, default: Any) -> Any:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return default
+    return found if isinstance(found, type(default)) else default
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """Complete lines in order; a step that is logged twice counts with its last line."""
+    rows: dict[int, dict[str, Any]] = {}
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # a torn line of a run that was killed
+        if isinstance(row, dict) and is_number(row.get("step")):
+            rows[int(row["step"])] = row
+    return [rows[step] for step in sorted(rows)]
+
+
+def _read_pairs(folder: Path) -> tuple[int, list[Pair]]:
+    """Sounds of the newest evaluation that has any."""
+    found = [(int(match[1]), entry) for entry in folder.glob("step_*") if (match := _STEP.fullmatch(entry.name))]
+    for step, entry in sorted(found, reverse=True):
+        if pairs := _compared(entry) or _plain(entry):
+            return step, pairs
+    return 0, []
+
+
+def _compared(folder: Path) -> list[Pair]:
+    """Base and tuned sounds with prompts.json."""
+    pairs = []
+    for index, row in enumerate(_read_json(folder / "prompts.json", [])):
+        sounds = {side: _sound(folder, f"{side}_{index:02d}", row.get(f"{side}_reward")) for side in ("base", "tuned")}
+        if any(sounds.values()):
+            pairs.append(Pair(str(row.get("prompt", "")), sounds["base"], sounds["tuned"]))
+    return pairs
+
+
+def _plain(folder: Path) -> list[Pair]:
+    """Sounds of a pretraining, with captions.txt."""
+    captions = {}
+    if (folder / "captions.txt").exists():
+        for line in (folder / "captions.txt").read_text(encoding="utf-8", errors="replace").splitlines():
+            number, _, text = line.partition(" ")
+            captions[number] = text
+    pairs = []
+    for file in sorted(folder.glob("*.wav")):
+        number = file.stem.rpartition("_")[2]
+        pairs.append(Pair(captions.get(number, file.stem), None, _sound(folder, file.stem, None)))
+    return pairs
+
+
+def _sound(folder: Path, stem: str, reward: Any) -> Sound | None:
+    wav, png = folder / f"{stem}.wav", folder / f"{stem}.png"
+    if not wav.is_file():
+        return None
+    picture = png.read_bytes() if png.is_file() else None
+    return Sound(wav.read_bytes(), picture, float(reward) if is_number(reward) else None)
+
+
+def _within_budget(pairs: list[Pair]) -> tuple[list[Pair], float | None]:
+    """Cut sounds to `SHORT_S` seconds where all together would exceed the page's budget."""
+    sounds = [sound for pair in pairs for sound in (pair.base, pair.tuned) if sound is not None]
+    if sum(len(sound.wav) for sound in sounds) <= BUDGET_BYTES:
+        return pairs, None
+    short = {id(sound): Sound(cut_wav(sound.wav, SHORT_S), sound.png, sound.reward) for sound in sounds}
+    return [
+        Pair(p.prompt, short[id(p.base)] if p.base else None, short[id(p.tuned)] if p.tuned else None) for p in pairs
+    ], SHORT_S
+
+
+def cut_wav(data: bytes, seconds: float) -> bytes:
+    """Return the first seconds of a PCM wav file; anything else is returned as it is."""
+    try:
+        with wave.open(io.BytesIO(data)) as source:
+            settings, frames = source.getparams(), source.readframes(int(seconds * source.getframerate()))
+    except (wave.Error, EOFError):
+        return data
+    target = io.BytesIO()
+    with wave.open(target, "wb") as file:
+        file.setparams(settings)
+        file.writeframes(frames)
+    return target.getvalue()
