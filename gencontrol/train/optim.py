@@ -123,6 +123,13 @@ class LossScale:
     good: int = 0
     growth_interval: int = 2000
 
+    @classmethod
+    def start(cls, config: TrainConfig) -> LossScale:
+        """The scale of a new run: 2^16 over the micro-batch, because losses are sums."""
+        if config.precision != "fp16":
+            return cls()
+        return cls(enabled=True, scale=2.0 ** (16 - math.ceil(math.log2(config.micro_batch))))
+
     def update(self, *, overflow: bool) -> None:
         """Halve after an overflow, double after `growth_interval` good steps."""
         if not self.enabled:

@@ -54,8 +54,7 @@ class RunState:
         named = name_parameters(algorithm.roles.module, algorithm.roles.trainable())
         self.device = _check_device(config, next(iter(named.values())).device)
         self.optimizer = Optimizer(named, config)
-        half = config.precision == "fp16"
-        self.scale = LossScale(half, 2.0**16 if half else 1.0)
+        self.scale = LossScale.start(config)
         self.health = Health(config.max_bad_steps)
         self.step, self.updates, self.items, self.wall_s = 0, 0, 0, 0.0
         self.record: dict[str, Any] = {"step": 0}

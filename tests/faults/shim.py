@@ -9,11 +9,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from training_toy import Toy
-
 from gencontrol.train.checkpoint import Checkpoints, TrainState
 from gencontrol.train.files import FileLayer
 from gencontrol.train.trainer import TrainConfig, Trainer
+from tests.training_toy import Toy
 
 CONFIG = TrainConfig(steps=4, save_every=1, keep=1, eval_every=2, micro_batch=4, lr=1e-3)
 

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from contracts import assert_same_run
-from shim import CONFIG, fit
 from torch import nn
-from training_toy import Toy
 
 from gencontrol.errors import CheckpointError, UsageError
 from gencontrol.models.roles import Roles
 from gencontrol.train.checkpoint import Checkpoints, TrainState, decode, encode
 from gencontrol.train.files import FileLayer
 from gencontrol.train.trainer import Trainer
+from tests.contracts import assert_same_run
+from tests.faults.shim import CONFIG, fit
+from tests.training_toy import Toy
 
 FILES = [
     "role_policy.safetensors",

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from contracts import assert_same_run
-from shim import CONFIG, Shim, fit, hidden, in_child, kill_self, newest
-from training_toy import Toy
 
 from gencontrol.errors import DiskError
+from tests.contracts import assert_same_run
+from tests.faults.shim import CONFIG, Shim, fit, hidden, in_child, kill_self, newest
+from tests.training_toy import Toy
 
 SHORT = dataclasses.replace(CONFIG, steps=2)
 

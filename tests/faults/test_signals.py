@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-from contracts import assert_same_run
-from shim import CONFIG, Shim, fit, in_child, newest
-from training_toy import Toy
 
 from gencontrol.errors import Preempted
 from gencontrol.train.signals import Interrupted, SignalGuard
 from gencontrol.train.trainer import TrainConfig
+from tests.contracts import assert_same_run
+from tests.faults.shim import CONFIG, Shim, fit, in_child, newest
+from tests.training_toy import Toy
 
 ROOT = Path(__file__).parents[2]
 

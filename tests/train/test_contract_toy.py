@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contracts import AlgorithmContract
-from training_toy import Toy
+from tests.contracts import AlgorithmContract
+from tests.training_toy import Toy
 
 
 class TestOneUpdate(AlgorithmContract):
