@@ -8,6 +8,7 @@ no second copy of a large model is held.  Parameters that are frozen, and buffer
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -256,7 +257,8 @@ def _inject(module: nn.Module, names: Sequence[str], lora: LoraConfig, seed: int
     module.requires_grad_(False)
     settings = peft.LoraConfig(r=lora.rank, lora_alpha=lora.scale_alpha, target_modules=targets)  # type: ignore[arg-type]
     slots = [name for name in names if name != "ref"]
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several slots are meant
         torch.manual_seed(seed)
         for slot in slots:
             peft.inject_adapter_in_model(settings, module, adapter_name=slot)
