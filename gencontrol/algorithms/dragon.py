@@ -127,7 +127,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Micro:
-    """Pairs of one micro-batch with shared times and noise, and ℓ_ref; `baseline` None: take Q from the batch itself."""
+    """Pairs of one micro-batch with shared times and noise, and ℓ_ref; `baseline` None: Q is taken from the batch."""
 
     positive: Float[Tensor, "p *d"]
     negative: Float[Tensor, "p *d"]
@@ -231,7 +231,7 @@ class Dragon:
     # ---------------------------------------------------------------- loss
 
     def _stacked(self, micro: Micro) -> tuple[Tensor, Tensor, Tensor, Cond]:
-        """Return (x0, t, noise, cond) of D+ and below it D− with the same times and noise; D+ alone where it suffices."""
+        """Return (x0, t, noise, cond) of D+ and below it D− with the same times and noise; or of D+ alone."""
         if self.sides == 1:
             return micro.positive, micro.t, micro.noise, micro.cond
         x0 = torch.cat([micro.positive, micro.negative])
@@ -294,8 +294,8 @@ class Dragon:
         if self._halted_rounds >= _HALTED_ROUNDS:
             raise NumericsError(
                 f"the denoising error on D+ is {spread.positive / spread.ref_positive:.3f} times the reference's, "
-                f"above stop_ratio = {limit:g}, for {_HALTED_ROUNDS} rounds: the negative term runs away. Lower lr or beta, "
-                "use reference = 'per_round', or add kl_coef."
+                f"above stop_ratio = {limit:g}, for {_HALTED_ROUNDS} rounds: the negative term runs "
+                "away. Lower lr or beta, use reference = 'per_round', or add kl_coef."
             )
         return True
 
