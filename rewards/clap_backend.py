@@ -209,11 +209,12 @@ def load_laion_clap(checkpoint: Path, device: torch.device, audio_tower: str) ->
 def _load(reward_model: str, device: str, audio_tower: str) -> ClapBackend:
     """Load a backend once per process, model, device and tower."""
     if reward_model.endswith((".pt", ".pth")):
-        return load_laion_clap(Path(reward_model), torch.device(device), audio_tower)
+        return load_laion_clap(Path(reward_model).expanduser(), torch.device(device), audio_tower)
     if reward_model == "bundled":
         return load_transformers_clap(bundled_clap(), "clap:bundled", torch.device(device))
-    name = Path(reward_model).resolve().name if Path(reward_model).is_dir() else reward_model
-    return load_transformers_clap(reward_model, f"clap:{name}", torch.device(device))
+    folder = Path(reward_model).expanduser()
+    name, source = (folder.resolve().name, str(folder)) if folder.is_dir() else (reward_model, reward_model)
+    return load_transformers_clap(source, f"clap:{name}", torch.device(device))
 
 
 def clap_backend(

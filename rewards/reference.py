@@ -115,7 +115,7 @@ def load_reference(reference: str | Path | Gaussian, encoder: Encoder) -> Gaussi
                 "of captions, or a .safetensors file."
             )
         return _same_encoder(Gaussian.load(path), encoder, str(path))
-    source = Path(reference)
+    source = Path(reference).expanduser()
     if source.is_dir():
         return from_folder(source, encoder)[0]
     if source.suffix == ".txt":
