@@ -215,7 +215,7 @@ class ClapPretrain:
     @torch.no_grad()
     def evaluate(self, ctx: StepContext) -> Evaluation:
         """Retrieval on held-out clips with the average weights: the right one of 20, caption to clip."""
-        from gencontrol.bench.retrieval import retrieval_at_one
+        from gencontrol.algorithms.retrieval import retrieval_at_one
         from gencontrol.models.clap_small import text_embeddings
 
         texts = [variants[0] for variants in self.held_out.captions[: len(self._val)]]
