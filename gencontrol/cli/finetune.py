@@ -79,6 +79,7 @@ def check(parameters: Mapping[str, Any]) -> Job:
     from gencontrol.registry import ALGORITHMS, resolve
     from gencontrol.train.config import TrainConfig
 
+    mode = run_mode(parameters)
     overrides = [*(parameters["overrides"] or []), *(parameters["set_"] or [])]
     table = merge(parameters["config"], given_flags(parameters, ROUTES), overrides)
     run = build(RunConfig, table["run"], "run")
@@ -92,7 +93,7 @@ def check(parameters: Mapping[str, Any]) -> Job:
     run = _with_fingerprint(run, prompts, eval_prompts)
     choose_device(trainer.device)
     sections = describe([("run", run), ("train", trainer), ("algorithm", algorithm)])
-    folder = open_run(run.output, sections, mode=run_mode(parameters), allow=parameters["allow_change"] or ())
+    folder = open_run(run.output, sections, mode=mode, allow=parameters["allow_change"] or ())
     return Job(run, trainer, algorithm, kind, prompts, eval_prompts, folder)
 
 

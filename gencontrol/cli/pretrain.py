@@ -151,13 +151,9 @@ def _fit(
         from gencontrol.cli.pretrain_flow import make_flow
 
         made = make_flow(algorithm, run, options, architecture[0], architecture[1], seed=train.seed, device=device)
-    elif stage == "clap":
-        codec = load_codec(run.codec) if options.codec_share > 0 else None
-        made = algorithm(run.data, options, codec=codec, seed=train.seed)
-        made.roles.module.to(device)
     else:
-        made = algorithm(run.data, options, codec=load_codec(run.codec), seed=train.seed)
-        made.roles.module.to(device)
+        codec = load_codec(run.codec) if options.codec_share > 0 else None
+        made = algorithm(run.data, options, codec=codec, seed=train.seed, device=device)
     fit(folder, train, made, {"kind": "pretrain", "stage": stage})
 
 

@@ -1,0 +1,195 @@
+"""The import rule of design.md §5, read from the source of every file, and what `import gencontrol` costs."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = {"gencontrol": ROOT / "gencontrol", **{f"gencontrol.{n}": ROOT / n for n in ("pipelines", "rewards", "robotics")}}
+
+FIRST = {"types", "errors", "rng", "config", "registry", "__version__"}
+BELOW = {*FIRST, "process", "kernels", "models", "data"}
+#: part → parts that it may import at the top of a file
+TOP = {
+    **{part: FIRST for part in FIRST},
+    "process": {*FIRST, "process", "kernels"},
+    "kernels": {*FIRST, "process", "kernels"},
+    "models": BELOW,
+    "data": BELOW,
+    "sampling": {*BELOW, "sampling"},
+    "algorithms": {*BELOW, "sampling", "algorithms", "rewards"},
+    "rewards": {*FIRST, "rewards"},
+    "train": {*FIRST, "train", "algorithms.base"},
+    "pipelines": {*BELOW, "sampling", "algorithms.task", "pipelines"},
+    "cli": {*FIRST, "cli"},
+    "bench": {*BELOW, "sampling", "algorithms", "rewards", "pipelines", "train", "bench"},
+    "__main__": {"cli"},
+}
+#: and, inside functions or for types only, these too
+LAZY = {
+    "rewards": {"data", "models"},
+    "models": {"sampling"},
+    "cli": {*BELOW, "sampling", "algorithms", "rewards", "train", "pipelines", "bench"},
+}
+#: libraries that no file may import at its top
+HEAVY = {"diffusers", "transformers", "peft", "gymnasium", "mujoco", "soundfile", "tensorboard", "rich", "typer"}
+MAY = {"cli": {"typer"}}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import statement: who, what, and whether it runs when the file is imported."""
+
+    file: Path
+    part: str
+    name: str
+    top: bool
+
+    def __str__(self) -> str:
+        where = "at the top" if self.top else "in a function"
+        return f"{self.file.relative_to(ROOT)} imports {self.name} {where}"
+
+
+def _files() -> Iterator[tuple[str, Path]]:
+    for package, folder in SOURCES.items():
+        for file in sorted(folder.rglob("*.py")):
+            dotted = ".".join([package, *file.relative_to(folder).with_suffix("").parts])
+            yield dotted.removesuffix(".__init__"), file
+
+
+def _top_level(tree: ast.Module) -> set[ast.AST]:
+    """Statements that run at import: everything outside functions and `if TYPE_CHECKING`."""
+    found: set[ast.AST] = set()
+    stack: list[ast.AST] = list(tree.body)
+    while stack:
+        node = stack.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            stack.extend(node.orelse)
+            continue
+        found.add(node)
+        stack.extend(ast.iter_child_nodes(node))
+    return found
+
+
+def _imports() -> list[Import]:
+    rows = []
+    for dotted, file in _files():
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        top = _top_level(tree)
+        part = dotted.split(".")[1] if "." in dotted else "__init__"
+        for node in ast.walk(tree):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{file}: relative import; write the full name"
+                module = node.module or ""
+                names = [f"{module}.{a.name}" for a in node.names] if module == "gencontrol" else [module]
+            rows += [Import(file, part, name, node in top) for name in names]
+    return rows
+
+
+IMPORTS = _imports()
+
+
+def test_the_reader_sees_imports() -> None:
+    """Guards the tests below against reading nothing."""
+    assert len(IMPORTS) > 300
+    assert any(i.top and i.name == "torch" for i in IMPORTS)
+    assert any(not i.top and i.name == "transformers" for i in IMPORTS)
+
+
+def test_no_bare_names_of_our_folders() -> None:
+    """`import rewards` would make a second copy of every module in it."""
+    bare = {"rewards", "pipelines", "robotics"}
+    assert [str(i) for i in IMPORTS if i.name.split(".")[0] in bare] == []
+
+
+def test_layers() -> None:
+    wrong = []
+    for i in IMPORTS:
+        if i.part == "__init__" or not i.name.startswith("gencontrol."):
+            continue
+        target = i.name.removeprefix("gencontrol.")
+        allowed = TOP[i.part] | (set() if i.top else LAZY.get(i.part, set()))
+        if not any(target == name or target.startswith(f"{name}.") for name in allowed):
+            wrong.append(str(i))
+    assert wrong == []
+
+
+def test_pipelines_and_rewards_never_import_train() -> None:
+    assert [str(i) for i in IMPORTS if i.part in ("pipelines", "rewards", "robotics") and "gencontrol.train" in i.name] == []
+
+
+def test_heavy_libraries_are_imported_in_functions() -> None:
+    wrong = [
+        str(i) for i in IMPORTS if i.top and (root := i.name.split(".")[0]) in HEAVY and root not in MAY.get(i.part, set())
+    ]
+    assert wrong == []
+
+
+def test_no_unpickling() -> None:
+    """torch.load, pickle and friends run a stranger's code."""
+    wrong = [str(i) for i in IMPORTS if i.name.split(".")[0] in ("pickle", "cloudpickle", "dill", "shelve", "marshal")]
+    for _, file in _files():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "eval", "exec"):
+                wrong.append(f"{file.relative_to(ROOT)}:{node.lineno} calls {ast.unparse(node.func)}")
+    assert wrong == []
+
+
+def _python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120, check=True)
+    return done.stdout.strip()
+
+
+def test_import_is_light() -> None:
+    """Nothing heavy, and under a second after torch (CPU seconds, so that a busy machine does not matter)."""
+    code = (
+        "import sys, time, torch; begin = time.process_time(); import gencontrol; "
+        "print(time.process_time() - begin, *[m for m in "
+        f"{sorted(HEAVY | {'scipy', 'accelerate'})} if m in sys.modules])"
+    )
+    seconds, *loaded = _python(code).split()
+    assert loaded == []
+    assert float(seconds) < 1.0
+
+
+def test_the_command_line_needs_no_torch_for_help() -> None:
+    code = (
+        "import sys, time; begin = time.process_time(); from gencontrol.cli import main; code = main(['--help']); "
+        "print('seconds', time.process_time() - begin, code, *[m for m in ('torch', 'numpy', 'diffusers') if m in sys.modules])"
+    )
+    words = _python(code).splitlines()[-1].split()
+    assert words[0] == "seconds" and words[2:] == ["0"]
+    assert float(words[1]) < 1.5
+
+
+def test_setup_lists_exactly_the_package_folders() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    listed = setup["options"]["packages"].split()
+    folders = {
+        ".".join([package, *file.parent.relative_to(folder).parts])
+        for package, folder in SOURCES.items()
+        for file in folder.rglob("*.py")
+    }
+    assert sorted(listed) == sorted(folders)
+    mapping = dict(line.replace(" ", "").split("=") for line in setup["options"]["package_dir"].split("\n") if line.strip())
+    assert mapping == {package: folder.relative_to(ROOT).as_posix() for package, folder in SOURCES.items() if package in listed}
+
+
+@pytest.mark.parametrize("package", ["algorithms", "bench", "cli", "data", "kernels", "models", "process", "sampling", "train"])
+def test_packages_have_a_docstring(package: str) -> None:
+    tree = ast.parse((ROOT / "gencontrol" / package / "__init__.py").read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree)
