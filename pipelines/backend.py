@@ -44,12 +44,16 @@ class AudioBackend(Protocol):
         """Shape of one latent for a sound of this length (None: the longest)."""
         ...
 
-    def encode(self, prompts: Sequence[str], seconds: float | None) -> Cond:
-        """Condition of prompts, batch axis first."""
+    def encode(self, prompts: Sequence[str], seconds: float | None, device: torch.device) -> Cond:
+        """Condition of prompts, batch axis first, computed on a device."""
         ...
 
-    def uncond(self, seconds: float | None) -> Cond:
+    def uncond(self, seconds: float | None, device: torch.device) -> Cond:
         """Condition of batch 1 for guidance without a negative prompt, shaped as `encode`'s."""
+        ...
+
+    def offload_order(self) -> list[torch.nn.Module]:
+        """Modules whose `forward` runs, in the order in which they do; under offloading all others stay resident."""
         ...
 
     def decode(self, latents: Float[Tensor, "b *d"]) -> Tensor:
@@ -221,17 +225,21 @@ class NativeAudio:
         """Shape [tokens channels] of one latent; the length is fixed, so shorter sounds are cropped."""
         return tuple(self.components["codec"].latent_shape)
 
-    def encode(self, prompts: Sequence[str], seconds: float | None) -> Cond:
+    def offload_order(self) -> list[torch.nn.Module]:
+        """Text encoder, transformer; the codec is small."""
+        return [self.components["text_encoder"], self.components["transformer"]]
+
+    def encode(self, prompts: Sequence[str], seconds: float | None, device: torch.device) -> Cond:
         """Condition {"pooled", "tokens", "mask", "drop"} of prompts."""
         from gencontrol.models.text_condition import encode_text
 
         return encode_text(self.components["text_encoder"], self.components["tokenizer"], prompts)
 
-    def uncond(self, seconds: float | None) -> Cond:
+    def uncond(self, seconds: float | None, device: torch.device) -> Cond:
         """The network's learned null condition, in the shape of `encode`'s."""
         from gencontrol.models.text_condition import null_text
 
-        return null_text(self.encode([""], seconds))
+        return null_text(self.encode([""], seconds, device))
 
     def decode(self, latents: Float[Tensor, "b tokens channels"]) -> Float[Tensor, "b n"]:
         """Waveforms of latents."""

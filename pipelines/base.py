@@ -26,9 +26,7 @@ class Pipeline:
 
     #: name of the folder under gencontrol/bundled that `from_pretrained("bundled")` loads
     bundled: ClassVar[str]
-    #: components in the order in which they run, for offloading
-    offload_order: ClassVar[tuple[str, ...]] = ()
-    #: components that stay in float32 and on the execution device (cheap, and not networks)
+    #: components that stay in float32 whatever the networks' dtype is
     fixed_precision: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, components: Mapping[str, Any], network_name: str) -> None:
@@ -205,17 +203,19 @@ class Pipeline:
         except ImportError as error:
             raise EnvironmentMissing("enable_model_cpu_offload needs accelerate; pip install accelerate.") from error
         self.remove_all_hooks()
-        modules = self.modules()
+        for module in self.modules().values():
+            module.to(target)
         hook = None
-        for name in [*self.offload_order, *(n for n in modules if n not in self.offload_order)]:
-            if name in modules and name not in self.fixed_precision:
-                modules[name].to("cpu")
-                _, hook = cpu_offload_with_hook(modules[name], target, prev_module_hook=hook)
-                self._hooks.append(hook)
-        for name in self.fixed_precision & modules.keys():
-            modules[name].to(target)
+        for module in self._offload_order():
+            module.to("cpu")
+            _, hook = cpu_offload_with_hook(module, target, prev_module_hook=hook)
+            self._hooks.append(hook)
         self._execution_device = target
         self._moved()
+
+    def _offload_order(self) -> list[nn.Module]:
+        """Modules to offload, in the order in which they run; the others stay on the accelerator."""
+        raise NotImplementedError
 
     def maybe_free_model_hooks(self) -> None:
         """Send the component that ran last back to the CPU, if the pipeline is offloaded."""

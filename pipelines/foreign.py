@@ -43,11 +43,6 @@ class _DiffusersAudio:
                     part.requires_grad_(False)
         self.denoiser = from_diffusers(network, pipe.scheduler)
 
-    @property
-    def device(self) -> torch.device:
-        """Device of the network."""
-        return next(self.components[self.network_name].parameters()).device
-
     def replace(self, components: Mapping[str, Any]) -> AudioBackend:
         """The same kind of backend around other components."""
         return wrap(type(self.pipe)(**components))
@@ -90,24 +85,26 @@ class StableAudio(_DiffusersAudio):
         """Shape [channels length]; fixed, the length of the sound is a condition."""
         return self.pipe.transformer.config.in_channels, self.pipe.transformer.config.sample_size
 
-    def _seconds(self, seconds: float | None) -> tuple[Tensor, Tensor]:
-        end = self.max_seconds if seconds is None else seconds
-        return self.pipe.encode_duration(0.0, end, self.device, False, 1)
+    def offload_order(self) -> list[torch.nn.Module]:
+        """Text encoder, projection, transformer, decoder."""
+        return [self.components[name] for name in ("text_encoder", "projection_model", "transformer", "vae")]
 
-    def _cond(self, text: Float[Tensor, "1 m c"], seconds: float | None) -> Cond:
-        start, end = self._seconds(seconds)
+    def encode(self, prompts: Sequence[str], seconds: float | None, device: torch.device) -> Cond:
+        """Text and duration embeddings, exactly those of StableAudioPipeline."""
+        return cat_cond([self._encode(text, seconds, device) for text in prompts])
+
+    def _encode(self, text: str, seconds: float | None, device: torch.device) -> Cond:
+        embeds = self.pipe.encode_prompt([text], device, False)
+        last = self.max_seconds if seconds is None else seconds
+        start, end = self.pipe.encode_duration(0.0, last, device, False, 1)
         return {
-            "encoder_hidden_states": torch.cat([text, start, end], dim=1),
+            "encoder_hidden_states": torch.cat([embeds, start, end], dim=1),
             "global_hidden_states": torch.cat([start, end], dim=2),
         }
 
-    def encode(self, prompts: Sequence[str], seconds: float | None) -> Cond:
-        """Text and duration embeddings, exactly those of StableAudioPipeline."""
-        return cat_cond([self._cond(self.pipe.encode_prompt([text], self.device, False), seconds) for text in prompts])
-
-    def uncond(self, seconds: float | None) -> Cond:
+    def uncond(self, seconds: float | None, device: torch.device) -> Cond:
         """Zeros in place of text and duration tokens, the duration kept in the global embedding."""
-        cond = self.encode([""], seconds)
+        cond = self._encode("", seconds, device)
         return {**cond, "encoder_hidden_states": torch.zeros_like(cond["encoder_hidden_states"])}
 
     def decode(self, latents: Float[Tensor, "b c n"]) -> Float[Tensor, "b 2 m"]:
@@ -135,12 +132,18 @@ class AudioLDM2(_DiffusersAudio):
         bins = int(self.pipe.vocoder.config.model_in_dim) // factor
         return self.pipe.unet.config.in_channels, math.ceil(frames / factor), bins
 
-    def encode(self, prompts: Sequence[str], seconds: float | None) -> Cond:
-        """Generated embeddings of the language model, T5 embeddings and their mask."""
-        return cat_cond([self._encode(text) for text in prompts])
+    def offload_order(self) -> list[torch.nn.Module]:
+        """As AudioLDM2Pipeline's own: CLAP is called by its parts, never as a whole."""
+        clap = self.components["text_encoder"]
+        names = ("text_encoder_2", "projection_model", "language_model", "unet", "vae", "vocoder")
+        return [clap.text_model, clap.text_projection, *(self.components[name] for name in names)]
 
-    def _encode(self, text: str) -> Cond:
-        embeds, mask, generated = self.pipe.encode_prompt([text], self.device, 1, False)
+    def encode(self, prompts: Sequence[str], seconds: float | None, device: torch.device) -> Cond:
+        """Generated embeddings of the language model, T5 embeddings and their mask."""
+        return cat_cond([self._encode(text, device) for text in prompts])
+
+    def _encode(self, text: str, device: torch.device) -> Cond:
+        embeds, mask, generated = self.pipe.encode_prompt([text], device, 1, False)
         length = min(MAX_T5_TOKENS, int(self.pipe.tokenizer_2.model_max_length))
         embeds, mask = embeds[:, :length], mask[:, :length]
         pad = length - embeds.shape[1]
@@ -150,9 +153,9 @@ class AudioLDM2(_DiffusersAudio):
             "encoder_attention_mask_1": torch.nn.functional.pad(mask, (0, pad)),
         }
 
-    def uncond(self, seconds: float | None) -> Cond:
+    def uncond(self, seconds: float | None, device: torch.device) -> Cond:
         """The condition of the empty prompt."""
-        return self._encode("")
+        return self._encode("", device)
 
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
         """Mono waveforms."""
@@ -193,7 +196,7 @@ def load_foreign(kind: str, where: str | Path, options: LoadOptions) -> AudioBac
                 str(where),
                 revision=options.revision,
                 variant=options.variant,
-                torch_dtype=options.dtype,
+                dtype=options.dtype,
                 cache_dir=options.cache_dir,
                 local_files_only=options.local_files_only or isinstance(where, Path),
                 token=options.token,

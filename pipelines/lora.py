@@ -65,6 +65,38 @@ def adapter_names(network: nn.Module) -> list[str]:
     return list(names)
 
 
+def adapter_state(network: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """The parameters of an adapter, by peft's file names without prefix: `<layer>.lora_A.weight` and so on."""
+    state: dict[str, Tensor] = {}
+    for path, layer in tuner_layers(network).items():
+        if adapter in layer.lora_A:
+            name = path.replace("_orig_mod.", "")
+            state[f"{name}.lora_A.weight"] = layer.lora_A[adapter].weight
+            state[f"{name}.lora_B.weight"] = layer.lora_B[adapter].weight
+            if adapter in layer.lora_magnitude_vector:
+                state[f"{name}.lora_magnitude_vector"] = layer.lora_magnitude_vector[adapter].weight
+    return state
+
+
+def adapter_config(network: nn.Module, adapter: str) -> dict[str, Any]:
+    """Settings of `peft.LoraConfig` that rebuild an adapter, read from its layers."""
+    layers = {path.replace("_orig_mod.", ""): layer for path, layer in tuner_layers(network).items()}
+    layers = {path: layer for path, layer in layers.items() if adapter in layer.lora_A}
+    ranks = {path: int(layer.r[adapter]) for path, layer in layers.items()}
+    alphas = {path: layer.lora_alpha[adapter] for path, layer in layers.items()}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {f"^{path}": value for path, value in ranks.items() if value != rank},
+        "alpha_pattern": {f"^{path}": value for path, value in alphas.items() if value != alpha},
+        "use_rslora": any(layer.use_rslora.get(adapter, False) for layer in layers.values()),
+        "use_dora": any(adapter in layer.lora_magnitude_vector for layer in layers.values()),
+        "target_modules": sorted(layers),
+    }
+
+
 def read_lora(path: Path, prefix: str) -> LoraFile:
     """Read a LoRA file, or the folder that holds one.
 
@@ -163,7 +195,7 @@ def inject(network: nn.Module, file: LoraFile, adapter: str) -> None:
         # peft draws initial weights, which are replaced below, and warns of every second adapter
         warnings.filterwarnings("ignore", "Already found a `peft_config`")
         peft.inject_adapter_in_model(config, network, adapter_name=adapter, state_dict=dict(file.weights))
-    own = peft.get_peft_model_state_dict(network, adapter_name=adapter)
+    own = adapter_state(network, adapter)
     missing, unexpected = sorted(own.keys() - file.weights.keys()), sorted(file.weights.keys() - own.keys())
     wrong = sorted(k for k in own.keys() & file.weights.keys() if own[k].shape != file.weights[k].shape)
     if missing or unexpected or wrong:
@@ -172,7 +204,9 @@ def inject(network: nn.Module, file: LoraFile, adapter: str) -> None:
             f"'{file.source}': unexpected keys {_short(unexpected)}, missing keys {_short(missing)}, shapes that "
             f"contradict its header {_short(wrong)}; save it again."
         )
-    peft.set_peft_model_state_dict(network, dict(file.weights), adapter_name=adapter)
+    with torch.no_grad():
+        for key, parameter in own.items():
+            parameter.copy_(file.weights[key])
     activate(network, [adapter], [1.0])
 
 
@@ -225,10 +259,8 @@ def write_lora(network: nn.Module, adapter: str, prefix: str, folder: Path) -> P
     known = adapter_names(network)
     if adapter not in known:
         raise UsageError(f"no adapter '{adapter}'.{nearest(adapter, known)} Loaded: {', '.join(known) or 'none'}.")
-    state = _peft().get_peft_model_state_dict(network, adapter_name=adapter)
-    config = network.peft_config[adapter].to_dict()  # type: ignore[index,union-attr,operator]  # peft's attribute
-    header = {f"{prefix}.{key}": config[key] for key in _CONFIG_KEYS if key in config}
-    header[f"{prefix}.target_modules"] = sorted({key.partition(".lora_")[0] for key in state})
+    state = adapter_state(network, adapter)
+    header = {f"{prefix}.{key}": value for key, value in adapter_config(network, adapter).items()}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
         {f"{prefix}.{key}": value.detach().cpu().contiguous() for key, value in state.items()},

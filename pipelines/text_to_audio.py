@@ -25,6 +25,7 @@ from gencontrol.pipelines.backend import AudioBackend, NativeAudio, ProcessSpec
 from gencontrol.pipelines.hub import LoadOptions, check_pipeline_class, download_folder
 from gencontrol.pipelines.lora_pipeline import LoraPipeline
 from gencontrol.pipelines.outputs import AudioPipelineOutput
+from gencontrol.process import GaussianProcess
 from gencontrol.types import Cond, cat_cond, cond_to, map_cond
 
 if TYPE_CHECKING:
@@ -50,7 +51,6 @@ class TextToAudioPipeline(LoraPipeline):
     """
 
     bundled: ClassVar[str] = "text_to_audio"
-    offload_order: ClassVar[tuple[str, ...]] = ("text_encoder", "transformer")
     fixed_precision: ClassVar[frozenset[str]] = frozenset({"codec"})
     #: tensors that a callback may ask for and replace
     callback_tensors: ClassVar[tuple[str, ...]] = ("latents",)
@@ -155,6 +155,9 @@ class TextToAudioPipeline(LoraPipeline):
         """Length in seconds of the sound that a call without `audio_end_in_s` makes."""
         return self._backend.max_seconds
 
+    def _offload_order(self) -> list[torch.nn.Module]:
+        return self._backend.offload_order()
+
     def _moved(self) -> None:
         self._prompts.clear()
 
@@ -171,7 +174,7 @@ class TextToAudioPipeline(LoraPipeline):
         for text in dict.fromkeys(texts):
             key = (text, audio_end_in_s)
             if key not in self._prompts:
-                cond = self._backend.encode([text], audio_end_in_s)
+                cond = self._backend.encode([text], audio_end_in_s, self.device)
                 self._prompts[key] = map_cond(lambda leaf: leaf.detach().to(self.device), cond)
         result = cat_cond([self._prompts[text, audio_end_in_s] for text in texts])
         while len(self._prompts) > _CACHED_PROMPTS:
@@ -181,7 +184,7 @@ class TextToAudioPipeline(LoraPipeline):
     @torch.no_grad()
     def uncond(self, audio_end_in_s: float | None = None) -> Cond:
         """Return the condition of batch 1 that stands for "no prompt" in classifier-free guidance."""
-        return cond_to(self._backend.uncond(audio_end_in_s), self.device)
+        return cond_to(self._backend.uncond(audio_end_in_s, self.device), self.device)
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "b *d"]) -> Tensor:
@@ -316,13 +319,14 @@ class TextToAudioPipeline(LoraPipeline):
         """Run the sampler from unit noise to clean latents, with progress, callback and interruption."""
         from gencontrol.sampling import sample
 
-        times = self._backend.times(steps)
-        schedule = self.denoiser.process.schedule
-        start = schedule.at(1.0 if times is None else float(times[0]))
+        process, times = self.denoiser.process, self._backend.times(steps)
+        assert isinstance(process, GaussianProcess)  # ProcessSpec and the adapters make no other
+        start = process.schedule.at(1.0 if times is None else float(times[0]))
         # the standard deviation at the first time: of pure noise, or of noise and unit-variance data where t < 1
         spread = start.s if times is None else math.sqrt(start.a**2 + start.s**2)
         self._interrupt = False
-        with self.progress_bar(total=steps) as bar:
+        count = steps if times is None else len(times) - 1
+        with self.progress_bar(total=count) as bar:
 
             def after(index: int, t: float, x: Tensor) -> Tensor | None:
                 bar.update()
@@ -332,7 +336,7 @@ class TextToAudioPipeline(LoraPipeline):
                 return sample(
                     model,
                     noise.shape,
-                    steps=steps,
+                    steps=count,
                     step=step,
                     generator=generators,
                     cond=cond,

@@ -109,7 +109,7 @@ def tiny_text_to_audio(seed: int = 0) -> Any:
 
 
 def tiny_stable_audio(seed: int = 0) -> Any:
-    """diffusers' StableAudioPipeline: latents [4, 32], stereo of 64 samples at 16 Hz (4 s)."""
+    """diffusers' StableAudioPipeline: latents [4, 32], stereo of 128 samples at 32 Hz (4 s)."""
     from diffusers import (
         AutoencoderOobleck,
         CosineDPMSolverMultistepScheduler,
@@ -135,12 +135,12 @@ def tiny_stable_audio(seed: int = 0) -> Any:
         )
         vae = AutoencoderOobleck(
             encoder_hidden_size=6,
-            downsampling_ratios=[1, 2],
+            downsampling_ratios=[2, 2],
             decoder_channels=3,
             decoder_input_channels=4,
             audio_channels=2,
             channel_multiples=[2, 4],
-            sampling_rate=16,
+            sampling_rate=32,
         )
         text_encoder = T5EncoderModel(T5Config(vocab_size=48, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
         projection = StableAudioProjectionModel(text_encoder_dim=16, conditioning_dim=8, min_value=0, max_value=8)
@@ -245,8 +245,13 @@ def tiny_audioldm2(seed: int = 0) -> Any:
         )
         projection = AudioLDM2ProjectionModel(text_encoder_dim=16, text_encoder_1_dim=32, langauge_model_dim=16)
     language_model.config.max_new_tokens = 4
-    scheduler = DDIMScheduler(
-        beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False
+    scheduler = DDIMScheduler(  # the settings of cvssp/audioldm2
+        beta_start=0.0015,
+        beta_end=0.0195,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
     )
     pipe = AudioLDM2Pipeline(
         vae=vae.eval(),

@@ -32,7 +32,6 @@ class PipelineContract:
     """Tests on `self.pipe`, set by the subclass's fixture."""
 
     pipe: TextToAudioPipeline
-    exact_files = True
 
     # ---- saving and loading
 
@@ -229,7 +228,7 @@ class PipelineContract:
 
         result = call(self.pipe, callback_on_step_end=zero_last)
         assert [step for step, _, _ in seen] == [0, 1, 2]
-        assert all(a[1] > b[1] for a, b in zip(seen, seen[1:])) and seen[-1][1] == 0
+        assert all(a[1] > b[1] for a, b in zip(seen, seen[1:])) and seen[-1][1] < 0.01
         assert torch.equal(result, torch.zeros_like(result))
         assert torch.equal(call(self.pipe, callback_on_step_end=lambda *_: None), seen[-1][2])
 
@@ -264,7 +263,9 @@ class PipelineContract:
 
     def test_task_can_be_trained_on(self, tmp_path: Path) -> None:
         task = self.pipe.task(PROMPTS[:2], PROMPTS[2:3])
-        assert task.denoiser.network is self.pipe.network and task.sampling_rate == self.pipe.sampling_rate
+        assert task.sampling_rate == self.pipe.sampling_rate
+        mine = {id(p) for p in self.pipe.network.parameters()}
+        assert {id(p) for p in task.denoiser.network.parameters()} == mine  # training it trains the pipeline
         cond = task.encode(task.prompts)
         x0 = torch.randn(2, *task.latent_shape, generator=torch.Generator().manual_seed(0))
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
