@@ -135,7 +135,11 @@ def scheduler_times(
         own.set_timesteps(steps)
         index = torch.unique_consecutive(own.timesteps.double())
         # the last step of DDIM and PNDM lands on the first entry of the table unless set_alpha_to_one
-        last = 0.0 if config.get("set_alpha_to_one", True) else float(schedule.time_of_index(torch.zeros((), dtype=torch.float64)))
+        last = (
+            0.0
+            if config.get("set_alpha_to_one", True)
+            else float(schedule.time_of_index(torch.zeros((), dtype=torch.float64)))
+        )
         times = torch.cat([schedule.time_of_index(index), torch.tensor([last])])
         return _decreasing(times)
     if name in _FLOW and config.get("use_dynamic_shifting", False):
