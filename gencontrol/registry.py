@@ -26,6 +26,7 @@ REWARDS = {
     "spectral-centroid": "gencontrol.rewards.signal:SpectralCentroid",
 }
 BENCHES = {
+    "overhead": "gencontrol.bench.overhead:main",
     "dragon": "gencontrol.bench.dragon:main",
 }
 

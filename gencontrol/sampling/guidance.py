@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from gencontrol.models.denoiser import Pred, TokenPred
@@ -181,9 +181,9 @@ class _Shifted(Control):
 def score_shift(model: Any, fn: ScoreFn, scale: float = 1.0) -> Control:
     """Add scale·fn(pred, t, cond) to a Gaussian model's score: eps - s·g and x0 + (s²/a)·g.
 
-    `fn` sees the unshifted prediction (`pred.xt`, `pred.x0`), so a gradient may be taken at the noisy or at the clean
-    point; it opens torch.enable_grad itself.  At a = 0 nothing is added: pure noise says nothing about x0, so the score
-    of any tilted law is unchanged there.
+    `fn` sees the unshifted prediction (`pred.xt`, `pred.x0`), so a gradient may be taken at the noisy or clean point; it
+    opens torch.enable_grad itself.  At a = 0 the score of any tilted law is that of the noise and the shift of x0
+    cannot be read from it: nothing is added there, so one step from pure noise is unguided.
     """
     if not isinstance(model.process, GaussianProcess):
         raise ValueError("score_shift needs a Gaussian model; tokens have no score")
@@ -209,7 +209,7 @@ class _Inpainted(Control):
         return pred.replace(torch.where(self.mask, self.x_known.to(xt), pred.x0), Prediction.X0)
 
 
-def inpaint(model: Any, x_known: Shaped[Tensor, "#b *d"], mask: Bool[Tensor, "#b *d"]) -> Control:
+def inpaint(model: Any, x_known: Shaped[Tensor, "#b *d"], mask: Shaped[Tensor, "#b *d"]) -> Control:
     """Fix the clean sample to `x_known` where `mask` is True: x0 replaced in every prediction (tokens: a sure logit).
 
     The other positions see the known ones through x_t alone (replacement method, Song et al. 2021 app. I.2).

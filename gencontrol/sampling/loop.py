@@ -142,6 +142,8 @@ def sample(
     """
     process = model.process
     chosen = make_step(step, process)
+    if grad_steps < 0:
+        raise UsageError(f"grad_steps is {grad_steps}; give the number of last steps that keep gradients, >= 0")
     schedule = process.schedule if isinstance(process, GaussianProcess) else None
     grid = make_grid(schedule, steps, times)
     if schedule is not None:

@@ -1,0 +1,28 @@
+"""The loop beside its network: a lenient bound here, the claim itself is `gencontrol bench overhead`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gencontrol.bench.overhead import overhead
+
+
+def test_the_loop_costs_little() -> None:
+    result = overhead(runs=7)
+    # the claim is 1.05; tests run with shape checking switched on and on shared machines
+    assert result.ratio < 1.5
+    assert result.bare_ms > 1.0
+
+
+def test_loops_that_disagree_are_not_compared() -> None:
+    class Drifting(nn.Module):
+        calls = 0
+
+        def forward(self, xt: Tensor, t: Tensor, cond: object) -> Tensor:
+            self.calls += 1
+            return torch.full_like(xt, float(self.calls))
+
+    with pytest.raises(ValueError, match="disagree"):
+        overhead(Drifting(), shape=(1, 2, 2), steps=2, runs=1)
