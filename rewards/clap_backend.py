@@ -7,6 +7,9 @@ nothing is random; the gradient reaches the audio.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +24,19 @@ from gencontrol.errors import EnvironmentMissing, UsageError
 from gencontrol.rewards.clap_features import ClapLogMel, LogMelConfig, LongClips
 
 _SMALLEST_VOCABULARY = 32
+_NO_ROBERTA = (
+    "laion-clap could not load its text model 'roberta-base' (offline?); download it once, or put a folder "
+    "'roberta-base' into the working directory."
+)
+
+
+def weights_digest(module: torch.nn.Module) -> str:
+    """Eight hexadecimal digits that change with any weight: the fingerprint of a model, wherever its folder lies."""
+    digest = hashlib.blake2b(digest_size=4)
+    for key, value in sorted(module.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class ClapBackend(Protocol):
@@ -65,8 +81,8 @@ def _embedding(output: Any) -> Tensor:
 class TransformersClap:
     """A transformers ClapModel with its tokenizer and the settings of its feature extractor."""
 
-    def __init__(self, model: Any, tokenizer: Any, features: LogMelConfig, name: str, device: torch.device) -> None:
-        """Freeze the model; `name` is its fingerprint in statistics files.
+    def __init__(self, model: Any, tokenizer: Any, features: LogMelConfig, source: str, device: torch.device) -> None:
+        """Freeze the model; `source` names it in messages.
 
         Raises:
             UsageError: the tokenizer's vocabulary does not fit the model (a sign of missing tokenizer files).
@@ -74,12 +90,13 @@ class TransformersClap:
         text = model.config.text_config
         if not _SMALLEST_VOCABULARY <= len(tokenizer) <= text.vocab_size:
             raise UsageError(
-                f"the tokenizer of '{name}' has {len(tokenizer)} tokens and the model {text.vocab_size}; its tokenizer "
+                f"the tokenizer of '{source}' has {len(tokenizer)} tokens, the model {text.vocab_size}; the tokenizer "
                 "files are missing or belong to another model."
             )
-        self.name, self.device = name, device
+        self.device = device
         self.sampling_rate, self.max_seconds = features.sampling_rate, float(features.max_length_s)
         self._model = model.eval().requires_grad_(False).to(device, torch.float32)
+        self.name = f"clap:{weights_digest(self._model)}"
         self._tokenizer = tokenizer
         self._max_tokens = min(int(tokenizer.model_max_length), text.max_position_embeddings - 2)
         self._features = ClapLogMel(features).to(device)
@@ -107,7 +124,7 @@ class TransformersClap:
         return F.normalize(_embedding(output), dim=-1)
 
 
-def load_transformers_clap(source: str | Path, name: str, device: torch.device) -> TransformersClap:
+def load_transformers_clap(source: str | Path, device: torch.device) -> TransformersClap:
     """Load a ClapModel, its tokenizer and its feature extractor from a folder or the hub.
 
     Raises:
@@ -134,7 +151,7 @@ def load_transformers_clap(source: str | Path, name: str, device: torch.device) 
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise UsageError(f"reward_model '{source}' lacks weights ({missing}, …); its file is incomplete.")
-    return TransformersClap(model, tokenizer, LogMelConfig.from_mapping(extractor.to_dict()), name, device)
+    return TransformersClap(model, tokenizer, LogMelConfig.from_mapping(extractor.to_dict()), str(source), device)
 
 
 class LaionClap:
@@ -143,9 +160,15 @@ class LaionClap:
     sampling_rate = 48_000
     max_seconds = 10.0
 
-    def __init__(self, module: Any, name: str, device: torch.device) -> None:
-        """Freeze a loaded `laion_clap.CLAP_Module`."""
-        self.name, self.device = name, device
+    def __init__(self, module: Any, device: torch.device) -> None:
+        """Freeze a loaded `laion_clap.CLAP_Module`.
+
+        Raises:
+            EnvironmentMissing: its tokenizer came up empty, which transformers does silently when offline.
+        """
+        if len(module.tokenize) < _SMALLEST_VOCABULARY:
+            raise EnvironmentMissing(_NO_ROBERTA + f" Its tokenizer has only {len(module.tokenize)} tokens.")
+        self.name, self.device = f"laion-clap:{weights_digest(module)}", device
         self._module = module.eval().requires_grad_(False).to(device)
         self._crops = ClapLogMel(LogMelConfig(truncation="rand_trunc"))
 
@@ -191,18 +214,16 @@ def load_laion_clap(checkpoint: Path, device: torch.device, audio_tower: str) ->
             "pip install 'gencontrol[clap]', or give reward_model a transformers CLAP model."
         ) from error
     except OSError as error:
-        raise EnvironmentMissing(
-            "laion-clap could not load its text model 'roberta-base' (offline?); download it once, or put a folder "
-            f"'roberta-base' into the working directory. First cause: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise EnvironmentMissing(f"{_NO_ROBERTA} First cause: {str(error).strip().splitlines()[0]}") from error
     try:
-        module.load_ckpt(str(checkpoint), verbose=False)
+        with contextlib.redirect_stdout(sys.stderr):  # the package prints; stdout belongs to the command line
+            module.load_ckpt(str(checkpoint), verbose=False)
     except (RuntimeError, KeyError) as error:
         raise UsageError(
             f"'{checkpoint}' does not fit laion-clap's {tower}: {str(error).splitlines()[0]}; set audio_tower to "
             "'HTSAT-tiny' or 'HTSAT-base'."
         ) from error
-    return LaionClap(module, f"laion-clap:{checkpoint.stem}", device)
+    return LaionClap(module, device)
 
 
 @lru_cache(maxsize=4)
@@ -211,10 +232,9 @@ def _load(reward_model: str, device: str, audio_tower: str) -> ClapBackend:
     if reward_model.endswith((".pt", ".pth")):
         return load_laion_clap(Path(reward_model).expanduser(), torch.device(device), audio_tower)
     if reward_model == "bundled":
-        return load_transformers_clap(bundled_clap(), "clap:bundled", torch.device(device))
+        return load_transformers_clap(bundled_clap(), torch.device(device))
     folder = Path(reward_model).expanduser()
-    name, source = (folder.resolve().name, str(folder)) if folder.is_dir() else (reward_model, reward_model)
-    return load_transformers_clap(source, f"clap:{name}", torch.device(device))
+    return load_transformers_clap(folder if folder.is_dir() else reward_model, torch.device(device))
 
 
 def clap_backend(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gencontrol.errors import EnvironmentMissing, UsageError, nearest
 from gencontrol.rewards.clap import ClapReward
+from gencontrol.rewards.clap_backend import weights_digest
 from gencontrol.rewards.clap_features import ClapLogMel, LogMelConfig
 
 #: Names of the encoders that `make_encoder` knows.
@@ -112,7 +113,7 @@ class AttributeEncoder:
         self._model = AttributeNet.from_pretrained(bundled_attributes() if folder is None else folder)
         self._model.to(chosen).eval().requires_grad_(False)
         self._device = torch.device(chosen)
-        self.name = "attributes:bundled" if folder is None else f"attributes:{Path(folder).resolve().name}"
+        self.name = f"attributes:{weights_digest(self._model)}"
 
     def frames(self, wave: Float[Tensor, "b n"], rate: int) -> Float[Tensor, "b f d"]:
         """Frame embeddings; clips longer than the training window are cut into windows."""

@@ -218,6 +218,12 @@ def test_text_embeddings_are_cached_and_long_texts_cut(folder: Path, monkeypatch
     torch.testing.assert_close(first.norm(dim=1), torch.ones(4))
 
 
+def test_the_fingerprint_changes_with_the_weights_and_not_with_the_place(folder: Path, tmp_path: Path) -> None:
+    name = ClapReward(folder, "cpu").backend.name
+    assert ClapReward(save_tiny_clap(tmp_path / "same"), "cpu").backend.name == name
+    assert ClapReward(save_tiny_clap(tmp_path / "other", seed=1), "cpu").backend.name != name
+
+
 def test_rewards_of_one_model_share_it(folder: Path) -> None:
     assert ClapReward(folder, "cpu").backend is ClapReward(folder, "cpu").backend
     reward = load_rewards(["clap:0.5", "vendi:0.5"], reward_model=str(folder), device="cpu")
@@ -270,9 +276,12 @@ def test_models_that_cannot_be_had_give_one_clear_line(tmp_path: Path) -> None:
 class FakeLaion(torch.nn.Module):
     """Stands in for `laion_clap.CLAP_Module` 1.1.7: same constructor, loader and embedding calls."""
 
+    tokens = "full"
+
     def __init__(self, enable_fusion=False, device=None, amodel="HTSAT-tiny", tmodel="roberta"):
         super().__init__()
         self.made_with = (enable_fusion, device, amodel)
+        self.tokenize = "a" * (5 if "empty" in FakeLaion.tokens else 50)  # only its length is looked at
         self.weight = torch.nn.Parameter(torch.randn(100, 6, generator=torch.Generator().manual_seed(0)))
 
     def load_ckpt(self, ckpt=None, model_id=-1, verbose=True):
@@ -303,6 +312,10 @@ def test_laion_checkpoints_go_through_the_packages_own_loader(monkeypatch: pytes
         ClapReward(path, "cpu", audio_tower="HTSAT-tiny")
     with pytest.raises(UsageError, match="does not exist"):
         ClapReward(tmp_path / "none.pt", "cpu")
+    monkeypatch.setattr(FakeLaion, "tokens", "empty")
+    (tmp_path / "z.pt").write_text("")
+    with pytest.raises(EnvironmentMissing, match="5 tokens"):
+        ClapReward(tmp_path / "z.pt", "cpu")
 
 
 def test_a_missing_laion_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
