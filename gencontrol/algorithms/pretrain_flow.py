@@ -145,13 +145,13 @@ class FlowPretrain:
     def collect(self, ctx: StepContext) -> Collected:
         """Positions of this rank's items of the step's batch; one update."""
         first = ctx.step * self.config.batch
-        positions = list(range(first + ctx.rank, first + self.config.batch, ctx.world_size))
+        positions = torch.arange(first + ctx.rank, first + self.config.batch, ctx.world_size)
         return Collected(positions, 1, {"data/epoch": first / len(self.data)})
 
     def minibatches(self, data: Any, update: int, ctx: StepContext) -> Iterable[FlowMicro]:
         """Read the items and draw wording, drop, time and noise of each."""
         for start in range(0, len(data), ctx.micro_batch):
-            yield self._draw(data[start : start + ctx.micro_batch])
+            yield self._draw(data[start : start + ctx.micro_batch].tolist())
 
     def _draw(self, positions: Sequence[int]) -> FlowMicro:
         generators = item_generators(self.seed, "pretrain/item", positions)

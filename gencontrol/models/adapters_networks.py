@@ -30,7 +30,7 @@ class DiffusersNetwork(nn.Module):
 
     def __init__(self, model: nn.Module, timestep: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        name = type(model).__name__
+        name = type(model._modules.get("_orig_mod", model)).__name__  # inside torch.compile's wrapper
         if name not in CALLS:
             raise UsageError(f"no adapter for the network class {name}; known: {', '.join(CALLS)}.")
         self.model, self.timestep, self._call = model, timestep, CALLS[name]

@@ -17,7 +17,7 @@ from gencontrol.process import Cosine, Edm, Linear, Table
 from gencontrol.sampling import sample
 from tests.models.tiny_diffusers import build, cond
 
-TABLE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+TABLE: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def noisy(shape: tuple[int, ...], seed: int = 3) -> Tensor:
@@ -87,19 +87,19 @@ def test_network_is_called_as_its_pipeline_calls_it(name: str) -> None:
 
 
 def test_sdxl_conditions_go_into_added_cond_kwargs() -> None:
-    sizes = dict(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=4,
-        cross_attention_dim=16,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=20 + 6 * 4,
-    )
+    sizes: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 4,
+        "cross_attention_dim": 16,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 20 + 6 * 4,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = diffusers.UNet2DConditionModel(**sizes).eval().double()
