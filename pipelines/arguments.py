@@ -39,9 +39,7 @@ def positive(value: int, name: str) -> int:
 def guidance(value: float) -> float:
     """Return a finite guidance scale of at least 0, or raise UsageError."""
     if not math.isfinite(value) or value < 0:
-        raise UsageError(
-            f"guidance_scale is {value}; give a number of at least 0 (no guidance at 1 or below)."
-        )
+        raise UsageError(f"guidance_scale is {value}; give a number of at least 0 (no guidance at 1 or below).")
     return float(value)
 
 
@@ -50,9 +48,7 @@ def seconds(value: float | None, longest: float) -> float | None:
     if value is None:
         return None
     if not math.isfinite(value) or value <= 0 or value > longest * (1 + 1e-9):
-        raise UsageError(
-            f"audio_end_in_s is {value}; this model makes more than 0 and at most {longest:g} seconds."
-        )
+        raise UsageError(f"audio_end_in_s is {value}; this model makes more than 0 and at most {longest:g} seconds.")
     return float(value)
 
 

@@ -268,11 +268,7 @@ class NativeAudio:
         self.components["tokenizer"].save_pretrained(folder / "tokenizer")
         self.components["codec"].save_pretrained(folder / "codec")
         self.spec.write(folder)
-        index = {
-            name: [self.libraries.get(name, "transformers"), type(component).__name__]
-            for name, component in self.components.items()
-        }
-        index["tokenizer"] = ["transformers", "AutoTokenizer"]
+        index = {name: (self.libraries.get(name, "transformers"), kinds[0]) for name, kinds in self.allowed.items()}
         write_index(folder, "TextToAudioPipeline", index)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from gencontrol.errors import EnvironmentMissing, UsageError
 from gencontrol.pipelines.backend import AudioBackend, Defaults
 from gencontrol.pipelines.hub import LoadOptions, hub_errors, own_memory, quiet
+from gencontrol.pipelines.lora import uncompiled
 from gencontrol.types import Cond, cat_cond
 
 #: longest AudioLDM2 prompt in tokens of its T5; longer ones are cut
@@ -61,7 +62,7 @@ class _DiffusersAudio:
                 return
             network = self.components[self.network_name]
             with torch.device("meta"):
-                plain = type(network).from_config(network.config)
+                plain = type(uncompiled(network)).from_config(network.config)
             plain.load_state_dict(weights(), assign=True)
             self.pipe.register_modules(**{self.network_name: plain})
             try:

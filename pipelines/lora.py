@@ -50,6 +50,12 @@ def tuner_layers(network: nn.Module) -> dict[str, Any]:
     return {name: layer for name, layer in network.named_modules() if isinstance(layer, BaseTunerLayer)}
 
 
+def uncompiled(network: nn.Module) -> nn.Module:
+    """The module inside a `torch.compile` wrapper, or the module itself."""
+    inner = network._modules.get("_orig_mod")
+    return network if inner is None else inner
+
+
 def has_adapters(network: nn.Module) -> bool:
     """Whether a network carries LoRA layers; does not import peft where nobody else did."""
     import sys
@@ -170,8 +176,6 @@ def check_lora(file: LoraFile, network: nn.Module) -> None:
 
 def _weight(layer: nn.Module) -> Tensor | None:
     """The weight that a LoRA of this layer would change, or None where a LoRA has no place."""
-    if has_adapters(layer):
-        layer = layer.get_base_layer() if type(layer).__module__.startswith("peft.") else layer
     return layer.weight if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)) else None
 
 

@@ -123,8 +123,8 @@ class TextToAudioPipeline(LoraPipeline):
         self._set_backend(self._backend.replace(components))
 
     def _save(self, folder: Path) -> None:
-        carries = lora.has_adapters(self.network)
-        self._backend.save(folder, (lambda: lora.merged_state(self.network)) if carries else None)
+        plain = lora.uncompiled(self.network) is self.network and not lora.has_adapters(self.network)
+        self._backend.save(folder, None if plain else lambda: lora.merged_state(self.network))
 
     def save_final(self, folder: Path) -> None:
         """Write what `from_pretrained` needs with the present weights, and active adapters as LoRA files in lora/."""

@@ -1,4 +1,4 @@
-"""What every text-to-audio pipeline must do; a test module subclasses `PipelineContract` and gives the `pipe` fixture."""
+"""What every text-to-audio pipeline must do; a test module subclasses `PipelineContract` and sets `self.pipe`."""
 
 from __future__ import annotations
 
@@ -94,6 +94,15 @@ class PipelineContract:
         other = TextToAudioPipeline.from_pipe(self.pipe)
         assert other is not self.pipe
         assert all(other.components[name] is part for name, part in self.pipe.components.items())
+
+    def test_compiled_network_is_saved_without_its_wrapper(self, tmp_path: Path) -> None:
+        pipe = TextToAudioPipeline.from_pipe(self.pipe)
+        name, network = self.pipe.network_name, self.pipe.network
+        pipe.register_modules(**{name: torch.compile(network, backend="eager")})
+        pipe.save_pretrained(tmp_path)
+        self.pipe.register_modules(**{name: network})
+        loaded = TextToAudioPipeline.from_pretrained(tmp_path).network.state_dict()
+        assert all(torch.equal(loaded[key], value) for key, value in network.state_dict().items())
 
     # ---- the call
 

@@ -34,7 +34,7 @@ def unit_noise(pipe: TextToAudioPipeline, batch: int = 1) -> torch.Tensor:
 
 
 def deterministic(order: int) -> Any:
-    """Stable Audio's scheduler with the deterministic updates of diffusers' EDM twin in place of its stochastic ones."""
+    """Stable Audio's scheduler with the deterministic updates of diffusers' EDM twin."""
     from diffusers import CosineDPMSolverMultistepScheduler, EDMDPMSolverMultistepScheduler
 
     class Deterministic(CosineDPMSolverMultistepScheduler):
@@ -104,7 +104,9 @@ class TestAudioLDM2(PipelineContract):
     def _pipe(self, audioldm2: TextToAudioPipeline) -> None:
         self.pipe = audioldm2
 
-    @pytest.mark.parametrize("keywords", [{"guidance_scale": 1.0}, {"guidance_scale": 4.0, "negative_prompt": "bad hiss"}])
+    @pytest.mark.parametrize(
+        "keywords", [{"guidance_scale": 1.0}, {"guidance_scale": 4.0, "negative_prompt": "bad hiss"}]
+    )
     def test_loop_is_diffusers_call(self, keywords: dict[str, Any]) -> None:
         # texts of equal length: diffusers pads them to the longest, which would change its language model's positions
         theirs = tiny_audioldm2()
@@ -156,7 +158,9 @@ class TestLoading:
 
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name, **_: str(tmp_path / name))
         monkeypatch.setattr(diffusers.StableAudioPipeline, "from_pretrained", classmethod(load))
-        TextToAudioPipeline.from_pretrained("a/b", revision="r", variant="fp16", dtype="bf16", cache_dir="/c", token="t")
+        TextToAudioPipeline.from_pretrained(
+            "a/b", revision="r", variant="fp16", dtype="bf16", cache_dir="/c", token="t"
+        )
         assert asked == {
             "where": "a/b",
             "revision": "r",

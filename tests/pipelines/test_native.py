@@ -102,7 +102,9 @@ class TestNative(PipelineContract):
     def test_low_precision_text_encoder_only_rounds(self) -> None:
         import copy
 
-        half = TextToAudioPipeline(**copy.deepcopy(self.pipe.components), process=ProcessSpec(steps=4)).to(torch.bfloat16)
+        half = TextToAudioPipeline(**copy.deepcopy(self.pipe.components), process=ProcessSpec(steps=4)).to(
+            torch.bfloat16
+        )
         assert next(half.text_encoder.parameters()).dtype == torch.bfloat16
         assert half.codec.mean.dtype == torch.float32  # the codec's algebra stays exact
         # bf16 has 8 bits: 1 % of the values' size per layer; another noise or prompt would differ by the values' size
