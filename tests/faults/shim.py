@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch._dynamo  # noqa: F401  # the first optimizer imports it; once here, not in every child
+
 from gencontrol.train.checkpoint import Checkpoints, TrainState
 from gencontrol.train.files import FileLayer
 from gencontrol.train.trainer import TrainConfig, Trainer
