@@ -11,13 +11,14 @@ from pathlib import Path
 
 from PIL import Image
 
-PROMPTS = ["a fast bright marimba arpeggio", "slow sad cello, with reverb", "<b>loud</b> & \"distorted\" bass", "wind"]
+PROMPTS = ["a fast bright marimba arpeggio", "slow sad cello, with reverb", '<b>loud</b> & "distorted" bass', "wind"]
 
 
 def tone(hertz: float, seconds: float = 1.0, rate: int = 16000) -> bytes:
     """A wav file of a decaying sine."""
     samples = (
-        int(12000 * math.sin(2 * math.pi * hertz * n / rate) * math.exp(-2 * n / rate)) for n in range(int(seconds * rate))
+        int(12000 * math.sin(2 * math.pi * hertz * n / rate) * math.exp(-2 * n / rate))
+        for n in range(int(seconds * rate))
     )
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as file:

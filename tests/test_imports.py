@@ -13,13 +13,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = {"gencontrol": ROOT / "gencontrol", **{f"gencontrol.{n}": ROOT / n for n in ("pipelines", "rewards", "robotics")}}
+SOURCES = {
+    "gencontrol": ROOT / "gencontrol",
+    **{f"gencontrol.{n}": ROOT / n for n in ("pipelines", "rewards", "robotics")},
+}
 
 FIRST = {"types", "errors", "rng", "config", "registry", "__version__"}
 BELOW = {*FIRST, "process", "kernels", "models", "data"}
 #: part → parts that it may import at the top of a file
 TOP = {
-    **{part: FIRST for part in FIRST},
+    **dict.fromkeys(FIRST, FIRST),
     "process": {*FIRST, "process", "kernels"},
     "kernels": {*FIRST, "process", "kernels"},
     "models": BELOW,
@@ -128,12 +131,16 @@ def test_layers() -> None:
 
 
 def test_pipelines_and_rewards_never_import_train() -> None:
-    assert [str(i) for i in IMPORTS if i.part in ("pipelines", "rewards", "robotics") and "gencontrol.train" in i.name] == []
+    assert [
+        str(i) for i in IMPORTS if i.part in ("pipelines", "rewards", "robotics") and "gencontrol.train" in i.name
+    ] == []
 
 
 def test_heavy_libraries_are_imported_in_functions() -> None:
     wrong = [
-        str(i) for i in IMPORTS if i.top and (root := i.name.split(".")[0]) in HEAVY and root not in MAY.get(i.part, set())
+        str(i)
+        for i in IMPORTS
+        if i.top and (root := i.name.split(".")[0]) in HEAVY and root not in MAY.get(i.part, set())
     ]
     assert wrong == []
 
@@ -149,7 +156,9 @@ def test_no_unpickling() -> None:
 
 
 def _python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120, check=True
+    )
     return done.stdout.strip()
 
 
@@ -168,7 +177,8 @@ def test_import_is_light() -> None:
 def test_the_command_line_needs_no_torch_for_help() -> None:
     code = (
         "import sys, time; begin = time.process_time(); from gencontrol.cli import main; code = main(['--help']); "
-        "print('seconds', time.process_time() - begin, code, *[m for m in ('torch', 'numpy', 'diffusers') if m in sys.modules])"
+        "print('seconds', time.process_time() - begin, code, "
+        "*[m for m in ('torch', 'numpy', 'diffusers') if m in sys.modules])"
     )
     words = _python(code).splitlines()[-1].split()
     assert words[0] == "seconds" and words[2:] == ["0"]
@@ -185,11 +195,17 @@ def test_setup_lists_exactly_the_package_folders() -> None:
         for file in folder.rglob("*.py")
     }
     assert sorted(listed) == sorted(folders)
-    mapping = dict(line.replace(" ", "").split("=") for line in setup["options"]["package_dir"].split("\n") if line.strip())
-    assert mapping == {package: folder.relative_to(ROOT).as_posix() for package, folder in SOURCES.items() if package in listed}
+    mapping = dict(
+        line.replace(" ", "").split("=") for line in setup["options"]["package_dir"].split("\n") if line.strip()
+    )
+    assert mapping == {
+        package: folder.relative_to(ROOT).as_posix() for package, folder in SOURCES.items() if package in listed
+    }
 
 
-@pytest.mark.parametrize("package", ["algorithms", "bench", "cli", "data", "kernels", "models", "process", "sampling", "train"])
+@pytest.mark.parametrize(
+    "package", ["algorithms", "bench", "cli", "data", "kernels", "models", "process", "sampling", "train"]
+)
 def test_packages_have_a_docstring(package: str) -> None:
     tree = ast.parse((ROOT / "gencontrol" / package / "__init__.py").read_text(encoding="utf-8"))
     assert ast.get_docstring(tree)

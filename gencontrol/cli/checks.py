@@ -86,7 +86,9 @@ def check_reference(reference: str) -> None:
         if len(set(read_prompts(path))) < 2:
             raise UsageError(f"--reference {reference} holds fewer than 2 different captions; add some, one per line.")
     elif path.suffix != ".safetensors":
-        raise UsageError(f"--reference {reference}: give a folder of sound, a .txt of captions or .safetensors statistics.")
+        raise UsageError(
+            f"--reference {reference}: give a folder of sound, a .txt of captions or .safetensors statistics."
+        )
 
 
 def load_prompts(run: RunConfig) -> tuple[list[str], list[str]]:

@@ -35,7 +35,9 @@ DryRun = Annotated[Flag, _option("--dry-run", "Check all options, print the plan
 Online = Annotated[Flag, _option("--online", "Allow downloads from the Hugging Face hub.", RUN)]
 Steps = Annotated[Number, _option("--steps", "Training steps.", TRAINING)]
 Lr = Annotated[Real, _option("--lr", "Learning rate.", TRAINING)]
-LrSchedule = Annotated[Text, _option("--lr-schedule", "Shape of the learning rate.", TRAINING, "constant|cosine|linear")]
+LrSchedule = Annotated[
+    Text, _option("--lr-schedule", "Shape of the learning rate.", TRAINING, "constant|cosine|linear")
+]
 Warmup = Annotated[Number, _option("--warmup", "Steps of rising learning rate.", TRAINING)]
 MaxGradNorm = Annotated[Real, _option("--max-grad-norm", "Gradient norm is clipped to this.", TRAINING)]
 Batch = Annotated[Number, _option("--batch", "Prompts (or data items) of one step.", TRAINING)]
@@ -152,9 +154,7 @@ def sample(
     prompt: Annotated[Many, _option("--prompt", "A prompt; may be repeated.", WHAT, "TEXT")] = None,
     prompts: Annotated[Text, _option("--prompts", "Prompts in a txt, jsonl or csv file.", WHAT, "FILE")] = None,
     num: Annotated[int, typer.Option("--num", help="Samples of each prompt.", rich_help_panel=WHAT, min=1)] = 4,
-    steps: Annotated[
-        Number, _option("--steps", "Sampler steps (default: the model's own choice).", WHAT)
-    ] = None,
+    steps: Annotated[Number, _option("--steps", "Sampler steps (default: the model's own choice).", WHAT)] = None,
     guidance_scale: Annotated[
         Real, _option("--guidance-scale", "Classifier-free guidance (default: the model's own choice).", WHAT)
     ] = None,

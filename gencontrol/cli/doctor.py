@@ -84,7 +84,9 @@ def _print(checks: list[Check]) -> None:
 def _system() -> Iterator[Check]:
     version = platform.python_version()
     good = sys.version_info >= (3, 11)
-    yield Check("System", "python", "ok" if good else "fault", version if good else f"{version}; 3.11 or newer is needed")
+    yield Check(
+        "System", "python", "ok" if good else "fault", version if good else f"{version}; 3.11 or newer is needed"
+    )
     yield Check("System", "platform", "ok", f"{platform.system()} {platform.machine()}")
     usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     set_by = os.environ.get("OMP_NUM_THREADS")
@@ -122,9 +124,17 @@ def _devices() -> Iterator[Check]:
 
 
 def _bundled() -> Iterator[Check]:
-    for name, use in (("text_to_audio", "--model bundled"), ("clap", "--reward clap"), ("attributes", "quality checks")):
+    for name, use in (
+        ("text_to_audio", "--model bundled"),
+        ("clap", "--reward clap"),
+        ("attributes", "quality checks"),
+    ):
         present = any((BUNDLED / name).rglob("*.safetensors"))
-        detail = "present" if present else f"missing, needed for {use}; reinstall gencontrol or make it with `gencontrol pretrain`"
+        detail = (
+            "present"
+            if present
+            else f"missing, needed for {use}; reinstall gencontrol or make it with `gencontrol pretrain`"
+        )
         yield Check("Bundled weights", name, "ok" if present else "fault", detail)
     try:
         faults = check_manifest()
@@ -132,7 +142,9 @@ def _bundled() -> Iterator[Check]:
         yield Check("Bundled weights", "checksums", "note", "no manifest.json to compare with")
         return
     except (ValueError, KeyError, TypeError) as error:
-        yield Check("Bundled weights", "checksums", "fault", f"manifest.json is unreadable ({error}); reinstall gencontrol")
+        yield Check(
+            "Bundled weights", "checksums", "fault", f"manifest.json is unreadable ({error}); reinstall gencontrol"
+        )
         return
     detail = "; ".join(faults[:5]) + "; reinstall gencontrol" if faults else "all files intact"
     yield Check("Bundled weights", "checksums", "fault" if faults else "ok", detail)

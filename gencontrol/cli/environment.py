@@ -34,5 +34,7 @@ def choose_device(name: str) -> str:
 
     here = torch.cuda.is_available()
     if name == "cuda" and not here:
-        raise EnvironmentMissing("--device cuda: torch sees no CUDA device; use --device cpu, or run gencontrol doctor.")
+        raise EnvironmentMissing(
+            "--device cuda: torch sees no CUDA device; use --device cpu, or run gencontrol doctor."
+        )
     return ("cuda" if here else "cpu") if name == "auto" else name

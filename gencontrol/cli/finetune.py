@@ -1,4 +1,7 @@
-"""`gencontrol finetune`: from options to a trained model.  The loss is two calls away: `Trainer.fit` → `algorithm.loss`."""
+"""`gencontrol finetune`: from options to a trained model.
+
+The loss is two calls away: `Trainer.fit` → `algorithm.loss`.
+"""
 
 from __future__ import annotations
 

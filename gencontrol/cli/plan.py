@@ -122,7 +122,9 @@ def plan(job: Job) -> Iterator[str]:
 
 def _arithmetic(job: Job) -> Iterator[str]:
     options, train = to_table(job.algorithm), job.train
-    groups = next((options[name] for name in ("pairs_per_round", "prompts_per_round", "batch") if name in options), None)
+    groups = next(
+        (options[name] for name in ("pairs_per_round", "prompts_per_round", "batch") if name in options), None
+    )
     generations = options.get("generations", options.get("group", 1))
     if isinstance(groups, int) and isinstance(generations, int):
         samples = groups * generations
@@ -133,7 +135,7 @@ def _arithmetic(job: Job) -> Iterator[str]:
         yield f"  whole run      {train.steps} steps = {train.steps * samples} samples, {train.steps * updates} updates"
     else:
         yield f"  whole run      {train.steps} steps, micro-batches of at most {train.micro_batch}"
-    steps = [step for step in range(0, train.steps + 1) if train.eval_every and step % train.eval_every == 0]
+    steps = [step for step in range(train.steps + 1) if train.eval_every and step % train.eval_every == 0]
     count = len(steps) + bool(train.eval_every and train.steps % train.eval_every)
     yield f"  evaluations    {count}, each {len(job.eval_prompts) * options.get('eval_samples', 1)} samples"
     yield f"  checkpoints    every {train.save_every} steps, {train.keep} kept"

@@ -84,7 +84,9 @@ def _sound_data(table: Mapping[str, Mapping[str, Any]], *, dry_run: bool) -> Non
     seed = dict(table["train"]).pop("seed", 0)
     extra = [f"{section}.{key}" for section in table for key in table[section] if section != "run" and key != "seed"]
     if extra:
-        raise UsageError(f"pretrain sound-data does not use {', '.join(extra)}; give run.train, run.val, run.test, --seed.")
+        raise UsageError(
+            f"pretrain sound-data does not use {', '.join(extra)}; give run.train, run.val, run.test, --seed."
+        )
     config = build(SoundDataConfig, table["run"], "run")
     folder = config.output or config.data
     if dry_run:

@@ -61,7 +61,8 @@ def make_flow(
     audio = NativeAudio(network, text_encoder, tokenizer, codec, spec)
     cache = run.cache or str(Path(run.data) / "latents")
     data = {
-        split: prepare_sound_latents(run.data, codec, text_encoder, tokenizer, cache, split) for split in ("train", "val")
+        split: prepare_sound_latents(run.data, codec, text_encoder, tokenizer, cache, split)
+        for split in ("train", "val")
     }
     return algorithm(
         audio.denoiser,
@@ -84,7 +85,9 @@ def _text_encoder(name: str) -> tuple[Any, Any]:
 
     folder = BUNDLED / "clap" if name == "bundled" else Path(name)
     if not (folder / "config.json").exists():
-        raise UsageError(f"no CLAP in '{folder}'; make it: gencontrol pretrain clap --output {folder}, or set run.clap.")
+        raise UsageError(
+            f"no CLAP in '{folder}'; make it: gencontrol pretrain clap --output {folder}, or set run.clap."
+        )
     with quiet():  # the audio half of the file is left out on purpose
         model = ClapTextModelWithProjection.from_pretrained(folder, use_safetensors=True, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -92,7 +95,7 @@ def _text_encoder(name: str) -> tuple[Any, Any]:
 
 
 def _network(sizes: FlowModel, codec: Any, text_encoder: Any, seed: int) -> Any:
-    """Draw the transformer that fits the codec's latents and the text encoder's states; the global generator is put back."""
+    """Draw the transformer that fits the codec's latents and the text encoder's states, from the seed alone."""
     import torch
 
     from gencontrol.models.transformer import Transformer, TransformerConfig

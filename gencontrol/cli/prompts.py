@@ -66,7 +66,9 @@ def _jsonl(text: str, file: Path) -> Iterator[tuple[int, str]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UsageError(f"prompt file '{file}', line {number}: not JSON ({error.msg}); one object a line.") from error
+            raise UsageError(
+                f"prompt file '{file}', line {number}: not JSON ({error.msg}); one object a line."
+            ) from error
         prompt = row.get("prompt") if isinstance(row, dict) else row
         if not isinstance(prompt, str) or not prompt.strip():
             raise UsageError(f"prompt file '{file}', line {number}: no text under the key \"prompt\"; add it.")
@@ -84,7 +86,9 @@ def _csv(text: str, file: Path) -> Iterator[tuple[int, str]]:
             if not any(cell.strip() for cell in row):
                 continue
             if len(row) <= column or not row[column].strip():
-                raise UsageError(f"prompt file '{file}', line {rows.line_num}: no prompt in this row; fill or delete it.")
+                raise UsageError(
+                    f"prompt file '{file}', line {rows.line_num}: no prompt in this row; fill or delete it."
+                )
             yield rows.line_num, row[column].strip()
     except csv.Error as error:
         raise UsageError(f"prompt file '{file}', line {rows.line_num}: {error}; mend the row.") from error

@@ -62,7 +62,9 @@ def _check(parameters: Mapping[str, Any], model: str) -> None:
         check_rewards(parameters["reward"])
     for option in ("reward_model", "reference"):
         if parameters[option] and not parameters["reward"]:
-            raise UsageError(f"--{option.replace('_', '-')} without --reward has no effect; name a reward or leave it out.")
+            raise UsageError(
+                f"--{option.replace('_', '-')} without --reward has no effect; name a reward or leave it out."
+            )
     if parameters["reward_model"]:
         check_source(parameters["reward_model"], "--reward-model")
     if parameters["reference"]:

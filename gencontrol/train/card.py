@@ -176,8 +176,8 @@ def _data(settings: Any) -> str:
     if prompts:
         return f"Prompts of `{prompts}`; the sounds to learn from were drawn from the model itself."
     return (
-        f"{settings.get('prompt_count', 0)} prompts of the bundled sound grammar; evaluation prompts describe sounds that "
-        "training never had. The sounds to learn from were drawn from the model itself."
+        f"{settings.get('prompt_count', 0)} prompts of the bundled sound grammar; evaluation prompts describe "
+        "sounds that training never had. The sounds to learn from were drawn from the model itself."
     )
 
 

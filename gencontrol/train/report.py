@@ -1,7 +1,7 @@
 """report.html of a run folder: one self-contained page of curves, sounds before and after, and the configuration.
 
-Reads files only (metrics.jsonl, config.toml, run.json, samples/), so it works for a run that is still going on, that was
-killed, or that came from another machine.
+Reads files only (metrics.jsonl, config.toml, run.json, samples/), so it works for a run that is still going on, that
+was killed, or that came from another machine.
 """
 
 from __future__ import annotations
@@ -92,5 +92,5 @@ def _footer(run: RunData) -> str:
     version = starts[-1].get("versions", {}).get("gencontrol", "") if isinstance(starts[-1], dict) else ""
     return (
         f"Made by gencontrol {escape(str(version))}. Win rates carry Wilson intervals, gains of item rewards paired "
-        "Student t intervals, gains of set rewards bootstrap intervals. This page is one file and loads nothing from anywhere."
+        "Student t intervals, gains of set rewards bootstrap intervals. This page is one file and loads nothing else."
     )

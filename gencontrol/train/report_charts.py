@@ -174,7 +174,9 @@ def _axes(frame: _Frame, x_label: str, y_label: str) -> str:
     unit = f"{y_label}  (×10{_superscript(power)})" if power else y_label
     middle, height = (LEFT + right) / 2, (TOP + base) / 2
     out.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{base}" y2="{base}"/>')
-    out.append(f'<text class="name" x="{middle}" y="{frame.size.height - 6}" text-anchor="middle">{escape(x_label)}</text>')
+    out.append(
+        f'<text class="name" x="{middle}" y="{frame.size.height - 6}" text-anchor="middle">{escape(x_label)}</text>'
+    )
     out.append(
         f'<text class="name" x="13" y="{height}" text-anchor="middle" transform="rotate(-90 13 {height})">'
         f"{escape(unit)}</text>"

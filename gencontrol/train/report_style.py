@@ -20,51 +20,68 @@ h1 { font-size: clamp(1.8rem, 4.5vw, 2.6rem); margin: 0 0 6px; overflow-wrap: an
 h2 { font-size: 1.5rem; margin: 52px 0 6px; }
 h3 { font-size: 1.02rem; margin: 0 0 10px; font-weight: 600; line-height: 1.4; overflow-wrap: anywhere; }
 p { margin: 6px 0 12px; max-width: 70ch; }
-.eyebrow { color: var(--tuned); font-size: .8rem; font-weight: 650; letter-spacing: .09em; text-transform: uppercase; margin: 0 0 8px; }
+.eyebrow { color: var(--tuned); font-size: .8rem; font-weight: 650; letter-spacing: .09em;
+  text-transform: uppercase; margin: 0 0 8px; }
 .lead, .note, footer { color: var(--soft); }
 .note { font-size: .92rem; }
 a { color: var(--tuned); }
 code, pre { font: .875em/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-pre { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 14px 16px; overflow-x: auto; margin: 10px 0; }
-.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(210px, 1fr)); gap: 1px; margin: 28px 0 8px;
+pre { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 14px 16px;
+  overflow-x: auto; margin: 10px 0; }
+.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(210px, 1fr)); gap: 1px;
+  margin: 28px 0 8px;
   background: var(--rule); border: 1px solid var(--rule); border-radius: 10px; overflow: hidden; padding: 0; }
 .numbers > div { background: var(--card); padding: 18px 20px 16px; }
 .numbers dt { color: var(--soft); font-size: .86rem; }
 .numbers dd { margin: 2px 0 0; }
-.numbers .value { font-size: 1.9rem; font-weight: 600; letter-spacing: -0.02em; font-variant-numeric: tabular-nums; line-height: 1.25; }
+.numbers .value { font-size: 1.9rem; font-weight: 600; letter-spacing: -0.02em;
+  font-variant-numeric: tabular-nums; line-height: 1.25; }
 .numbers .range { color: var(--soft); font-size: .88rem; font-variant-numeric: tabular-nums; }
 .good { color: var(--good); } .bad { color: var(--bad); }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 20px; margin: 16px 0; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 20px;
+  margin: 16px 0; }
 .wide { margin: 16px 0 20px; }
-.chart { margin: 0; background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 16px 16px 10px; min-width: 0; }
+.chart { margin: 0; background: var(--card); border: 1px solid var(--rule); border-radius: 10px;
+  padding: 16px 16px 10px; min-width: 0; }
 .chart figcaption { font-weight: 600; font-size: .98rem; }
 .chart svg { display: block; width: 100%; height: auto; margin-top: 6px; }
-.chart text { fill: var(--soft); font: 12px system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; font-variant-numeric: tabular-nums; }
+.chart text { fill: var(--soft);
+  font: 12px system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif;
+  font-variant-numeric: tabular-nums; }
 .chart .name { fill: var(--ink); }
 .grid { stroke: var(--grid); } .axis { stroke: var(--soft); }
 .tuned { --c: var(--tuned); } .base { --c: var(--base); } .train, .faint { --c: var(--train); }
 .line { fill: none; stroke: var(--c); stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 .line.base { stroke-dasharray: 6 5; } .line.faint { opacity: .3; stroke-width: 1; }
-.band { fill: var(--c); opacity: .16; } .bar { stroke: var(--c); stroke-width: 7; opacity: .25; stroke-linecap: round; }
+.band { fill: var(--c); opacity: .16; } .bar { stroke: var(--c); stroke-width: 7; opacity: .25;
+  stroke-linecap: round; }
 .dot { fill: var(--card); stroke: var(--c); stroke-width: 2; }
-.legend { list-style: none; display: flex; flex-wrap: wrap; gap: 2px 18px; margin: 4px 0 0; padding: 0; font-size: .86rem; color: var(--soft); }
-.legend .key { display: inline-block; width: 18px; height: 0; border-top: 3px solid var(--c); margin-right: 7px; vertical-align: middle; }
+.legend { list-style: none; display: flex; flex-wrap: wrap; gap: 2px 18px; margin: 4px 0 0; padding: 0;
+  font-size: .86rem; color: var(--soft); }
+.legend .key { display: inline-block; width: 18px; height: 0; border-top: 3px solid var(--c);
+  margin-right: 7px; vertical-align: middle; }
 .legend .base .key { border-top-style: dashed; } .legend .faint .key { opacity: .4; }
-.pair { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 18px 20px; margin: 14px 0; }
+.pair { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 18px 20px;
+  margin: 14px 0; }
 .sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 22px; }
 .side { min-width: 0; }
-.side .head { display: flex; justify-content: space-between; align-items: baseline; gap: 12px; margin-bottom: 6px; font-size: .92rem; }
+.side .head { display: flex; justify-content: space-between; align-items: baseline; gap: 12px;
+  margin-bottom: 6px; font-size: .92rem; }
 .side .head strong { color: var(--c); }
 .side .head span { color: var(--soft); font-variant-numeric: tabular-nums; }
-.side img { display: block; width: 100%; height: 128px; object-fit: fill; border-radius: 6px; background: #08060f; image-rendering: auto; }
+.side img { display: block; width: 100%; height: 128px; object-fit: fill; border-radius: 6px;
+  background: #08060f; image-rendering: auto; }
 .side audio { width: 100%; margin-top: 8px; height: 40px; }
-.tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 28px; align-items: start; }
+.tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 28px;
+  align-items: start; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 caption { text-align: left; font-weight: 600; padding: 6px 0; }
-th, td { text-align: left; vertical-align: top; padding: 5px 10px 5px 0; border-top: 1px solid var(--rule); font-weight: 400; overflow-wrap: anywhere; }
+th, td { text-align: left; vertical-align: top; padding: 5px 10px 5px 0; border-top: 1px solid var(--rule);
+  font-weight: 400; overflow-wrap: anywhere; }
 th { color: var(--soft); width: 44%; } td { font-variant-numeric: tabular-nums; }
 details { margin: 16px 0; } summary { cursor: pointer; color: var(--tuned); font-weight: 600; padding: 6px 0; }
-.warn { background: var(--wash); border-left: 4px solid var(--base); border-radius: 6px; padding: 10px 16px; margin: 18px 0; }
+.warn { background: var(--wash); border-left: 4px solid var(--base); border-radius: 6px; padding: 10px 16px;
+  margin: 18px 0; }
 .warn p { margin: 2px 0; }
 footer { padding-top: 36px; padding-bottom: 48px; font-size: .88rem; }
 :focus-visible { outline: 3px solid var(--tuned); outline-offset: 2px; border-radius: 4px; }

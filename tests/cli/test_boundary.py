@@ -6,6 +6,7 @@ import errno
 from pathlib import Path
 
 import pytest
+
 from gencontrol import errors
 from gencontrol.cli import app, main
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from gencontrol.cli import main
 from gencontrol.cli.options import ALIASES, HINTS, normalise
 from gencontrol.errors import UsageError

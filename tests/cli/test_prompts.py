@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from gencontrol.cli.prompts import bundled_prompts, read_prompts
 from gencontrol.errors import UsageError
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from gencontrol.cli.runs import open_run, record
 from gencontrol.cli.settings import RunConfig, check_output, describe, given_flags, merge, run_mode
 from gencontrol.config import build, dump_toml
@@ -22,7 +23,9 @@ def test_precedence(tmp_path: Path) -> None:
     assert table["algorithm"] == {"beta": 4}
 
 
-@pytest.mark.parametrize(("content", "text"), [("lr = 1\n", "Put the option"), ("[trian]\nlr = 1\n", "Did you mean 'train'")])
+@pytest.mark.parametrize(
+    ("content", "text"), [("lr = 1\n", "Put the option"), ("[trian]\nlr = 1\n", "Did you mean 'train'")]
+)
 def test_unknown_sections(tmp_path: Path, content: str, text: str) -> None:
     file = tmp_path / "run.toml"
     file.write_text(content)
@@ -36,7 +39,9 @@ def test_only_given_flags_count() -> None:
     assert given_flags({"lr": 0.0, "reward": ("a",)}, routes) == {"train.lr": 0.0, "run.reward": ["a"]}
 
 
-@pytest.mark.parametrize("bad", [{"reward": []}, {"lora_rank": -1}, {"lora_alpha": 0.0}, {"output": ""}, {"eval_count": 0}])
+@pytest.mark.parametrize(
+    "bad", [{"reward": []}, {"lora_rank": -1}, {"lora_alpha": 0.0}, {"output": ""}, {"eval_count": 0}]
+)
 def test_ranges(bad: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         build(RunConfig, bad, "run")
