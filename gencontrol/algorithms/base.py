@@ -8,7 +8,7 @@ optimizer step → `after_update`].  All randomness is a pure function of (seed,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,7 +39,7 @@ class StepContext:
     rank: int = 0
     world_size: int = 1
     poll: Callable[[], None] = _nothing
-    autocast: Callable[[], AbstractContextManager[Any]] | None = None
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ clips is heard through the codec, as generated clips will be.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,7 +161,7 @@ class AttributePretrain:
     def loss(self, micro: AttributeMicro, ctx: StepContext) -> LossOut:
         """Sum of the clips' cross-entropies."""
         net: Any = self.roles.module
-        with (ctx.autocast or nullcontext)():
+        with ctx.autocast():
             logits = net.classify(net.frames_of(micro.features).mean(1))
         total = attribute_losses(logits, micro.labels, self.config.smoothing).sum()
         return LossOut(total, len(micro.features), {"loss/cross_entropy": total.detach()})

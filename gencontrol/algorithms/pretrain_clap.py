@@ -9,7 +9,6 @@ what is trained is exactly what is used.  A share of the clips is heard through 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -201,7 +200,7 @@ class ClapPretrain:
     def loss(self, micro: ClapMicro, ctx: StepContext) -> LossOut:
         """Sum of the pairs' InfoNCE."""
         model: Any = self.roles.module
-        with (ctx.autocast or nullcontext)():
+        with ctx.autocast():
             total = contrastive_loss(model, micro.features, micro.ids, micro.mask).sum()
         count = len(micro.ids)
         scale = float(model.logit_scale_a.detach().exp()) * count

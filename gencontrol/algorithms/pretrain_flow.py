@@ -178,7 +178,8 @@ class FlowPretrain:
 
     def loss(self, micro: FlowMicro, ctx: StepContext) -> LossOut:
         """Sum of the items' errors."""
-        total = self.errors(micro).sum()
+        with ctx.autocast():
+            total = self.errors(micro).sum()
         return LossOut(total, len(micro.x0), {"loss/flow": total.detach()})
 
     def after_update(self, ctx: StepContext, update: int) -> None:
@@ -211,7 +212,8 @@ class FlowPretrain:
             t = torch.tensor([(k + (i + 0.5) / items) / repeats for i, k in part])
             generators = item_generators(self.seed, "pretrain/eval", [i * repeats + k for i, k in part])
             noise = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators])
-            errors.append(self.errors(self._on_device(x0, cond, t, noise)).cpu())
+            with ctx.autocast():
+                errors.append(self.errors(self._on_device(x0, cond, t, noise)).cpu())
             times.append(t)
         error, time = torch.cat(errors), torch.cat(times)
         metrics = {"eval/loss": float(error.mean())}
