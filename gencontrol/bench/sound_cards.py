@@ -32,6 +32,12 @@ WHAT = {
     ),
 }
 
+CAPTION = {
+    "codec": "Log-mel of three test clips, before (top) and after (bottom) the codec",
+    "clap": "Cosine of 20 test captions with their 20 clips; the diagonal is right",
+    "attributes": "Confusion of instruments on the test clips",
+}
+
 
 def write_card(kind: str, model: Path, data: Path, sections: Mapping[str, Mapping[str, float]], made_by: str) -> None:
     """Write README.md and its picture into the model's folder, and measured.json beside them."""
@@ -44,8 +50,8 @@ def write_card(kind: str, model: Path, data: Path, sections: Mapping[str, Mappin
         lines += [f"{name[0].upper()}{name[1:]}:", "", "| quantity | value |", "|---|---|"]
         lines += [f"| {key} | {_number(value)} |" for key, value in numbers.items()]
         lines += [""]
-    made = "python -m gencontrol.bench.sound_quality"
-    lines += [f"Numbers by `{made} {kind}`, see `measured.json`.", "", "![picture](card.png)", ""]
+    lines += [f"Numbers by `python -m gencontrol.bench.sound_quality {kind}`, also in `measured.json`.", ""]
+    lines += [f"![{CAPTION[kind]}](card.png)", "", f"{CAPTION[kind]}.", ""]
     (model / "README.md").write_text("\n".join(lines))
     (model / "measured.json").write_text(json.dumps(sections, indent=1) + "\n")
     _picture(kind, model, SoundDataset.load(data, "test"))

@@ -107,7 +107,10 @@ def build_clap(seed: int, vocabulary: int) -> ClapModel:
 def save_clap(
     folder: str | Path, model: ClapModel, tokenizer: PreTrainedTokenizerBase, extractor: ClapFeatureExtractor
 ) -> None:
-    """Write model, tokenizer, feature extractor and processor as one folder in the hub's layout."""
+    """Write model, tokenizer, feature extractor and processor as one folder in the hub's layout.
+
+    A half-precision model is stored so, but its config asks for float32: it loads as any CLAP of the hub does.
+    """
     from transformers import ClapProcessor
 
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -115,6 +118,8 @@ def save_clap(
     ClapProcessor(feature_extractor=extractor, tokenizer=tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     extractor.save_pretrained(folder)
+    config = Path(folder) / "config.json"
+    config.write_text(config.read_text().replace('"float16"', '"float32"'))
 
 
 def load_clap(

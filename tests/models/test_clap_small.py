@@ -12,7 +12,7 @@ import torch
 from gencontrol.algorithms.pretrain_attributes import attribute_losses
 from gencontrol.algorithms.pretrain_attributes import augment as augment_bands
 from gencontrol.algorithms.pretrain_clap import SILENCE_DB, augment, contrastive_loss, info_nce, set_input_norm
-from gencontrol.bench.retrieval import retrieval_at_one
+from gencontrol.algorithms.retrieval import retrieval_at_one
 from gencontrol.data.sound import ATTRIBUTES, sample_captions
 from gencontrol.models.attributes import AttributeNet, build_attribute_net
 
@@ -104,6 +104,18 @@ def test_embeddings_survive_saving_and_have_unit_length(folder: Path) -> None:
     torch.testing.assert_close(text.norm(dim=-1), torch.ones(3))
     alone = text_embeddings(model, tokenizer, texts[:1])
     torch.testing.assert_close(alone, text[:1], atol=1e-5, rtol=0)  # padding changes nothing
+
+
+def test_half_precision_weights_load_as_float32(tmp_path: Path) -> None:
+    from transformers import ClapModel
+
+    tokenizer = train_tokenizer(sample_captions(100, 0, "train"), vocabulary=400)
+    model = build_clap(0, len(tokenizer))
+    save_clap(tmp_path, model.half(), tokenizer, small_extractor())
+    assert (tmp_path / "model.safetensors").stat().st_size < 7e6
+    again = ClapModel.from_pretrained(tmp_path)
+    assert again.dtype == torch.float32 and again.audio_model.dtype == torch.float32
+    torch.testing.assert_close(again.audio_projection.linear1.weight, model.audio_projection.linear1.weight.float())
 
 
 def test_info_nce_against_its_formula() -> None:
