@@ -131,7 +131,11 @@ def encode(texts: Sequence[str]) -> Tensor:
 def make_task() -> PromptTask:
     """An untrained conditional flow on 3-d vectors; equal at each call."""
     return toy_task(
-        toy_flow(SIZE, conditions=len(PROMPTS), width=16), SIZE, prompts=PROMPTS, eval_prompts=PROMPTS[:4], encode=encode
+        toy_flow(SIZE, conditions=len(PROMPTS), width=16),
+        SIZE,
+        prompts=PROMPTS,
+        eval_prompts=PROMPTS[:4],
+        encode=encode,
     )
 
 

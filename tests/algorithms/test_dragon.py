@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from tests.contracts import AlgorithmContract
 from dragon_worlds import PROMPTS, FirstAxis, Share, TwoAtoms, make_dragon, make_task, two_atoms
 
 from gencontrol.algorithms.base import StepContext
@@ -19,6 +18,7 @@ from gencontrol.bench.base import Loop, run_in_memory
 from gencontrol.errors import NumericsError, RewardError, UsageError
 from gencontrol.models.roles import LoraConfig, Roles
 from gencontrol.types import RewardContext, RewardOut
+from tests.contracts import AlgorithmContract
 
 CTX = StepContext(seed=0, step=0, micro_batch=1000)
 
@@ -39,7 +39,9 @@ class TestContractSetReward(AlgorithmContract):
     accumulation_tolerance: ClassVar[float] = 1e-4
 
     def make(self) -> Dragon:
-        return make_dragon(Share(), loss="dpo", reference="frozen", kl_coef=0.1, pairs_per_update=4, updates_per_round=3)
+        return make_dragon(
+            Share(), loss="dpo", reference="frozen", kl_coef=0.1, pairs_per_update=4, updates_per_round=3
+        )
 
 
 def weights(dragon: Dragon) -> torch.Tensor:
@@ -198,7 +200,11 @@ def test_evaluation_is_paired_and_samples_the_base_once() -> None:
     moved = dragon.evaluate(CTX)
     assert reward.calls == calls + 1
     assert moved.metrics["eval/win_rate"] == 1.0 and moved.metrics["eval/reward/gain"] > 0.1
-    assert moved.metrics["eval/reward/gain_low"] < moved.metrics["eval/reward/gain"] < moved.metrics["eval/reward/gain_high"]
+    assert (
+        moved.metrics["eval/reward/gain_low"]
+        < moved.metrics["eval/reward/gain"]
+        < moved.metrics["eval/reward/gain_high"]
+    )
     assert moved.metrics["eval/distance_to_base"] == pytest.approx(0.25 / 3, rel=1e-4)
     fresh = make_dragon(FirstAxis(), eval_samples=2)
     fresh.roles.load_state_dict(dragon.roles.state_dict())

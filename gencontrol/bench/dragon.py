@@ -1,0 +1,113 @@
+"""`gencontrol bench dragon`: the claims of DRAGON, with peers at equal compute, controls, seeds and intervals.
+
+Parts: "6a" a distributional reward on a 2-D mixture, "6b" per-song against dataset distance on tiny songs, "sound" the
+bundled text-to-audio model towards nine rewards.  Numbers are measured here and now; a claim that does not hold is
+printed as NOT CONFIRMED and kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gencontrol.bench.base import verdicts, write_result
+from gencontrol.errors import UsageError, nearest
+
+PARTS = ("6a", "6b", "sound")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gencontrol bench dragon", description=__doc__)
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated: 6a, 6b, sound (default: all)")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of 6a and 6b (default 3)")
+    parser.add_argument("--quick", action="store_true", help="a smoke test of every part: one seed, few rounds")
+    parser.add_argument("--output", default="runs/bench/dragon", help="folder of the JSON results, tables and sounds")
+    parser.add_argument("--model", default="bundled", help="text-to-audio model of the part sound")
+    parser.add_argument("--targets", default="", help="comma-separated rewards of the part sound (default: all nine)")
+    parser.add_argument("--sound-rounds", type=int, default=12)
+    parser.add_argument("--sound-pairs", type=int, default=16, help="prompts per round, two generations each")
+    parser.add_argument("--sound-minutes", type=float, default=24.0, help="targets that no longer fit are skipped")
+    parser.add_argument("--guidance", type=float, default=3.0, help="guidance scale of demonstrations and evaluation")
+    parser.add_argument("--device", default="cpu")
+    return parser
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _mixture(options: argparse.Namespace) -> dict[str, Any]:
+    from gencontrol.bench import dragon_mixture
+
+    size = (
+        {"rounds": 2, "pairs": 32, "base_steps": 100}
+        if options.quick
+        else {"rounds": 60, "pairs": 256, "base_steps": 4000}
+    )
+    return dragon_mixture.run(seeds=1 if options.quick else options.seeds, lr=3e-4, say=_say, **size)
+
+
+def _songs(options: argparse.Namespace) -> dict[str, Any]:
+    from gencontrol.bench import dragon_songs
+
+    size = (
+        {"rounds": 2, "pairs": 32, "base_steps": 100}
+        if options.quick
+        else {"rounds": 50, "pairs": 256, "base_steps": 4000}
+    )
+    return dragon_songs.run(seeds=1 if options.quick else options.seeds, lr=3e-4, say=_say, **size)
+
+
+def _sound(options: argparse.Namespace) -> dict[str, Any]:
+    from gencontrol.bench import dragon_sound
+    from gencontrol.data.sound.grammar import sample_captions
+    from gencontrol.pipelines import TextToAudioPipeline
+
+    names = [n.strip() for n in options.targets.split(",") if n.strip()] or [row[0] for row in dragon_sound.TARGETS]
+    budget = dragon_sound.Budget(
+        rounds=1 if options.quick else options.sound_rounds,
+        pairs=4 if options.quick else options.sound_pairs,
+        updates=2 if options.quick else 4,
+        demo_steps=2 if options.quick else 8,
+        eval_steps=2 if options.quick else 16,
+        eval_items=8 if options.quick else 64,
+        guidance_scale=options.guidance,
+        lr=1e-4,
+        micro_batch=32,
+        minutes=options.sound_minutes,
+    )
+    pipeline = TextToAudioPipeline.from_pretrained(options.model).to(options.device)
+    rewards = dragon_sound.load_targets(names, options.device)
+    task = pipeline.task(sample_captions(512, 0, "train"), sample_captions(budget.eval_items, 0, "test"))
+    return dragon_sound.run(task, rewards, budget, seed=0, say=_say, folder=Path(options.output) / "sounds")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the chosen parts, print tables and verdicts, write JSON; returns 0 also where a claim is not confirmed.
+
+    Raises:
+        UsageError: an unknown part or target, or a number out of range.
+    """
+    options = _parser().parse_args(list(arguments))
+    parts = [part.strip() for part in options.parts.split(",") if part.strip()]
+    for part in parts:
+        if part not in PARTS:
+            raise UsageError(f"unknown part '{part}'.{nearest(part, PARTS)} Parts: {', '.join(PARTS)}.")
+    if options.seeds < 1 or options.sound_rounds < 1 or options.sound_pairs < 2 or options.sound_minutes <= 0:
+        raise UsageError(
+            "--seeds and --sound-rounds are at least 1, --sound-pairs at least 2, --sound-minutes positive."
+        )
+    folder = Path(options.output)
+    for part in parts:
+        began = time.perf_counter()
+        result = {"6a": _mixture, "6b": _songs, "sound": _sound}[part](options)
+        seconds = time.perf_counter() - began
+        printed = result.pop("table") + "\n" + verdicts(result["checks"])
+        path = write_result(folder, part, result, seconds)
+        (folder / f"{part}.md").write_text(printed, encoding="utf-8")
+        print(printed + f"\n{part}: {seconds:.0f} s, written to {path}", flush=True)
+    return 0
