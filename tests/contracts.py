@@ -11,6 +11,7 @@ Bit-equality is asserted without tolerance: on one CPU thread, the same operatio
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -190,7 +191,7 @@ class AlgorithmContract:
         """The Trainer repeats an interrupted step from the state before `collect`, with the roles as they are."""
         algorithm = self.make()
         context = StepContext(seed=0, step=0, micro_batch=4)
-        own = algorithm.state_dict()
+        own = copy.deepcopy(algorithm.state_dict())  # a live reference would change with the algorithm
         weights = _roles_copy(algorithm)
         first = _plain(algorithm.collect(context).data)
         assert all(torch.equal(weights[key], value) for key, value in _roles_copy(algorithm).items())

@@ -56,7 +56,7 @@ class Toy:
         ctx.poll()
         items = range(ctx.step * BATCH, (ctx.step + 1) * BATCH)
         points = item_noise((2,), ctx.seed, "toy/points", items)
-        self.drift = 0.9 * self.drift + points.mean(0)
+        self.drift.mul_(0.9).add_(points.mean(0))  # in place: a checkpoint that keeps a reference would be wrong
         self.rounds += 1
         return Collected(points[ctx.rank :: ctx.world_size], self.updates, {"reward/mean": float(points.mean())})
 

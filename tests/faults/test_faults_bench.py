@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,38 +14,8 @@ import pytest
 
 from gencontrol.bench import faults
 from gencontrol.errors import UsageError
-from tests.faults.shim import CONFIG, fit
+from tests.faults.shim import CONFIG, Forked, fit
 from tests.training_toy import Toy
-
-
-class Forked:
-    """As much of Popen as the benchmark uses, by fork: it saves an import of torch per start."""
-
-    def __init__(self, work: Callable[[], object]) -> None:
-        self.returncode: int | None = None
-        self.pid = os.fork()
-        if self.pid == 0:
-            os.setsid()
-            code = 1
-            try:
-                work()
-                code = 0
-            finally:
-                os._exit(code)
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
-
-    def wait(self, timeout: float = 60.0) -> int:
-        deadline = time.monotonic() + timeout
-        while (code := self.poll()) is None:
-            if time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired("toy", timeout)
-            time.sleep(0.002)
-        return code
 
 
 class Forgetful(Toy):
@@ -58,7 +27,7 @@ class Forgetful(Toy):
 
 def use(monkeypatch: pytest.MonkeyPatch, kind: type[Toy]) -> None:
     def start(command: Sequence[str], run_dir: Path, log: Path) -> Forked:
-        return Forked(lambda: fit(run_dir, CONFIG, toy=kind(delay_s=0.03)))
+        return Forked(lambda: fit(run_dir, CONFIG, toy=kind(delay_s=0.03)) and 0)
 
     monkeypatch.setattr(faults, "_start", start)
 

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import os
 import random
+import signal
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 from gencontrol.errors import DiskError
 from tests.contracts import assert_same_run
-from tests.faults.shim import CONFIG, Shim, fit, hidden, in_child, kill_self, newest
+from tests.faults.shim import CONFIG, Forked, Shim, fit, hidden, in_child, kill_self, newest
 from tests.training_toy import Toy
 
 SHORT = dataclasses.replace(CONFIG, steps=2)
@@ -55,17 +56,29 @@ def test_k2_kills_at_random_moments(reference: Path, tmp_path: Path) -> None:
     rng = random.Random(3)
     for attempt in range(3):
         folder = tmp_path / f"run{attempt}"
-        pid = os.fork()
-        if pid == 0:
-            try:
-                fit(folder, toy=Toy(delay_s=0.02))
-            finally:
-                os._exit(0)
+        child = Forked(lambda f=folder: fit(f, toy=Toy(delay_s=0.02)) and 0)
         time.sleep(rng.uniform(0.02, 0.2))
-        os.kill(pid, 9)
-        os.waitpid(pid, 0)
+        child.send_signal(signal.SIGKILL)
+        assert child.wait() in (0, -signal.SIGKILL)
         fit(folder)
         assert_same_run(reference, folder, CONFIG.steps)
+
+
+def test_order_of_calls_is_safe_against_power_loss(tmp_path: Path) -> None:
+    """kill -9 keeps the page cache, so the order of fsync and rename is asserted itself."""
+    shim = Shim()
+    fit(tmp_path / "run", SHORT, shim=shim)
+    place = {(op, path.name): number for number, (op, path) in enumerate(shim.calls)}
+    renamed = place["rename", "step_00000002"]
+    staged = [(number, op, path) for number, (op, path) in enumerate(shim.calls) if ".tmp_step_00000002" in str(path)]
+    written = [path.name for _, op, path in staged if op == "write"]
+    synced = [path.name for _, op, path in staged if op == "fsync"]
+    assert written == synced and len(written) == 7 and written[-1] == "manifest.json"
+    assert [op for _, op, _ in staged][-1] == "fsync-folder" and staged[-1][0] < renamed
+    assert shim.calls[renamed + 1][0] == "fsync-folder" and shim.calls[renamed + 1][1].name == "checkpoints"
+    assert place["rename", ".del_step_00000001_" + str(os.getpid())] > renamed + 1
+    final = [op for op, path in shim.calls if "final" in str(path)]
+    assert final[-3:] == ["fsync-folder", "fsync-folder", "rename"] and "fsync" in final
 
 
 def test_k4_leftovers_are_cleaned_and_foreign_files_stay(tmp_path: Path) -> None:

@@ -15,51 +15,31 @@ from gencontrol.errors import Preempted
 from gencontrol.train.signals import Interrupted, SignalGuard
 from gencontrol.train.trainer import TrainConfig
 from tests.contracts import assert_same_run
-from tests.faults.shim import CONFIG, Shim, fit, in_child, newest
-from tests.training_toy import Toy
+from tests.faults.shim import CONFIG, Forked, Shim, fit, in_child, limit_s, newest, wait_for_line
+from tests.training_toy import Toy, main
 
 ROOT = Path(__file__).parents[2]
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """Start the toy program in a process of its own."""
-    command = [sys.executable, str(ROOT / "tests/training_toy.py"), str(folder), *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-
-
-def limit_s() -> float:
-    """The promised 10 s, longer where other programs hold the processors."""
-    return 10 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-
-
-def wait_for_line(folder: Path, number: int) -> None:
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline:
-        path = folder / "metrics.jsonl"
-        if path.exists() and len(path.read_text().splitlines()) >= number:
-            return
-        time.sleep(0.01)
-    raise AssertionError("the run did not get going")
-
-
 def test_g1_r1_sigterm_saves_exits_143_and_a_fresh_process_goes_on(tmp_path: Path) -> None:
-    arguments = ("steps=30", "save_every=100", "delay_s=0.05", "micro_batch=4", "updates=2", "lr=0.001")
-    process = start(tmp_path / "run", *arguments)
-    wait_for_line(tmp_path / "run", 3)
+    arguments = ["steps=30", "save_every=100", "delay_s=0.02", "micro_batch=4", "updates=2", "lr=0.001"]
+    run = tmp_path / "run"
+    child = Forked(lambda: main([str(run), *arguments]), log=tmp_path / "log")
+    wait_for_line(run, 3)
     begin = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=200)
-    assert process.returncode == 143 and time.monotonic() - begin < limit_s()
+    child.send_signal(signal.SIGTERM)
+    assert child.wait() == 143 and time.monotonic() - begin < limit_s()
+    said = (tmp_path / "log").read_text()
     assert "run the same command to go on" in said and "Traceback" not in said
-    state = newest(tmp_path / "run")
+    state = newest(run)
     assert state is not None and 3 <= state.step < 30
-    process = start(tmp_path / "run", *arguments)
-    _, said = process.communicate(timeout=200)
-    assert process.returncode == 0 and f"resumed from step {state.step} of 30" in said
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "tests/training_toy.py"), str(run), *arguments]
+    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=280, check=False)
+    assert done.returncode == 0 and f"resumed from step {state.step} of 30" in done.stderr
     config = TrainConfig(steps=30, save_every=100, micro_batch=4, lr=1e-3)
     fit(tmp_path / "reference", config, toy=Toy(updates=2))
-    assert_same_run(tmp_path / "reference", tmp_path / "run", 30)
+    assert_same_run(tmp_path / "reference", run, 30)
 
 
 class Phase(Toy):

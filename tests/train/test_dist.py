@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,47 +13,25 @@ from gencontrol.errors import UsageError
 from gencontrol.train.dist import Group
 from gencontrol.train.trainer import TrainConfig, Trainer
 from tests.contracts import metric_lines
-from tests.training_toy import Toy
+from tests.faults.shim import Forked, limit_s, wait_for_line
+from tests.training_toy import Toy, main
 
-ROOT = Path(__file__).parents[2]
 
-
-def start(folder: Path, *arguments: str) -> list[subprocess.Popen[str]]:
-    """Start the toy on two ranks, as torchrun does."""
+def start(folder: Path, *arguments: str) -> list[Forked]:
+    """Start the toy on two ranks, with the environment that torchrun gives."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests/training_toy.py"), str(folder), *arguments]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
-        subprocess.Popen(
-            command,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        Forked(lambda: main([str(folder), *arguments]), shared | {"RANK": str(rank)}, folder.parent / f"log{rank}")
         for rank in range(2)
     ]
 
 
-def finish(processes: list[subprocess.Popen[str]]) -> tuple[list[int], list[str]]:
-    said = [process.communicate(timeout=200)[1] for process in processes]
-    return [process.returncode for process in processes], said
-
-
-def limit_s() -> float:
-    """The promised 10 s, longer where other programs hold the processors."""
-    return 10 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-
-
-def wait_for_line(folder: Path, number: int) -> None:
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline:
-        path = folder / "metrics.jsonl"
-        if path.exists() and len(path.read_text().splitlines()) >= number:
-            return
-        time.sleep(0.02)
-    raise AssertionError("the ranks did not get going")
+def finish(processes: list[Forked], folder: Path) -> tuple[list[int], list[str]]:
+    codes = [process.wait() for process in processes]
+    return codes, [(folder.parent / f"log{rank}").read_text() for rank in range(2)]
 
 
 def test_p2_r5_g2_two_ranks_equal_one_and_a_signal_to_one_rank_stops_both(tmp_path: Path) -> None:
@@ -73,7 +48,7 @@ def test_p2_r5_g2_two_ranks_equal_one_and_a_signal_to_one_rank_stops_both(tmp_pa
     wait_for_line(tmp_path / "two", 5)
     begin = time.monotonic()
     processes[1].send_signal(signal.SIGTERM)  # not the rank that writes
-    codes, said = finish(processes)
+    codes, said = finish(processes, tmp_path / "two")
     assert codes == [143, 143] and time.monotonic() - begin < limit_s()
     two = metric_lines(tmp_path / "two")
     saved = max(int(p.name.removeprefix("step_")) for p in (tmp_path / "two/checkpoints").iterdir())
@@ -97,7 +72,7 @@ def test_w5_error_on_one_rank_stops_both_with_its_message(tmp_path: Path) -> Non
     processes = start(tmp_path / "run", "steps=50", "delay_s=0.2", "fail_rank=1")
     wait_for_line(tmp_path / "run", 1)
     begin = time.monotonic()
-    codes, said = finish(processes)
+    codes, said = finish(processes, tmp_path / "run")
     assert time.monotonic() - begin < limit_s()
     assert all(code not in (0, 143) for code in codes)
     assert "rank 1 failed: RuntimeError: the reward of this rank broke" in said[0]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -59,6 +61,35 @@ def test_n3_nan_at_every_step_stops_with_a_dump_that_reproduces_it(tmp_path: Pat
     assert batch.shape == (8, 2) and torch.isfinite(toy.roles.module(batch)).all()
     saved = [p.name for p in sorted((tmp_path / "checkpoints").iterdir())]
     assert saved[-1] == "step_00000004", "the last whole step stays resumable"
+
+
+def test_counts_survive_a_resume(tmp_path: Path) -> None:
+    def bad(step: int, calls: int) -> float:
+        return math.nan if step in (1, 2) else 1.0
+
+    Trainer(CONFIG, tmp_path / "a").fit(Toy(on_loss=bad))
+    Trainer(CONFIG, tmp_path / "b").fit(Toy(on_loss=bad), stop_at=2)
+    Trainer(CONFIG, tmp_path / "b").fit(Toy(on_loss=bad))
+    assert metric_lines(tmp_path / "a") == metric_lines(tmp_path / "b")
+    assert metric_lines(tmp_path / "b")[-1]["health/skipped"] == 2
+
+
+def test_evaluation_that_draws_from_global_generators_does_not_alter_training(tmp_path: Path) -> None:
+    def careless() -> None:
+        torch.manual_seed(1)
+        np.random.seed(1)
+        random.seed(1)
+
+    def global_draws(step: int, calls: int) -> float:
+        return 1.0 + float(torch.rand(())) + float(np.random.rand()) + random.random()
+
+    for name, on_evaluate in (("a", careless), ("b", lambda: None)):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+        config = TrainConfig(steps=3, micro_batch=4, eval_every=1)
+        Trainer(config, tmp_path / name).fit(Toy(on_loss=global_draws, on_evaluate=on_evaluate))
+    assert metric_lines(tmp_path / "a") == metric_lines(tmp_path / "b")
 
 
 def test_n3_one_percent_of_the_last_thousand_is_the_limit() -> None:
