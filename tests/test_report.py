@@ -12,13 +12,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from run_folders import PROMPTS, make_finetune, make_pretrain, tone
 
 from gencontrol.errors import UsageError
 from gencontrol.train.card import write_card
 from gencontrol.train.report import write_report
 from gencontrol.train.report_charts import Line, label, line_chart, power_of, running_mean, thin, ticks
 from gencontrol.train.report_data import cut_wav, read_run
+from tests.run_folders import PROMPTS, make_finetune, make_pretrain, tone
 
 CHROMIUM = Path("/usr/bin/chromium")
 VOID = {"meta", "link", "img", "br"}

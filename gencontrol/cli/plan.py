@@ -42,7 +42,7 @@ def read_shapes(file: Path) -> dict[str, list[int]]:
                 raise ValueError(f"header of {size} bytes")
             header = json.loads(handle.read(size))
         return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise UsageError(f"'{file}' is not a safetensors file ({error}); download or save the model again.") from error
 
 

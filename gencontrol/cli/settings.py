@@ -92,8 +92,8 @@ def merge(
         section, name = key.split(".")
         table[section][name] = value
     for text in overrides:
-        section = text.partition("=")[0].partition(".")
-        if section[0] not in sections or not section[2]:
+        section_name, _, option = text.partition("=")[0].partition(".")
+        if section_name not in sections or not option:
             raise UsageError(
                 f"'{text}' is neither an option nor an override; write section.key=value with a section of "
                 f"{', '.join(sections)}, e.g. algorithm.beta=100."
