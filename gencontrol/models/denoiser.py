@@ -167,7 +167,7 @@ class Denoiser(nn.Module):
 
     def forward(self, xt: Tensor, t: Time, cond: Cond = None) -> Pred | TokenPred:
         """Run the network at x_t [b *d] and t (float or [b])."""
-        if isinstance(self.process, MaskedProcess):
+        if self.prediction is None or isinstance(self.process, MaskedProcess):
             return TokenPred(self.network(xt, self._times(xt, t, torch.float32), cond), xt)
         wide = torch.promote_types(xt.dtype, torch.float32)
         xt = xt if xt.dtype == wide else xt.to(wide)
@@ -191,7 +191,7 @@ class Denoiser(nn.Module):
         Raises:
             ValueError: a MaskedProcess (the target is x0 itself).
         """
-        if isinstance(self.process, MaskedProcess):
+        if self.prediction is None or isinstance(self.process, MaskedProcess):
             raise ValueError("a masked model has no regression target; its target is the clean token")
         return from_x0_eps(x0, noise, self.process.at(t, x0), self.prediction, self.sigma_data)
 

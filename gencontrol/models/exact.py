@@ -39,6 +39,13 @@ class GaussianMixture(nn.Module):
         ValueError: shapes do not fit, a covariance is not symmetric positive semi-definite, or a weight is not > 0.
     """
 
+    process: GaussianProcess
+    means: Tensor
+    covariances: Tensor
+    log_weights: Tensor
+    _spectrum: Tensor
+    _vectors: Tensor
+
     def __init__(
         self,
         means: Float[Tensor, "k d"],
@@ -166,10 +173,9 @@ class GaussianMixture(nn.Module):
     ) -> tuple[Float[Tensor, "b k d"], Float[Tensor, "#b k d"]]:
         """x_t - aμ and the variances of the noisy components, in the components' own axes."""
         residual = flat[:, None, :] - a * self.means
-        variance = a * a * self._spectrum + s * s
+        variance = torch.as_tensor(a * a * self._spectrum[None] + s * s)
         if bool((variance <= 0).any()):
             raise ValueError("a singular covariance has no density at s = 0; ask at t > 0 or add variance")
-        variance = variance if variance.ndim == 3 else variance[None]
         return torch.einsum("kji,bkj->bki", self._vectors, residual), variance
 
     def _rotate(self, value: Float[Tensor, "b k d"]) -> Float[Tensor, "b k d"]:
@@ -196,6 +202,10 @@ class EnumerableTokens(nn.Module):
     Raises:
         ValueError: sizes do not fit, the table is too large (1e6 entries), negative or zero.
     """
+
+    process: MaskedProcess
+    table: Tensor
+    _states: Tensor
 
     def __init__(self, table: Float[Tensor, "*v"], process: MaskedProcess) -> None:
         super().__init__()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from jaxtyping import Float
@@ -43,7 +44,7 @@ class GaussianProcess:
             return self._tensors(t).view(like)
         return self.schedule.at(float(t))
 
-    def _tensors(self, t: Tensor) -> Coeffs:
+    def _tensors(self, t: Tensor) -> Coeffs[Tensor]:
         """Values shaped like t, computed in float32 or, for a float64 t, in float64."""
         return self.schedule.coeffs(t if t.dtype == torch.float64 else t.float())
 
@@ -98,7 +99,7 @@ class GaussianProcess:
     def landing(self, t_next: Time, like: Tensor) -> Coeffs:
         """`at`, but with t = 0 meaning clean data exactly (a = 1, s = 0): where a step arrives."""
         if _is_batch(t_next):
-            found, clean = self.at(t_next, like), column(t_next, like) == 0
+            found, clean = self._tensors(t_next).view(like), column(t_next, like) == 0
             a = torch.where(clean, torch.ones_like(found.a), found.a)
             s = torch.where(clean, torch.zeros_like(found.s), found.s)
             return Coeffs(a, s, found.da, found.ds, found.t, found.schedule)
@@ -116,9 +117,9 @@ class GaussianProcess:
             here = self._tensors(t)
             other = schedule.time_of(2 * here.half_logsnr)
             return other, torch.sqrt(schedule.coeffs(other).scale2 / here.scale2)
-        here = self.schedule.at(float(t))
-        time = schedule.time_at(2 * here.half_logsnr)
-        return time, math.sqrt(schedule.at(time).scale2 / here.scale2)
+        at = self.schedule.at(float(t))
+        time = schedule.time_at(2 * at.half_logsnr)
+        return time, math.sqrt(schedule.at(time).scale2 / at.scale2)
 
     @staticmethod
     def path_kl(mean_p: Float[Tensor, "b *d"], mean_q: Float[Tensor, "b *d"], std: Scalar) -> Float[Tensor, " b"]:
@@ -138,6 +139,6 @@ def sqrt(value: Scalar) -> Scalar:
     return value.clamp_min(0).sqrt() if isinstance(value, Tensor) else math.sqrt(max(value, 0.0))
 
 
-def _is_batch(t: Time) -> bool:
+def _is_batch(t: Time) -> TypeGuard[Tensor]:
     """Whether t must stay a tensor: a time per item, or a scalar on an accelerator (reading it would stall)."""
     return isinstance(t, Tensor) and (t.ndim > 0 or t.device.type != "cpu")

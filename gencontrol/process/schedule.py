@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar, overload
 
 import torch
 from jaxtyping import Float
@@ -19,11 +20,16 @@ from torch import Tensor
 
 #: One number of a schedule: a Python float for a scalar time, else a tensor shaped for broadcasting.
 Scalar = float | Tensor
+Number = TypeVar("Number", float, Tensor)
 
 _CACHE_SIZE = 8192
 _LOGSNR_RANGE = 100.0
 
 
+@overload
+def column(value: float, like: Tensor) -> float: ...
+@overload
+def column(value: Tensor, like: Tensor) -> Tensor: ...
 def column(value: Scalar, like: Tensor) -> Scalar:
     """Shape a per-item number [b] to broadcast against `like` [b *d], on its device, in its dtype or float32."""
     if not isinstance(value, Tensor):
@@ -33,7 +39,7 @@ def column(value: Scalar, like: Tensor) -> Scalar:
 
 
 @dataclass(frozen=True)
-class Coeffs:
+class Coeffs(Generic[Number]):
     """Values of a schedule at t: x_t = a·x0 + s·eps, dx/dt = da·x0 + ds·eps.
 
     Args:
@@ -41,23 +47,23 @@ class Coeffs:
         t, schedule: where they were taken, for error messages.
     """
 
-    a: Scalar
-    s: Scalar
-    da: Scalar
-    ds: Scalar
-    t: Scalar = math.nan
+    a: Number
+    s: Number
+    da: Number
+    ds: Number
+    t: Any = math.nan
     schedule: str = "a schedule"
 
     @property
-    def scale2(self) -> Scalar:
+    def scale2(self) -> Number:
         """a² + s²: one for variance-preserving schedules, never zero."""
         return self.a * self.a + self.s * self.s
 
     @property
-    def half_logsnr(self) -> Scalar:
+    def half_logsnr(self) -> Number:
         """log(a/s), with ∓inf at pure noise and clean data."""
         if isinstance(self.a, Tensor):
-            return torch.log(self.a) - torch.log(torch.as_tensor(self.s))
+            return torch.log(self.a) - torch.log(self.s)
         if self.a == 0.0 or self.s == 0.0:
             return -math.inf if self.a == 0.0 else math.inf
         return math.log(self.a) - math.log(self.s)
@@ -66,8 +72,8 @@ class Coeffs:
         """Shape per-item values [b] to broadcast against `like` [b *d], on its device; floats stay floats."""
         if not isinstance(self.a, Tensor):
             return self
-        values = (column(value, like) for value in (self.a, self.s, self.da, self.ds))
-        return Coeffs(*values, self.t, self.schedule)
+        a, s, da, ds = (column(value, like) for value in (self.a, self.s, self.da, self.ds))
+        return Coeffs(a, s, da, ds, self.t, self.schedule)
 
     def rows(self, index: slice) -> Coeffs:
         """Return the tensors' rows `index` of the batch axis; floats stay floats."""
@@ -81,7 +87,8 @@ class Coeffs:
 class Schedule(ABC):
     """A pair a(t), s(t) on t in [0, 1]; subclasses give the values and the inverse of the log-SNR."""
 
-    _cache: dict[float, Coeffs] = field(default_factory=dict, init=False, repr=False)
+    _cache: dict[float, Coeffs[float]] = field(default_factory=dict, init=False, repr=False)
+    _times: dict[float, float] = field(default_factory=dict, init=False, repr=False)
 
     @abstractmethod
     def _values(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -91,12 +98,12 @@ class Schedule(ABC):
     def _inverse(self, logsnr: Tensor) -> Tensor:
         """Return t for a finite log-SNR, unclamped."""
 
-    def coeffs(self, t: Float[Tensor, "*b"]) -> Coeffs:
+    def coeffs(self, t: Float[Tensor, "*b"]) -> Coeffs[Tensor]:
         """Return (a, s, da, ds) as tensors shaped like t, in t's dtype."""
         a, s, da, ds = self._values(t)
         return Coeffs(a, s, da, ds, t, type(self).__name__)
 
-    def at(self, t: float) -> Coeffs:
+    def at(self, t: float) -> Coeffs[float]:
         """Return the values at one time as Python floats, computed in float64 and remembered."""
         found = self._cache.get(t)
         if found is None:
@@ -116,8 +123,8 @@ class Schedule(ABC):
             self._cache.clear()
         values = self._values(torch.tensor(wanted, dtype=torch.float64))
         rows = torch.stack(torch.broadcast_tensors(*values), dim=1).tolist()
-        for t, row in zip(wanted, rows):
-            self._cache[t] = Coeffs(*row, t, type(self).__name__)
+        for t, (a, s, da, ds) in zip(wanted, rows):
+            self._cache[t] = Coeffs(a, s, da, ds, t, type(self).__name__)
 
     def logsnr(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         """Return log(a²/s²); -inf where a = 0 and +inf where s = 0."""
@@ -129,8 +136,13 @@ class Schedule(ABC):
         return self._inverse(logsnr.clamp(-_LOGSNR_RANGE, _LOGSNR_RANGE)).clamp(0.0, 1.0)
 
     def time_at(self, logsnr: float) -> float:
-        """`time_of` for one Python float, in float64."""
-        return float(self.time_of(torch.tensor(logsnr, dtype=torch.float64)))
+        """Return `time_of` for one Python float, computed in float64 and remembered."""
+        found = self._times.get(logsnr)
+        if found is None:
+            if len(self._times) >= _CACHE_SIZE:
+                self._times.clear()
+            found = self._times[logsnr] = float(self.time_of(torch.tensor(logsnr, dtype=torch.float64)))
+        return found
 
 
 @dataclass(frozen=True, eq=False)

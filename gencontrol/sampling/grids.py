@@ -58,7 +58,7 @@ def make_grid(
             )
         if steps is None or steps < 1:
             raise UsageError(f"steps is {steps}; a time grid needs at least one step")
-        if name == "uniform":
+        if schedule is None or name == "uniform":
             return uniform_grid(steps)
         return (logsnr_grid if name == "logsnr" else karras_grid)(schedule, steps)
     values = [float(t) for t in (times.tolist() if isinstance(times, Tensor) else times)]

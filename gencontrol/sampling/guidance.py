@@ -76,17 +76,25 @@ def _rows(both: Pred | TokenPred, index: slice) -> Pred | TokenPred:
 
 def _extrapolate(given: Pred | TokenPred, free: Pred | TokenPred, scale: float) -> Pred | TokenPred:
     """free + scale·(given - free), in the model's own coordinates (all are affine in the output at one x_t)."""
-    if isinstance(given, TokenPred):
-        on, off = given.log_probs, free.log_probs
-        mixed = torch.lerp(off, on, scale)
-        return given.replace(torch.where(torch.isneginf(on), on, mixed))
+    if isinstance(given, TokenPred) or isinstance(free, TokenPred):
+        on, off = _log_probs(given), _log_probs(free)
+        return TokenPred(torch.where(torch.isneginf(on), on, torch.lerp(off, on, scale)), given.xt)
     if given.prediction == free.prediction:
         return given.replace(torch.lerp(free.raw, given.raw, scale))
     return given.replace(torch.lerp(free.v, given.v, scale), Prediction.V)
 
 
+def _log_probs(pred: Pred | TokenPred) -> Float[Tensor, "b n v"]:
+    """Log-probabilities of a token prediction."""
+    if not isinstance(pred, TokenPred):
+        raise ValueError("a token prediction cannot be guided by a Gaussian one")
+    return pred.log_probs
+
+
 class _Retimed(Control):
     """A Gaussian model seen through another process."""
+
+    process: GaussianProcess
 
     def __init__(self, model: Any, process: GaussianProcess) -> None:
         super().__init__(process)
@@ -128,8 +136,8 @@ class _Composed(Control):
         preds = [model(xt, t, cond) for model, _ in active]
         if len(preds) == 1:
             return preds[0]
-        if isinstance(preds[0], TokenPred):
-            return preds[0].replace(_mix([p.log_probs for p in preds], [w for _, w in active]))
+        if isinstance(self.process, MaskedProcess):
+            return TokenPred(_mix([p.log_probs for p in preds], [w for _, w in active]), xt)
         mixed = _mix([p.v for p in preds], [w for _, w in active])
         return Pred(mixed, preds[0].xt, self.process.at(t, xt), Prediction.V)
 
@@ -181,8 +189,8 @@ class _Shifted(Control):
 def score_shift(model: Any, fn: ScoreFn, scale: float = 1.0) -> Control:
     """Add scale·fn(pred, t, cond) to a Gaussian model's score: eps - s·g and x0 + (s²/a)·g.
 
-    `fn` sees the unshifted prediction (`pred.xt`, `pred.x0`), so a gradient may be taken at the noisy or clean point; it
-    opens torch.enable_grad itself.  At a = 0 the score of any tilted law is that of the noise and the shift of x0
+    `fn` sees the unshifted prediction (`pred.xt`, `pred.x0`), so a gradient may be taken at the noisy or clean point;
+    it opens torch.enable_grad itself.  At a = 0 the score of any tilted law is that of the noise and the shift of x0
     cannot be read from it: nothing is added there, so one step from pure noise is unguided.
     """
     if not isinstance(model.process, GaussianProcess):
@@ -192,6 +200,9 @@ def score_shift(model: Any, fn: ScoreFn, scale: float = 1.0) -> Control:
 
 class _Inpainted(Control):
     """A model whose clean prediction is known on a mask."""
+
+    x_known: Tensor
+    mask: Tensor
 
     def __init__(self, model: Any, x_known: Tensor, mask: Tensor) -> None:
         super().__init__(model.process)

@@ -150,7 +150,8 @@ def sample(
         schedule.prepare(grid)
     x = _start(model, tuple(shape), generator, x_init, device)
     state = State(x)
-    states, log_probs = [x], []
+    states: list[Tensor] = [x]
+    log_probs: list[Tensor | None] = []
     graph = torch.is_grad_enabled()
     for index, (t, t_next) in enumerate(zip(grid, grid[1:])):
         with torch.set_grad_enabled(graph and index >= len(grid) - 1 - grad_steps):
@@ -167,8 +168,9 @@ def sample(
             log_probs.append(state.log_prob)
     if not keep_path:
         return state.x
-    known = None if any(value is None for value in log_probs) else torch.stack(log_probs)
-    return Path(state.x, torch.stack(states), tuple(grid), known)
+    known = [value for value in log_probs if value is not None]
+    complete = torch.stack(known) if len(known) == len(log_probs) else None
+    return Path(state.x, torch.stack(states), tuple(grid), complete)
 
 
 def _start(

@@ -87,8 +87,8 @@ class MaskedStep(Step):
         cond: Cond,
         noise: Float[Tensor, "b n 2"] | None,
         allowed: Bool[Tensor, " n"] | None = None,
-    ) -> State:
-        """Return the state after revealing positions of `allowed` in the step span[0] → span[1]; one model call."""
+    ) -> tuple[Int[Tensor, "b n"], Float[Tensor, " b"]]:
+        """Return tokens and log-probability after the step span[0] → span[1] on positions `allowed`; one model call."""
         if noise is None and self.stochastic:
             raise ValueError(f"{type(self).__name__} is stochastic: give noise [b n 2] (step.draw(x, generator))")
         log_probs = self.law(model, x, model_time, cond)
@@ -96,12 +96,12 @@ class MaskedStep(Step):
         candidates = masked if allowed is None else masked & allowed
         draw = None if noise is None else noise[..., 1]
         revealed = self.choose(log_probs, candidates, model.process, span[0], span[1], draw)
-        if self.temperature == 0:
+        if self.temperature == 0 or noise is None:
             tokens = log_probs.argmax(-1)
         else:
             tokens = inverse_cdf(log_probs, noise[..., 0])
         x_next = torch.where(revealed, tokens, x)
-        return State(x_next, self._revealed_log_prob(log_probs, x_next, revealed))
+        return x_next, self._revealed_log_prob(log_probs, x_next, revealed)
 
     def _revealed_log_prob(
         self, log_probs: Float[Tensor, "b n v"], x: Int[Tensor, "b n"], revealed: Bool[Tensor, "b n"]
@@ -117,7 +117,7 @@ class MaskedStep(Step):
         self, model: Any, state: State, t: Time, t_next: Time, cond: Cond = None, noise: Tensor | None = None
     ) -> State:
         """Return the state at t_next; at t_next = 0 every position is revealed."""
-        return self.advance(model, state.x, t, (t, t_next), cond, noise)
+        return State(*self.advance(model, state.x, t, (t, t_next), cond, noise))
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,8 @@ class Ancestral(MaskedStep):
         draw: Float[Tensor, "b n"] | None,
     ) -> Bool[Tensor, "b n"]:
         """Return a Bernoulli choice of positions."""
+        if draw is None:
+            raise ValueError("ancestral draws its positions: give uniform numbers")
         chance = process.unmask_probability(t, t_next)
         if isinstance(chance, Tensor) and chance.ndim:
             chance = chance[:, None]
@@ -225,13 +227,13 @@ class Blocks(Step):
         blocks = -(-length // self.size)
         low, high = round((1 - t) * blocks, 9), round((1 - t_next) * blocks, 9)
         positions = torch.arange(state.x.shape[1], device=state.x.device) - self.start
-        x, total = state.x, None
+        x, total = state.x, torch.zeros(len(state.x), device=state.x.device)
         for block in range(math.floor(low), math.ceil(high)):
             begin, end = max(low, block), min(high, block + 1)
             allowed = (positions >= block * self.size) & (positions < (block + 1) * self.size)
             span = (1.0 - (begin - block), 1.0 - (end - block))
-            done = self.inner.advance(model, x, 1.0 - begin / blocks, span, cond, noise, allowed)
-            x, total = done.x, done.log_prob if total is None else total + done.log_prob
+            x, log_prob = self.inner.advance(model, x, 1.0 - begin / blocks, span, cond, noise, allowed)
+            total = total + log_prob
         return State(x, total)
 
 

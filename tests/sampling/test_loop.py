@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gencontrol.errors import UsageError
 from gencontrol.models import Denoiser, GaussianMixture
 from gencontrol.process import VP, Cosine, Edm, GaussianProcess, Linear, MaskedProcess, Table
 from gencontrol.rng import item_generators
-from gencontrol.sampling import Path, ddim, make_step, sample, sde
+from gencontrol.sampling import Path, cfg, compose, ddim, inpaint, make_step, sample, sde
 from gencontrol.sampling.grids import make_grid
 
 
@@ -168,3 +169,31 @@ def test_step_objects_are_accepted() -> None:
 def test_every_type_on_every_schedule_stays_finite(step: str, prediction: str, schedule) -> None:
     out = sample(denoiser(prediction, schedule), (2, 3), steps=3, step=step, generator=torch.Generator().manual_seed(0))
     assert bool(torch.isfinite(out).all()) and out.dtype == torch.float32
+
+
+class Reads(TorchDispatchMode):
+    """Counts reads of a tensor's value by Python (item, bool, float): each would stall an accelerator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("step", ["euler", "heun", "ddim", ddim(eta=1.0), "sde", "dpmpp2m"], ids=str)
+@pytest.mark.parametrize("prediction", ["x0", "eps", "v", "edm"])
+def test_the_loop_reads_no_tensor(step, prediction: str) -> None:
+    one, two = denoiser(prediction), denoiser(prediction, VP())
+    model = inpaint(
+        cfg(compose([one, two], [0.5, 0.5]), 2.0, torch.zeros(1, 1)), torch.zeros(1, 3), torch.ones(1, 3) > 0
+    )
+    sample(model, (2, 3), steps=3, step=step, cond=torch.ones(2, 1), generator=torch.Generator())  # fills the cache
+    with Reads() as reads:
+        sample(model, (2, 3), steps=3, step=step, cond=torch.ones(2, 1), generator=torch.Generator())
+    assert reads.count == 0
+    with Reads() as reads:
+        float(torch.ones(()))
+    assert reads.count == 1

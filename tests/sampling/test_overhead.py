@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gencontrol.bench.overhead import overhead
+from gencontrol.bench.overhead import ResidualNetwork, overhead
 
 
 def test_the_loop_costs_little() -> None:
-    result = overhead(runs=7)
+    result = overhead(ResidualNetwork(64, depth=4), shape=(8, 32, 64), runs=7)
     # the claim is 1.05; tests run with shape checking switched on and on shared machines
     assert result.ratio < 1.5
-    assert result.bare_ms > 1.0
+    assert result.bare_ms > 0.5
 
 
 def test_loops_that_disagree_are_not_compared() -> None:
