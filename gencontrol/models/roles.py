@@ -104,6 +104,7 @@ class Roles:
             self._sets = _copies(module, self._names)
         else:
             self._sets = _inject(module, self._names, lora, seed)
+            self._layers = _lora_layers(module)
             self._switch("policy")
 
     def names(self) -> Sequence[str]:
@@ -133,7 +134,7 @@ class Roles:
 
     def _switch(self, role: str) -> None:
         if self.lora is not None:
-            _select_adapter(self.module, None if role == "ref" else role)
+            _select_adapter(self._layers, None if role == "ref" else role)
         elif role != self._active:
             _exchange(self._sets["policy"], self._sets[self._active])  # back to the policy
             _exchange(self._sets["policy"], self._sets[role])
@@ -275,9 +276,9 @@ def _inject(module: nn.Module, names: Sequence[str], lora: LoraConfig, seed: int
     return sets
 
 
-def _select_adapter(module: nn.Module, slot: str | None) -> None:
+def _select_adapter(layers: Sequence[Any], slot: str | None) -> None:
     """Activate one adapter slot, or none (the base model), without gradients for any."""
-    for layer in _lora_layers(module):
+    for layer in layers:
         layer.enable_adapters(slot is not None)
         if slot is not None:
             layer.set_adapter(slot, inference_mode=True)
