@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,15 @@ CAPTION = {
 }
 
 
-def write_card(kind: str, model: Path, data: Path, sections: Mapping[str, Mapping[str, float]], made_by: str) -> None:
+def write_card(
+    kind: str, model: Path, data: Path, sections: Mapping[str, Mapping[str, float]], origin: Sequence[str]
+) -> None:
     """Write README.md and its picture into the model's folder, and measured.json beside them."""
     title, text = WHAT[kind]
     recipe = json.loads((data / "recipe.json").read_text())
     size = sum(path.stat().st_size for path in model.glob("*.safetensors")) / 1e6
     lines = [f"# {title}", "", text, "", f"Weights: {size:.2f} MB, safetensors. Licence: the repository's.", ""]
-    lines += ["## How it was made", "", "```", made_by, "```", "", _data_text(recipe), "", "## Measured", ""]
+    lines += ["## How it was made", "", *origin, "", _data_text(recipe), "", "## Measured", ""]
     for name, numbers in sections.items():
         lines += [f"{name[0].upper()}{name[1:]}:", "", "| quantity | value |", "|---|---|"]
         lines += [f"| {key} | {_number(value)} |" for key, value in numbers.items()]
@@ -55,6 +57,19 @@ def write_card(kind: str, model: Path, data: Path, sections: Mapping[str, Mappin
     (model / "README.md").write_text("\n".join(lines))
     (model / "measured.json").write_text(json.dumps(sections, indent=1) + "\n")
     _picture(kind, model, SoundDataset.load(data, "test"))
+
+
+def origin_of_run(run: Path) -> list[str]:
+    """Lines that say by which command, where and how long a run folder's model was trained, as the run recorded it."""
+    start = json.loads((run / "run.json").read_text())["starts"][0]
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    versions = ", ".join(f"{name} {start['versions'][name]}" for name in ("gencontrol", "torch", "transformers"))
+    return [
+        f"    {start['command']}",
+        "",
+        f"{last['step']} steps in {last['time/wall']:.0f} s of wall time ({start['device']}, shared with other work; "
+        f"{versions}; commit {start['commit']}).",
+    ]
 
 
 def _data_text(recipe: Mapping[str, Any]) -> str:

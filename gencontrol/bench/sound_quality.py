@@ -1,6 +1,6 @@
 """Measured quality of the bundled sound models on held-out clips, and the model cards that quote it.
 
-    python -m gencontrol.bench.sound_quality clap --data DATA --model FOLDER --made-by "the command"
+    python -m gencontrol.bench.sound_quality clap --data DATA --model FOLDER --run RUN
 
 measures, prints JSON, and writes README.md and a picture beside the weights; `codec --fit 4000` fits the codec first.
 The test split holds combinations of attributes that training never saw; "through the codec" means encoded and decoded
@@ -137,28 +137,40 @@ def measure(kind: str, model: Path, data: Path, codec: MelCodec | None) -> dict[
     return sections
 
 
-def main() -> None:
-    """Measure one model and write its card."""
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("kind", choices=("codec", "clap", "attributes"))
     parser.add_argument("--data", type=Path, required=True, help="folder of the sound data")
     parser.add_argument("--model", type=Path, required=True, help="folder of the model; the card is written into it")
     parser.add_argument("--codec", type=Path, help="folder of the codec, to measure through it too")
-    parser.add_argument("--made-by", default="", help="command that made the model, quoted in the card")
+    parser.add_argument("--run", type=Path, help="run folder that made the model; the card quotes what it recorded")
     parser.add_argument("--fit", type=int, default=0, help="codec only: fit it on that many training clips first")
+    parser.add_argument("--reuse", action="store_true", help="write the card from measured.json, measure nothing")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    if (options.kind == "codec") != (options.run is None):
+        parser.error("clap and attributes need --run, a codec has none")
+    if options.fit and options.kind != "codec":
+        parser.error("--fit is for the codec")
+    return options
+
+
+def main() -> None:
+    """Measure one model and write its card."""
+    options = _arguments()
     torch.set_num_threads(options.threads)
-    if bool(options.fit) != (options.kind == "codec" and not options.made_by):
-        parser.error("give --fit for a codec that is made here, --made-by for a model that exists")
-    made_by = options.made_by or " ".join(["python -m gencontrol.bench.sound_quality", *sys.argv[1:]])
     if options.fit:
         fit_codec(options.data, options.model, clips=options.fit)
-    codec = None if options.codec is None else MelCodec.from_pretrained(options.codec)
-    sections = measure(options.kind, options.model, options.data, codec)
-    from gencontrol.bench.sound_cards import write_card
+    if options.reuse:
+        sections = json.loads((options.model / "measured.json").read_text())
+    else:
+        codec = None if options.codec is None else MelCodec.from_pretrained(options.codec)
+        sections = measure(options.kind, options.model, options.data, codec)
+    from gencontrol.bench.sound_cards import origin_of_run, write_card
 
-    write_card(options.kind, options.model, options.data, sections, made_by)
+    command = " ".join(["python -m gencontrol.bench.sound_quality", *sys.argv[1:]])
+    origin = [f"    {command}"] if options.run is None else origin_of_run(options.run)
+    write_card(options.kind, options.model, options.data, sections, origin)
     print(json.dumps(sections, indent=1))
 
 
