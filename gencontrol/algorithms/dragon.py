@@ -36,6 +36,8 @@ from gencontrol.types import Cond, cat_cond, index_cond
 _HALTED_ROUNDS = 3
 #: Below this share of the denoising error a spread of g is rounding and calibrates nothing.
 _FLAT = 1e-6
+#: Range of std(g)/ℓ_ref that the calibration of β believes; at its ends β·ℓ_ref is 1000 and 10.
+_SPREAD = (1e-3, 1e-1)
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class DragonConfig:
         sampler: name of the sampler step ("euler", ours).
         guidance_scale: of demonstrations and of evaluation alike; 1 = no guidance (1, ours).
         loss: "kto" unpaired, "dpo" paired (both in the paper), "positive" regression on D+ (ours, a peer).
-        beta: sharpness of the contrast, > 0; "auto" makes beta·std(g) = 1 in the first round (ours).
+        beta: sharpness of the contrast, > 0; "auto" makes beta·std(g) = 1 after the first optimizer step (ours).
         reference: model that the contrast compares with: the base ("frozen"), the policy at the start of each round
             ("per_round", ours), or the EMA at the start of each round ("ema", ours; needs ema_decay > 0).
         kl_coef: weight of mean ‖v_θ − v_base‖² per data axis, ≥ 0; ties the policy to the base (0, ours).
@@ -257,7 +259,7 @@ class Dragon:
             spread = self._spread(micros, ctx)
         if spread is not None and self._past_limit(spread, update):
             return []
-        beta = self._beta if self._beta is not None else self._calibrate(spread, update)
+        beta = self._beta if self._beta is not None else self._calibrate(spread)
         baseline = None if spread is None else kto_baseline(spread.mean)
         return [replace(micro, beta=beta, baseline=baseline) for micro in micros]
 
@@ -299,20 +301,21 @@ class Dragon:
             )
         return True
 
-    def _calibrate(self, spread: Spread | None, update: int) -> float:
-        """Return β for this update while none is fixed, and fix 1/std(g) at the last update of a round that has moved.
+    def _calibrate(self, spread: Spread | None) -> float:
+        """Return β for this update while none is fixed, and fix β = 1/std(g) once θ has left the reference.
 
-        At θ = ref g vanishes and any β gives the same direction, so 1/ℓ_ref serves; from the second update on std(g)
-        is measured and β·std(g) = 1.
+        At θ = ref g vanishes and every β gives the same direction, so any value serves.  After the first optimizer step
+        std(g) is what one step changes; with β·std(g) = 1 there, the sigmoid saturates after a few steps, which bounds
+        how far a round pushes D− away.  The spread is held within `_SPREAD` of ℓ_ref, against a first step that is
+        tiny (warm-up) or wild.
         """
         if spread is None:
             return 1.0
         if spread.std <= _FLAT * spread.scale:
             return 1.0 / max(spread.scale, 1e-12)
-        beta = 1.0 / spread.std
-        if update == self.config.updates_per_round - 1:
-            self._beta = beta
-        return beta
+        low, high = _SPREAD
+        self._beta = 1.0 / min(max(spread.std, low * spread.scale), high * spread.scale)
+        return self._beta
 
     def loss(self, micro: Micro, ctx: StepContext) -> LossOut:
         """Contrast of one micro-batch (KTO, DPO or positive-only) plus the pull to the base where kl_coef > 0."""

@@ -118,7 +118,7 @@ def test_no_pairs_means_no_updates() -> None:
 
 
 def test_automatic_beta_makes_the_spread_one() -> None:
-    """Fixed at the last update of the first round to 1/std(g) over the whole batch; then it stays."""
+    """Fixed at the first update where θ has moved to 1/std(g) over the whole batch; then it stays."""
     dragon = make_dragon(updates_per_round=3)
     collected = dragon.collect(CTX)
     betas = []
@@ -126,17 +126,30 @@ def test_automatic_beta_makes_the_spread_one() -> None:
         micros = list(dragon.minibatches(collected.data, update, replace(CTX, micro_batch=4)))
         betas.append(micros[0].beta)
         spread = dragon._spread(micros, CTX)
-        if update:
-            assert betas[-1] * spread.std == pytest.approx(1.0, rel=1e-4)
-        else:
+        if update == 0:
             assert spread.std == pytest.approx(0.0, abs=1e-6) and betas[0] == pytest.approx(1 / spread.scale, rel=1e-4)
+            assert dragon.state_dict()["beta"] is None
+        if update == 1:
+            assert 1e-3 < spread.std / spread.scale < 1e-1, "outside, the clamp would be what is tested"
+            assert betas[1] * spread.std == pytest.approx(1.0, rel=1e-4)
         with torch.no_grad():
             for parameter in dragon.roles.trainable():
                 parameter *= 0.97
-    assert dragon.state_dict()["beta"] == betas[-1]
-    later = dragon.collect(replace(CTX, step=1))
-    (micro,) = dragon.minibatches(later.data, 0, CTX)
-    assert micro.beta == betas[-1]
+    assert dragon.state_dict()["beta"] == betas[1] == betas[2]
+    (micro,) = dragon.minibatches(dragon.collect(replace(CTX, step=1)).data, 0, CTX)
+    assert micro.beta == betas[1]
+
+
+@pytest.mark.parametrize(("factor", "product"), [(1 - 1e-4, 1000.0), (3.0, 10.0)])
+def test_automatic_beta_is_bounded(factor: float, product: float) -> None:
+    """A first step that hardly moves θ, or moves it wildly, gives β·ℓ_ref at the ends of the believed range."""
+    dragon = make_dragon()
+    data = dragon.collect(CTX).data
+    with torch.no_grad():
+        for parameter in dragon.roles.trainable():
+            parameter *= factor
+    micros = list(dragon.minibatches(data, 1, CTX))
+    assert micros[0].beta * dragon._spread(micros, CTX).scale == pytest.approx(product, rel=1e-4)
 
 
 def test_stop_rule_ends_the_round_and_then_the_run() -> None:
