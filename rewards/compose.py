@@ -162,5 +162,13 @@ def weighted(parts: Sequence[tuple[Reward, float]]) -> Reward:
         return rewards[0]
     if all(reward.kind == "item" for reward in rewards):
         return WeightedItems(rewards, weights)
-    sets = tuple(reward if isinstance(reward, SetReward) else ItemAsSet(reward) for reward in rewards)
-    return WeightedSets(sets, weights)
+    return WeightedSets(tuple(_as_set(reward) for reward in rewards), weights)
+
+
+def _as_set(reward: Reward) -> SetReward:
+    """The reward itself when it is of kind "set", else its mean over the set."""
+    if reward.kind == "item":
+        return ItemAsSet(reward)
+    if not isinstance(reward, SetReward):
+        raise UsageError(f"reward '{reward.name}' says kind 'set' but lacks features(), evaluate() or state().")
+    return reward

@@ -53,7 +53,7 @@ class ClapEncoder:
     """Chunk embeddings of a CLAP audio tower (unit vectors in the joint space)."""
 
     def __init__(self, clap: ClapReward, chunk_s: float | None = None, hop_s: float | None = None) -> None:
-        """Cut clips into chunks of `chunk_s` every `hop_s` seconds (defaults: a third of CLAP's window, a quarter of
+        """Cut clips into chunks of `chunk_s` every `hop_s` seconds (defaults: a third of CLAP's window, half of
         it).
 
         Raises:
@@ -61,7 +61,7 @@ class ClapEncoder:
         """
         window = clap.backend.max_seconds
         self.chunk_s = window / 3 if chunk_s is None else chunk_s
-        self.hop_s = self.chunk_s / 4 if hop_s is None else hop_s
+        self.hop_s = self.chunk_s / 2 if hop_s is None else hop_s
         if not 0 < self.chunk_s <= window or self.hop_s <= 0:
             raise UsageError(f"chunk_s is in (0, {window:g}] and hop_s positive, not {self.chunk_s} and {self.hop_s}.")
         self.name = f"{clap.backend.name},chunk={self.chunk_s:g},hop={self.hop_s:g}"

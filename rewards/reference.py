@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from gencontrol.errors import EnvironmentMissing, UsageError
@@ -78,6 +79,17 @@ def from_folder(folder: str | Path, encoder: Encoder) -> tuple[Gaussian, list[Pa
         names = ", ".join(path.name for path in broken[:5]) + (", …" if len(broken) > 5 else "")
         warnings.warn(f"reference '{folder}': skipped {len(broken)} of {len(files)} files: {names}", stacklevel=2)
     return _gaussian(parts, encoder, str(folder)), broken
+
+
+@torch.no_grad()
+def from_clips(clips: Float[Tensor, "n samples"], rate: int, encoder: Encoder, batch_size: int = 32) -> Gaussian:
+    """Statistics of all frames of a batch of mono clips; made the bundled ones (gencontrol/bundled/reference).
+
+    Raises:
+        UsageError: fewer than two frames in all, or clips that are not finite.
+    """
+    frames = [encoder.frames(part, rate).flatten(0, 1).cpu() for part in clips.split(batch_size)]
+    return _gaussian(frames, encoder, f"{len(clips)} clips")
 
 
 def _gaussian(parts: Sequence[Tensor], encoder: Encoder, source: str) -> Gaussian:

@@ -15,7 +15,7 @@ from gencontrol.rewards.base import SetReward
 from gencontrol.rewards.distribution import FadReward, SetFadReward, VendiReward, frechet_distance, vendi_score
 from gencontrol.rewards.encoders import AttributeEncoder, ClapEncoder, MelEncoder, make_encoder
 from gencontrol.rewards.gaussian import Gaussian
-from gencontrol.rewards.reference import from_captions, from_folder, load_reference
+from gencontrol.rewards.reference import from_captions, from_clips, from_folder, load_reference
 from gencontrol.types import RewardContext
 
 RATE = 16_000
@@ -106,6 +106,23 @@ def test_bundled_statistics_are_found_by_the_encoders_kind(
     (tmp_path / "bundled" / "reference").mkdir(parents=True)
     load_reference(sounds, MelEncoder()).save(tmp_path / "bundled" / "reference" / "mel.safetensors")
     assert FadReward(encoder="mel").reference.n == 14 * 7
+
+
+@pytest.mark.parametrize("encoder", ["clap", "mel", "attributes"])
+def test_bundled_statistics_belong_to_the_bundled_encoders(encoder: str) -> None:
+    """Fails when an encoder is trained again without its statistics (see gencontrol/bundled/reference/README.md)."""
+    if encoder == "clap":
+        pytest.importorskip("transformers")
+    reward = FadReward(encoder=encoder)
+    clip = note(300, seconds=2.048)[None]
+    assert reward.reference.n >= 10 * len(reward.reference.mean)
+    assert reward(clip, CONTEXT).valid.all()
+
+
+def test_clip_statistics_are_those_of_all_frames() -> None:
+    clips, encoder = torch.stack([note(200 + 50 * i) for i in range(5)]), MelEncoder(coefficients=4)
+    frames = encoder.frames(clips, RATE).flatten(0, 1)
+    assert from_clips(clips, RATE, encoder, batch_size=2).distance(Gaussian.of(frames)) < 1e-9
 
 
 @pytest.mark.filterwarnings("ignore:reference")
