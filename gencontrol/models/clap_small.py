@@ -34,10 +34,10 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary: int = 800) -> PreTraine
     trainer = ByteLevelBPETokenizer(lowercase=False)
     trainer.train_from_iterator(texts, vocab_size=vocabulary, special_tokens=list(SPECIAL), show_progress=False)
     vocab, merges = _vocabulary_of(trainer)
-    return RobertaTokenizerFast(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)  # type: ignore[arg-type]
+    return RobertaTokenizerFast(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
 
 
-def _vocabulary_of(trainer: object) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _vocabulary_of(trainer: object) -> tuple[dict[str, int], list[Any]]:
     """Token table and merges of a trained byte-level tokenizer."""
     import json
 
