@@ -64,10 +64,10 @@ def peak_mb(device: torch.device) -> float:
 
 
 @contextlib.contextmanager
-def global_rng_untouched() -> Iterator[None]:
-    """Put the global generators back at the end, so that third-party code in an evaluation cannot alter training."""
+def global_rng_untouched(device: torch.device) -> Iterator[None]:
+    """Put the global generators (CPU and `device`) back at the end, so that an evaluation cannot alter training."""
     python, arrays = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             yield
         finally:

@@ -31,6 +31,19 @@ class PeerError(GencontrolError):
     """Another rank failed; the message carries its rank and error."""
 
 
+def nothing() -> None:
+    """Work of an exchange that only asks for signals and errors."""
+
+
+def no_note(result: object) -> None:
+    """Note of an exchange that has nothing to tell."""
+
+
+def is_there(result: object) -> bool:
+    """Note that says whether there is a result."""
+    return result is not None
+
+
 class Group:
     """The process group of a run, read from RANK and WORLD_SIZE; a single process needs no backend at all.
 

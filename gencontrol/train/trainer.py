@@ -27,7 +27,7 @@ from gencontrol.errors import NumericsError, Preempted, UsageError
 from gencontrol.train.accounting import Sums, average, global_rng_untouched, peak_mb
 from gencontrol.train.checkpoint import Checkpoints
 from gencontrol.train.config import TrainConfig
-from gencontrol.train.dist import Group
+from gencontrol.train.dist import Group, is_there, no_note, nothing
 from gencontrol.train.files import FileLayer, disk_errors
 from gencontrol.train.health import write_dump
 from gencontrol.train.optim import clip_gradients, learning_rate, scale_gradients
@@ -82,14 +82,16 @@ class Trainer:
         """
         with contextlib.ExitStack() as stack:
             group = stack.enter_context(Group())
-            if group.rank == 0:
-                stack.enter_context(self._open_folder())
             signals = stack.enter_context(SignalGuard())
+            group.together(lambda: stack.enter_context(self._open_folder(group)), no_note, signals)
             run = _Run(self, algorithm, group, signals)
             stack.callback(run.close)
             return run.loop(stop_at)
 
-    def _open_folder(self) -> Lock:
+    def _open_folder(self, group: Group) -> contextlib.AbstractContextManager[Any]:
+        """Make and lock the run folder; ranks other than 0 leave it alone."""
+        if group.rank != 0:
+            return contextlib.nullcontext()
         with disk_errors("the run folder", self.run_dir):
             self.files.make_folder(self.run_dir)
             held = sorted(p.name for p in self.run_dir.iterdir() if p.name != ".lock")
@@ -139,7 +141,7 @@ class _Run:
                 if state.step % config.save_every == 0 or state.step == config.steps:
                     self._save()
                 self._close_step()
-                self.group.together(_nothing, _no_note, self.signals)
+                self.group.together(nothing, no_note, self.signals)
         except Preempted:
             if state.step != state.saved_step:
                 self._save()
@@ -281,9 +283,9 @@ class _Run:
         context = self._context()
         for micro_batch in (context.micro_batch, max(1, context.micro_batch // 2)):
             smaller = dataclasses.replace(context, micro_batch=micro_batch)
-            with global_rng_untouched():
+            with global_rng_untouched(self.state.device):
                 attempt = functools.partial(self._try_evaluate, smaller)
-                result, fits = self.group.together(attempt, _is_there, self.signals)
+                result, fits = self.group.together(attempt, is_there, self.signals)
             if result is not None and all(fits):
                 return result
             self._say(f"warning: evaluation at step {self.state.step} ran out of memory (micro_batch {micro_batch}).")
@@ -307,17 +309,11 @@ class _Run:
 
     def _resume(self) -> bool:
         """Load the newest intact checkpoint; returns whether its line of metrics.jsonl is written."""
-        if self.writes:
-            with disk_errors("the run folder", self.run_dir):
-                clean_leftovers(self.run_dir, self.trainer.files)
-                self.checkpoints.clean()
-                notes = check_settings(self.run_dir, self.trainer.settings, self.trainer.allow, self.trainer.files)
-                self.state.check_space()
-            for note in notes:
-                self._say(f"changed since the last start: {note}")
-        self.group.gather(None)
-        saved = self.checkpoints.load_newest()
-        if len({*self.group.gather(saved.step if saved else None)}) > 1:
+        self.group.together(self._prepare_folder, no_note, self.signals)
+        saved, steps = self.group.together(
+            self.checkpoints.load_newest, lambda found: found.step if found else None, self.signals
+        )
+        if len(set(steps)) > 1:
             raise UsageError(f"ranks see different checkpoints in '{self.run_dir}'; put it on a shared file system.")
         if saved is not None:
             for note in self.state.restore(saved):
@@ -330,6 +326,18 @@ class _Run:
                 line_written = self.metrics.rewind(self.state.step)
             self.tracker = open_tracker(self.config.track, self.run_dir, self.state.step)
         return bool(self.group.gather(line_written)[0])
+
+    def _prepare_folder(self) -> None:
+        """Clean up after an interrupted process, compare the settings, check the space (rank 0)."""
+        if not self.writes:
+            return
+        with disk_errors("the run folder", self.run_dir):
+            clean_leftovers(self.run_dir, self.trainer.files)
+            self.checkpoints.clean()
+            notes = check_settings(self.run_dir, self.trainer.settings, self.trainer.allow, self.trainer.files)
+            self.state.check_space()
+        for note in notes:
+            self._say(f"changed since the last start: {note}")
 
     def _write_final(self) -> None:
         """Write final/ atomically; it is what `from_pretrained` loads."""
@@ -378,16 +386,3 @@ class _Run:
     def _say(self, text: str) -> None:
         if self.writes:
             print(text, file=sys.stderr, flush=True)
-
-
-def _nothing() -> None:
-    """Work of an exchange that only asks for signals."""
-
-
-def _is_there(result: object) -> bool:
-    """Note of an evaluation: whether it fitted into memory."""
-    return result is not None
-
-
-def _no_note(result: object) -> None:
-    """Note of an exchange that has nothing to tell."""

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import signal
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from gencontrol.errors import UsageError
 from gencontrol.train.dist import Group
+from gencontrol.train.files import FileLayer
 from gencontrol.train.trainer import TrainConfig, Trainer
-from tests.contracts import metric_lines
-from tests.faults.shim import Forked, limit_s, wait_for_line
+from tests.contracts import metric_lines, state_hash
+from tests.faults.shim import Forked, Shim, kill_self, limit_s, newest, wait_for_line
 from tests.training_toy import Toy, main
 
 
-def start(folder: Path, *arguments: str) -> list[Forked]:
-    """Start the toy on two ranks, with the environment that torchrun gives."""
+def start(folder: Path, work: Callable[[int], object]) -> list[Forked]:
+    """Start `work(rank)` on two ranks, with the environment that torchrun gives."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
-        Forked(lambda: main([str(folder), *arguments]), shared | {"RANK": str(rank)}, folder.parent / f"log{rank}")
+        Forked(functools.partial(work, rank), shared | {"RANK": str(rank)}, folder.parent / f"log{rank}")
         for rank in range(2)
     ]
 
@@ -35,7 +39,7 @@ def finish(processes: list[Forked], folder: Path) -> tuple[list[int], list[str]]
 
 
 def test_p2_r5_g2_two_ranks_equal_one_and_a_signal_to_one_rank_stops_both(tmp_path: Path) -> None:
-    arguments = (
+    arguments = [
         "steps=200",
         "micro_batch=2",
         "lr=0.001",
@@ -43,8 +47,8 @@ def test_p2_r5_g2_two_ranks_equal_one_and_a_signal_to_one_rank_stops_both(tmp_pa
         "updates=2",
         "save_every=1000",
         "eval_every=100",
-    )
-    processes = start(tmp_path / "two", *arguments)
+    ]
+    processes = start(tmp_path / "two", lambda rank: main([str(tmp_path / "two"), *arguments]))
     wait_for_line(tmp_path / "two", 5)
     begin = time.monotonic()
     processes[1].send_signal(signal.SIGTERM)  # not the rank that writes
@@ -69,7 +73,8 @@ def test_p2_r5_g2_two_ranks_equal_one_and_a_signal_to_one_rank_stops_both(tmp_pa
 
 
 def test_w5_error_on_one_rank_stops_both_with_its_message(tmp_path: Path) -> None:
-    processes = start(tmp_path / "run", "steps=50", "delay_s=0.2", "fail_rank=1")
+    arguments = [str(tmp_path / "run"), "steps=50", "delay_s=0.2", "fail_rank=1"]
+    processes = start(tmp_path / "run", lambda rank: main(arguments))
     wait_for_line(tmp_path / "run", 1)
     begin = time.monotonic()
     codes, said = finish(processes, tmp_path / "run")
@@ -77,6 +82,45 @@ def test_w5_error_on_one_rank_stops_both_with_its_message(tmp_path: Path) -> Non
     assert all(code not in (0, 143) for code in codes)
     assert "rank 1 failed: RuntimeError: the reward of this rank broke" in said[0]
     assert "the reward of this rank broke" in said[1]
+
+
+def test_n2_nan_on_one_rank_skips_the_update_on_both(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        toy = Toy(on_loss=lambda step, calls: math.nan if rank == 1 and step == 1 else 1.0)
+        Trainer(TrainConfig(steps=3), tmp_path / "run").fit(toy)
+        (tmp_path / f"hash{rank}").write_text(state_hash(toy))
+
+    codes, _ = finish(start(tmp_path / "run", work), tmp_path / "run")
+    rows = metric_lines(tmp_path / "run")
+    assert codes == [0, 0] and [row["health/skipped"] for row in rows] == [0, 1, 1]
+    assert (tmp_path / "hash0").read_text() == (tmp_path / "hash1").read_text()
+
+
+def test_k3_killed_writer_leaves_the_previous_checkpoint_and_the_other_rank_ends(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        shim = Shim()
+
+        def in_second_save(operation: str, path: Path) -> None:
+            shim(operation, path)
+            if rank == 0 and operation == "write" and ".tmp_step_00000002" in str(path):
+                kill_self()
+
+        config = TrainConfig(steps=50, save_every=1)
+        Trainer(config, tmp_path / "run", files=FileLayer(in_second_save)).fit(Toy(delay_s=0.02))
+
+    begin = time.monotonic()
+    codes, _ = finish(start(tmp_path / "run", work), tmp_path / "run")
+    assert codes[0] == -signal.SIGKILL and codes[1] == 1 and time.monotonic() - begin < limit_s()
+    state = newest(tmp_path / "run")
+    assert state is not None and state.step == 1
+
+
+def test_bad_settings_on_the_writing_rank_are_told_to_the_other(tmp_path: Path) -> None:
+    Trainer(TrainConfig(steps=3), tmp_path / "run").fit(Toy(), stop_at=1)
+    arguments = [str(tmp_path / "run"), "steps=3", "lr=0.5"]
+    codes, said = finish(start(tmp_path / "run", lambda rank: main(arguments)), tmp_path / "run")
+    assert codes[0] == 2 and codes[1] == 1
+    assert "train.lr: 0.0001 → 0.5" in said[0] and "rank 0 failed: UsageError" in said[1]
 
 
 def test_environment_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
