@@ -20,7 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gencontrol.errors import UsageError
-from gencontrol.models.spectral import istft, mel_filterbank, pad_clip, stft
+from gencontrol.models.spectral import frame_spectra, mel_filterbank, overlap_spectra, pad_clip, stft
+
+_CLIPS_IN_CACHE = 8
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class MelCodecConfig:
     clip_samples: int = 32768
     floor: float = 1e-4
     inversion_steps: int = 8
-    griffin_lim_steps: int = 32
+    griffin_lim_steps: int = 16
     momentum: float = 0.99
 
 
@@ -121,18 +123,25 @@ class MelCodec(nn.Module):
         return magnitude
 
     def _griffin_lim(self, magnitude: Float[Tensor, "b f t"]) -> Float[Tensor, "b n"]:
-        """Phases by alternating projections with momentum, from a fixed random initial phase."""
+        """Phases by alternating projections with momentum, from a fixed random initial phase.
+
+        Frames lie contiguously ([b t f]) and few clips are done at a time, so that they stay in the cache.
+        """
         c = self.config
         generator = torch.Generator().manual_seed(0)
         phase = torch.rand(magnitude.shape[1:], generator=generator).to(magnitude.device) * (2 * torch.pi)
-        angle = torch.polar(torch.ones_like(phase), phase).expand(magnitude.shape)
-        before = torch.zeros_like(angle)
-        for _ in range(c.griffin_lim_steps):
-            now = stft(istft(magnitude * angle, self.window, c.hop), self.window, c.hop)
-            mixed = now + c.momentum * (now - before)
-            before, angle = now, mixed / mixed.abs().clamp_min(1e-9)
+        start = torch.polar(torch.ones_like(phase), phase).T.contiguous()
+        parts = []
+        for target in magnitude.transpose(1, 2).split(_CLIPS_IN_CACHE):
+            target, angle = target.contiguous(), start.expand(target.shape)
+            before = torch.zeros_like(target, dtype=start.dtype)
+            for _ in range(c.griffin_lim_steps):
+                now = frame_spectra(overlap_spectra(target * angle, self.window, c.hop), self.window, c.hop)
+                mixed = torch.lerp(before, now, 1 + c.momentum)
+                before, angle = now, mixed / mixed.abs().clamp_min(1e-9)
+            parts.append(overlap_spectra(target * angle, self.window, c.hop))
         side = (c.n_fft - c.hop) // 2
-        return istft(magnitude * angle, self.window, c.hop)[:, side:-side]
+        return torch.cat(parts)[:, side:-side]
 
     @torch.no_grad()
     def fit(self, waveforms: Float[Tensor, "b n"], *, chunk: int = 128) -> dict[str, float]:

@@ -61,13 +61,22 @@ def stft(padded: Float[Tensor, "b p"], window: Float[Tensor, " w"], hop: int) ->
     return frames / window.sum()
 
 
-def istft(spectrum: Complex[Tensor, "b f t"], window: Float[Tensor, " w"], hop: int) -> Float[Tensor, "b p"]:
-    """Least-squares inverse of `stft` by weighted overlap-add; the result is still padded."""
-    n_fft, frames = len(window), spectrum.shape[-1]
-    length = n_fft + hop * (frames - 1)
-    pieces = torch.fft.irfft(spectrum * window.sum(), n_fft, dim=1) * window[None, :, None]
-    weights = (window**2)[None, :, None].expand(1, n_fft, frames)
-    shape, kernel = (1, length), (1, n_fft)
-    signal = F.fold(pieces, shape, kernel, stride=(1, hop))[:, 0, 0]
-    norm = F.fold(weights, shape, kernel, stride=(1, hop))[:, 0, 0]
-    return signal / norm.clamp_min(1e-3)
+def frame_spectra(padded: Float[Tensor, "b p"], window: Float[Tensor, " w"], hop: int) -> Complex[Tensor, "b t f"]:
+    """`stft` with each frame's spectrum contiguous, the faster layout for an iteration."""
+    return torch.fft.rfft(padded.unfold(1, len(window), hop) * (window / window.sum()), dim=-1)
+
+
+def overlap_spectra(spectrum: Complex[Tensor, "b t f"], window: Float[Tensor, " w"], hop: int) -> Float[Tensor, "b p"]:
+    """Least-squares inverse of `frame_spectra` by weighted overlap-add; the hop divides the window's length."""
+    pieces = torch.fft.irfft(spectrum, len(window), dim=-1) * (window * window.sum())
+    weights = (window**2).expand(1, spectrum.shape[1], len(window))
+    return _overlap_add(pieces, hop) / _overlap_add(weights, hop).clamp_min(1e-3)
+
+
+def _overlap_add(pieces: Float[Tensor, "b t w"], hop: int) -> Float[Tensor, "b p"]:
+    b, frames, width = pieces.shape
+    parts = pieces.reshape(b, frames, width // hop, hop)
+    signal = pieces.new_zeros(b, frames + parts.shape[2] - 1, hop)
+    for index in range(parts.shape[2]):
+        signal[:, index : index + frames] += parts[:, :, index]
+    return signal.view(b, -1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gencontrol.errors import UsageError
 from gencontrol.models.codec import MelCodec
-from gencontrol.models.spectral import istft, mel_filterbank, pad_clip, semitone_filterbank, stft
+from gencontrol.models.spectral import frame_spectra, mel_filterbank, overlap_spectra, pad_clip, semitone_filterbank, stft
 
 
 def tones(count: int, samples: int = 32768) -> Tensor:
@@ -93,10 +93,11 @@ def test_stft_inverts_and_normalises() -> None:
     wave = tones(2, 8192)
     window = torch.hann_window(1024)
     padded = pad_clip(wave, 1024, 256)
-    spectrum = stft(padded, window, 256)
-    assert spectrum.shape == (2, 513, 32)
+    spectrum = frame_spectra(padded, window, 256)
+    assert spectrum.shape == (2, 32, 513)
+    torch.testing.assert_close(spectrum.transpose(1, 2), stft(padded, window, 256), atol=1e-6, rtol=0)
     side = (1024 - 256) // 2
-    torch.testing.assert_close(istft(spectrum, window, 256)[:, side:-side], wave, atol=1e-5, rtol=0)
+    torch.testing.assert_close(overlap_spectra(spectrum, window, 256)[:, side:-side], wave, atol=1e-5, rtol=0)
     sine = torch.sin(2 * math.pi * 1000 * torch.arange(8192) / 16000)[None]
     assert abs(float(stft(sine, window, 256).abs().max()) - 0.5) < 0.01
 
