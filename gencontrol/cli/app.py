@@ -42,7 +42,10 @@ def _root(
 
 
 for _name, (_function, _panel) in commands.TABLE.items():
-    app.command(_name, cls=NormalisedCommand, rich_help_panel=_panel)(_function)
+    if _name == "bench":  # its options belong to the benchmark
+        app.command(_name, rich_help_panel=_panel, context_settings={"ignore_unknown_options": True})(_function)
+    else:
+        app.command(_name, cls=NormalisedCommand, rich_help_panel=_panel)(_function)
 
 
 def run(arguments: Sequence[str] | None) -> int:
@@ -52,7 +55,7 @@ def run(arguments: Sequence[str] | None) -> int:
     except BaseException as error:  # the boundary of the process: every error becomes a line and a code
         return _explain(error)
     if result == 130:
-        return _say("interrupted; the same command goes on from the last checkpoint.", 130)
+        return _say("interrupted; run the same command again (a training goes on from its last checkpoint).", 130)
     return result if isinstance(result, int) else 0
 
 
@@ -71,7 +74,7 @@ def _explain(error: BaseException) -> int:
     if isinstance(error, GencontrolError):
         return _say(str(error), error.exit_code)
     if isinstance(error, KeyboardInterrupt):
-        return _say("interrupted; the same command goes on from the last checkpoint.", 130)
+        return _say("interrupted; run the same command again (a training goes on from its last checkpoint).", 130)
     if isinstance(error, typer.Abort):
         return _say("aborted at a question; run again and answer it.", 130)
     if isinstance(error, SystemExit):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from gencontrol.cli.prompts import bundled_prompts, read_prompts
 from gencontrol.cli.settings import RunConfig
-from gencontrol.errors import UsageError, nearest
+from gencontrol.errors import EnvironmentMissing, UsageError, nearest
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -63,8 +64,23 @@ def check_source(source: str, option: str) -> None:
         if path.is_file() and option == "--model":
             raise UsageError(f"{option} {source} is a file; give the folder of the model.")
         return
-    if not _HUB_ID.fullmatch(source) or source.startswith("."):
+    if not _is_hub_id(source):
         raise UsageError(f"{option} {source} does not exist; give a folder, a hub id (owner/name) or 'bundled'.")
+
+
+def _is_hub_id(source: str) -> bool:
+    return bool(_HUB_ID.fullmatch(source)) and not source.startswith(".") and not Path(source).exists()
+
+
+@contextmanager
+def download_hint(source: str | None, *, online: bool) -> Iterator[None]:
+    """Inside the block, an error about a hub id looked for offline ends with the flag for downloads."""
+    try:
+        yield
+    except (UsageError, EnvironmentMissing) as error:
+        if online or source is None or not _is_hub_id(source):
+            raise
+        raise type(error)(f"{error} To allow a download, add --online.") from error
 
 
 def check_reference(reference: str) -> None:

@@ -209,9 +209,9 @@ def bench(
         list[str] | None, typer.Argument(metavar="ARGS", help="Handed to the benchmark.", show_default=False)
     ] = None,
 ) -> int:
-    """Run a benchmark of a claim, with its own options after `--`.
+    """Run a benchmark of a claim; its own options follow its name (`gencontrol bench NAME -- --help` lists them).
 
-    Example: gencontrol bench dragon -- --seeds 3
+    Example: gencontrol bench dragon --seeds 3
     """
     from gencontrol.cli.bench import command
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from gencontrol.errors import EnvironmentMissing
+from gencontrol.errors import EnvironmentMissing, UsageError
 
 
 def prepare(*, threads: int = 0, online: bool = False) -> None:
@@ -25,7 +25,7 @@ def prepare(*, threads: int = 0, online: bool = False) -> None:
 
 
 def choose_device(name: str) -> str:
-    """Return "cpu" or "cuda" for the device setting "auto", "cpu" or "cuda".
+    """Return "cpu", "cuda" or, under a launcher, this process' "cuda:N" for the setting "auto", "cpu" or "cuda".
 
     Raises:
         EnvironmentMissing: CUDA is asked for and not here.
@@ -37,4 +37,24 @@ def choose_device(name: str) -> str:
         raise EnvironmentMissing(
             "--device cuda: torch sees no CUDA device; use --device cpu, or run gencontrol doctor."
         )
-    return ("cuda" if here else "cpu") if name == "auto" else name
+    if name == "cpu" or not here:
+        return "cpu"
+    local = os.environ.get("LOCAL_RANK", "")
+    return f"cuda:{local}" if local.isdigit() and torch.cuda.device_count() > 1 else "cuda"
+
+
+def launched_precision(given: str | None) -> str | None:
+    """Return the precision that `accelerate launch` chose, or what was given.
+
+    Raises:
+        UsageError: both are set and contradict each other.
+    """
+    chosen = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}.get(os.environ.get("ACCELERATE_MIXED_PRECISION", ""))
+    if chosen is None or (given is None and chosen == "fp32"):
+        return given
+    if given is not None and given != chosen:
+        raise UsageError(
+            f"precision is {given}, but accelerate launch was told {chosen}; leave --mixed_precision out there, or "
+            f"give --precision {chosen}."
+        )
+    return chosen

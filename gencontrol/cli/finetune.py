@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gencontrol.cli.checks import check_names, load_prompts
-from gencontrol.cli.environment import choose_device, prepare
+from gencontrol.cli.checks import check_names, download_hint, load_prompts
+from gencontrol.cli.environment import choose_device, launched_precision, prepare
 from gencontrol.cli.runs import RunFolder, fit, open_run
 from gencontrol.cli.settings import RunConfig, describe, given_flags, merge, run_mode
 from gencontrol.config import build, to_table
@@ -87,6 +87,7 @@ def check(parameters: Mapping[str, Any]) -> Job:
     table = merge(parameters["config"], given_flags(parameters, ROUTES), overrides)
     run = build(RunConfig, table["run"], "run")
     trainer = build(TrainConfig, {**_train_defaults(table["train"]), **table["train"]}, "train")
+    trainer = dataclasses.replace(trainer, precision=launched_precision(table["train"].get("precision")) or "fp32")
     prepare(threads=trainer.threads, online=run.online)
     kind = resolve(ALGORITHMS, run.algorithm, "algorithm")
     run, options = _share_options(run, table["algorithm"], {field.name for field in dataclasses.fields(kind.Config)})
@@ -152,16 +153,18 @@ def load_pipeline(model: str, device: str, *, online: bool) -> Any:
     """Load the model in float32 (autocast gives the lower precision) onto the device."""
     from gencontrol.pipelines import TextToAudioPipeline
 
-    return TextToAudioPipeline.from_pretrained(model, local_files_only=not online).to(device)
+    with download_hint(model, online=online):
+        return TextToAudioPipeline.from_pretrained(model, local_files_only=not online).to(device)
 
 
 def load_reward(run: RunConfig, device: str) -> Any:
     """Load the weighted sum of the rewards."""
     from gencontrol.rewards import load_rewards
 
-    return load_rewards(
-        run.reward, reward_model=run.reward_model, reference=run.reference, encoder=run.encoder, device=device
-    )
+    with download_hint(run.reward_model, online=run.online):
+        return load_rewards(
+            run.reward, reward_model=run.reward_model, reference=run.reference, encoder=run.encoder, device=device
+        )
 
 
 def make_roles(job: Job, network: Any) -> Any:

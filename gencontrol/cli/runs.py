@@ -17,7 +17,7 @@ from typing import Any
 import gencontrol
 from gencontrol.cli.settings import check_output
 from gencontrol.config import load_toml
-from gencontrol.errors import CheckpointError, UsageError
+from gencontrol.errors import CheckpointError, DiskError, UsageError
 
 CONFIG, RECORD = "config.toml", "run.json"
 
@@ -70,9 +70,19 @@ def open_run(
         raise CheckpointError(f"--resume: {path} holds no checkpoint; check --output, or leave --resume out to start.")
     if entries and not used:
         raise UsageError(f"{path} holds other files ({', '.join(sorted(entries)[:3])}); name a new or a run folder.")
+    _check_writable(path)
     allowed = (*HARMLESS, *(key.replace("-", "_") for key in allow))
     notes = _compare(path, load_toml(path / CONFIG), table, allowed) if (path / CONFIG).exists() else []
     return RunFolder(path, table, allowed, tuple(notes))
+
+
+def _check_writable(path: Path) -> None:
+    """Raise DiskError where the folder, or the nearest one above it that exists, cannot be written."""
+    existing = path
+    while not existing.exists():
+        existing = existing.parent
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise DiskError(f"{existing} cannot be written; choose another --output or mend the permission.")
 
 
 def _compare(path: Path, old: Mapping[str, Any], new: Mapping[str, Any], allowed: Sequence[str]) -> list[str]:

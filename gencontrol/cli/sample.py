@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gencontrol.cli.checks import check_model, check_reference, check_rewards, check_source
+from gencontrol.cli.checks import check_model, check_reference, check_rewards, check_source, download_hint
 from gencontrol.cli.environment import choose_device, prepare
 from gencontrol.cli.prompts import read_prompts
 from gencontrol.cli.settings import check_output
@@ -78,18 +78,20 @@ def _reward(parameters: Mapping[str, Any], device: str) -> Any | None:
         return None
     from gencontrol.rewards import load_rewards
 
-    return load_rewards(
-        list(parameters["reward"]),
-        reward_model=parameters["reward_model"],
-        reference=parameters["reference"],
-        device=device,
-    )
+    with download_hint(parameters["reward_model"], online=bool(parameters["online"])):
+        return load_rewards(
+            list(parameters["reward"]),
+            reward_model=parameters["reward_model"],
+            reference=parameters["reference"],
+            device=device,
+        )
 
 
 def _pipeline(model: str, lora: str | None, device: str, *, online: bool) -> Any:
     from gencontrol.pipelines import TextToAudioPipeline
 
-    pipeline = TextToAudioPipeline.from_pretrained(model, local_files_only=not online)
+    with download_hint(model, online=online):
+        pipeline = TextToAudioPipeline.from_pretrained(model, local_files_only=not online)
     if lora is not None:
         pipeline.load_lora_weights(lora)
     return pipeline.to(device)

@@ -103,11 +103,14 @@ def merge(
 
 def given_flags(parameters: Mapping[str, Any], routes: Mapping[str, str]) -> dict[str, Any]:
     """Return dotted key → value of the options that the user gave; `routes` maps option names to dotted keys."""
-    return {
+    given = {
         routes[name]: list(value) if isinstance(value, tuple) else value
         for name, value in parameters.items()
         if name in routes and value is not None and value not in ([], ())
     }
+    if given.get("train.precision") == "no":  # as accelerate and diffusers say it
+        given["train.precision"] = "fp32"
+    return given
 
 
 def describe(fields_of: Iterable[tuple[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -23,7 +23,7 @@ from gencontrol.cli import app, main
         (errors.Preempted("saved"), 143, "saved"),
         (OSError(errno.ENOSPC, "No space left on device", "f"), 7, "free some space"),
         (PermissionError(errno.EACCES, "Permission denied", "f"), 7, "permission"),
-        (KeyboardInterrupt(), 130, "goes on"),
+        (KeyboardInterrupt(), 130, "same command"),
         (MemoryError(), 6, "--micro-batch"),
         (RuntimeError("CUDA out of memory. Tried"), 6, "--micro-batch"),
         (ModuleNotFoundError("No module named 'x'", name="x"), 6, "gencontrol doctor"),

@@ -10,7 +10,7 @@ import pytest
 from gencontrol.cli.runs import open_run, record
 from gencontrol.cli.settings import RunConfig, check_output, describe, given_flags, merge, run_mode
 from gencontrol.config import build, dump_toml
-from gencontrol.errors import CheckpointError, UsageError
+from gencontrol.errors import CheckpointError, DiskError, UsageError
 from gencontrol.train.config import TrainConfig
 
 
@@ -37,6 +37,7 @@ def test_only_given_flags_count() -> None:
     routes = {"lr": "train.lr", "reward": "run.reward", "model": "run.model"}
     assert given_flags({"lr": None, "reward": [], "model": "m", "other": 1}, routes) == {"run.model": "m"}
     assert given_flags({"lr": 0.0, "reward": ("a",)}, routes) == {"train.lr": 0.0, "run.reward": ["a"]}
+    assert given_flags({"precision": "no"}, {"precision": "train.precision"}) == {"train.precision": "fp32"}
 
 
 @pytest.mark.parametrize(
@@ -91,6 +92,12 @@ def test_foreign_folders_and_files_are_refused(tmp_path: Path) -> None:
         open_run(str(tmp_path), _table())
     with pytest.raises(UsageError, match="is a file"):
         check_output(tmp_path / "thesis.tex")
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # tests may run as root, who may write everywhere
+    with pytest.raises(DiskError, match=f"{tmp_path} cannot be written"):
+        open_run(str(tmp_path / "a" / "b"), _table())
 
 
 def test_every_start_is_recorded(tmp_path: Path) -> None:
