@@ -43,23 +43,19 @@ def _say(text: str) -> None:
 def _mixture(options: argparse.Namespace) -> dict[str, Any]:
     from gencontrol.bench import dragon_mixture
 
-    size = (
-        {"rounds": 2, "pairs": 32, "base_steps": 100}
-        if options.quick
-        else {"rounds": 60, "pairs": 256, "base_steps": 4000}
-    )
-    return dragon_mixture.run(seeds=1 if options.quick else options.seeds, lr=3e-4, say=_say, **size)
+    size = {"rounds": 60, "pairs": 256, "base_steps": 4000, "measured": 4000, "seeds": options.seeds}
+    if options.quick:
+        size = {"rounds": 2, "pairs": 16, "base_steps": 50, "measured": 200, "seeds": 1}
+    return dragon_mixture.run(lr=3e-4, say=_say, **size)
 
 
 def _songs(options: argparse.Namespace) -> dict[str, Any]:
     from gencontrol.bench import dragon_songs
 
-    size = (
-        {"rounds": 2, "pairs": 32, "base_steps": 100}
-        if options.quick
-        else {"rounds": 50, "pairs": 256, "base_steps": 4000}
-    )
-    return dragon_songs.run(seeds=1 if options.quick else options.seeds, lr=3e-4, say=_say, **size)
+    size = {"rounds": 50, "pairs": 256, "base_steps": 4000, "copies": 64, "seeds": options.seeds}
+    if options.quick:
+        size = {"rounds": 2, "pairs": 16, "base_steps": 50, "copies": 8, "seeds": 1}
+    return dragon_songs.run(lr=1e-4, say=_say, **size)
 
 
 def _sound(options: argparse.Namespace) -> dict[str, Any]:

@@ -55,19 +55,21 @@ class World:
     base: Denoiser
     reward: EmbeddedFrechet
     seed: int
+    measured: int
 
 
-def make_world(seed: int, *, base_steps: int) -> World:
-    """Train the base flow and take the reference statistics."""
+def make_world(seed: int, *, base_steps: int, measured: int) -> World:
+    """Train the base flow and take the reference statistics; `measured` samples are drawn for each measurement."""
     uniform = torch.full((4,), 0.25)
     reward = EmbeddedFrechet(fourier(seed), mixture(4000, uniform, stream(seed, "mixture/reference")))
     base = toy_flow(2, seed=seed)
     fit_flow(base, lambda g: (mixture(512, BASE_WEIGHTS, g), None), steps=base_steps, lr=2e-3, seed=seed)
-    return World(base, reward, seed)
+    return World(base, reward, seed, measured)
 
 
-def measure(world: World, denoiser: Denoiser, count: int = 4000) -> tuple[dict[str, float], Tensor]:
+def measure(world: World, denoiser: Denoiser) -> tuple[dict[str, float], Tensor]:
     """Return Fréchet distance, mode shares, Vendi and distance to the nearest mode of fresh samples, and features."""
+    count = world.measured
     ctx = StepContext(seed=world.seed, step=0, micro_batch=count)
     generators = item_generators(world.seed, "mixture/measure", range(count))
     x = generate(toy_task(denoiser, 2), None, generators, Sampling(STEPS, "euler", 1.0), ctx)
@@ -107,8 +109,13 @@ VARIANTS = (
 )
 
 
-def tune(world: World, variant: Variant, *, rounds: int, pairs: int, lr: float) -> tuple[dict[str, float], list[Any]]:
-    """Fine-tune a copy of the base; returns measurements of the averaged weights and the records of the rounds."""
+def tune(
+    world: World, variant: Variant, before: Tensor, *, rounds: int, pairs: int, lr: float
+) -> tuple[dict[str, float], list[Any]]:
+    """Fine-tune a copy of the base; returns measurements of the averaged weights and the records of the rounds.
+
+    `before` are the base's features, which the bootstrap win rate compares with.
+    """
     denoiser = copy.deepcopy(world.base)
     roles = Roles(denoiser.network)
     reward = EmbeddedFrechetItem(world.reward) if variant.instance else world.reward
@@ -123,29 +130,33 @@ def tune(world: World, variant: Variant, *, rounds: int, pairs: int, lr: float) 
     records = run_in_memory(algorithm, rounds, Loop(lr), seed=world.seed)
     with roles.use("ema"):
         result, frames = measure(world, denoiser)
-    _, before = measure(world, world.base)
     sides = {True: frames, False: before}
 
     def value(rows: Tensor, tuned: bool) -> float:
         return world.reward.evaluate({"frames": sides[tuned][rows], "valid": torch.ones(len(rows), dtype=torch.bool)})
 
     wins, _ = bootstrap_sets(
-        value, len(frames), subset=256, draws=100, generator=stream(world.seed, "mixture/bootstrap")
+        value,
+        len(frames),
+        subset=min(256, len(frames) // 2),
+        draws=100,
+        generator=stream(world.seed, "mixture/bootstrap"),
     )
     return result | {"win_rate": wins.value}, records
 
 
 def run(
-    *, seeds: int, rounds: int, pairs: int, base_steps: int, lr: float, say: Callable[[str], None]
+    *, seeds: int, rounds: int, pairs: int, base_steps: int, measured: int, lr: float, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Run all rows on all seeds; returns rows, checks and the printed table."""
     rows: dict[str, list[dict[str, float]]] = {variant.name: [] for variant in VARIANTS}
     base_rows, sets = [], []
     for seed in range(seeds):
-        world = make_world(seed, base_steps=base_steps)
-        base_rows.append(measure(world, world.base)[0])
+        world = make_world(seed, base_steps=base_steps, measured=measured)
+        start, before = measure(world, world.base)
+        base_rows.append(start)
         for variant in VARIANTS:
-            result, records = tune(world, variant, rounds=rounds, pairs=pairs, lr=lr)
+            result, records = tune(world, variant, before, rounds=rounds, pairs=pairs, lr=lr)
             result["seconds"] = sum(record["time/step"] for record in records)
             rows[variant.name].append(result)
             if variant is VARIANTS[0]:

@@ -32,7 +32,7 @@ from gencontrol.models.roles import Roles
 from gencontrol.rng import item_generators, stream
 
 FRAMES, BANDS, PROMPTS = 16, 6, 8
-SIZE, NOISE, STEPS, UPDATES, COPIES, BANK = FRAMES * BANDS, 0.3, 20, 6, 64, 50_000
+SIZE, NOISE, STEPS, UPDATES = FRAMES * BANDS, 0.3, 20, 6
 NAMES = [f"profile {i}" for i in range(PROMPTS)]
 
 
@@ -81,28 +81,30 @@ class World:
     whole: EmbeddedFrechet
     song: EmbeddedFrechetItem
     seed: int
+    copies: int
 
 
-def make_world(seed: int, *, base_steps: int) -> World:
-    """Train the base flow and take the reference statistics."""
+def make_world(seed: int, *, base_steps: int, copies: int) -> World:
+    """Train the base flow and take the reference statistics; a measurement draws `copies` songs per prompt."""
     clean = songs(torch.arange(2000) % PROMPTS, stream(seed, "songs/reference"))
     whole = EmbeddedFrechet(frame_features(seed), clean)
 
-    prompts = torch.arange(BANK) % PROMPTS
+    size = min(50_000, 16 * base_steps)
+    prompts = torch.arange(size) % PROMPTS
     bank, conds = songs(prompts, stream(seed, "songs/bank"), noisy=0.5), torch.eye(PROMPTS)[prompts]
 
     def batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        rows = torch.randint(BANK, (256,), generator=generator)
+        rows = torch.randint(size, (256,), generator=generator)
         return bank[rows], conds[rows]
 
     base = toy_flow(SIZE, conditions=PROMPTS, width=192, seed=seed)
     fit_flow(base, batch, steps=base_steps, lr=2e-3, seed=seed)
-    return World(base, whole, EmbeddedFrechetItem(whole), seed)
+    return World(base, whole, EmbeddedFrechetItem(whole), seed, copies)
 
 
 def sample_songs(world: World, denoiser: Denoiser) -> Float[Tensor, "n 96"]:
-    """Draw 64 songs per prompt from fixed noise."""
-    task, names = make_task(denoiser), [name for name in NAMES for _ in range(COPIES)]
+    """Draw the songs of a measurement from fixed noise."""
+    task, names = make_task(denoiser), [name for name in NAMES for _ in range(world.copies)]
     ctx = StepContext(seed=world.seed, step=0, micro_batch=len(names))
     generators = item_generators(world.seed, "songs/measure", range(len(names)))
     return generate(task, encode(names), generators, Sampling(STEPS, "euler", 1.0), ctx)
@@ -117,7 +119,9 @@ def measure(world: World, x: Float[Tensor, "n 96"], before: Float[Tensor, "n 96"
         valid = torch.ones(len(rows), dtype=torch.bool)
         return world.whole.evaluate({"frames": frames[tuned][rows], "valid": valid})
 
-    wins, _ = bootstrap_sets(value, len(x), subset=256, draws=100, generator=stream(world.seed, "songs/bootstrap"))
+    wins, _ = bootstrap_sets(
+        value, len(x), subset=len(x) // 2, draws=100, generator=stream(world.seed, "songs/bootstrap")
+    )
     return {
         "song_fad": -float(values[True].mean()),
         "song_win_rate": paired_wins(values[True], values[False]).value,
@@ -201,7 +205,7 @@ def crossover(sets: dict[str, dict[str, float]]) -> bool:
 
 
 def run(
-    *, seeds: int, rounds: int, pairs: int, base_steps: int, lr: float, say: Callable[[str], None]
+    *, seeds: int, rounds: int, pairs: int, base_steps: int, copies: int, lr: float, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Run all rows on all seeds; returns rows, checks and the printed tables."""
     rows: dict[str, list[dict[str, float]]] = {
@@ -209,9 +213,9 @@ def run(
     }
     sets = []
     for seed in range(seeds):
-        world = make_world(seed, base_steps=base_steps)
+        world = make_world(seed, base_steps=base_steps, copies=copies)
         before = sample_songs(world, world.base)
-        clean = songs(torch.arange(PROMPTS).repeat_interleave(COPIES), stream(seed, "songs/clean"))
+        clean = songs(torch.arange(PROMPTS).repeat_interleave(copies), stream(seed, "songs/clean"))
         rows["base"].append(measure(world, before, before))
         rows["clean songs"].append(measure(world, clean, before))
         sets.append(first_sets(world, pairs))
