@@ -77,6 +77,7 @@ class Toy:
     def after_update(self, ctx: StepContext, update: int) -> None:
         """Move the average."""
         self.roles.lerp("ema", 0.9)
+        ctx.poll()
 
     def evaluate(self, ctx: StepContext) -> Evaluation:
         """Error of the average weights on fixed points."""

@@ -19,6 +19,7 @@ from tests.faults.shim import CONFIG, Forked, Shim, fit, in_child, limit_s, newe
 from tests.training_toy import Toy, main
 
 ROOT = Path(__file__).parents[2]
+SPARSE = TrainConfig(steps=4, save_every=100, keep=1, eval_every=2, micro_batch=4, lr=1e-3)
 
 
 def test_g1_r1_sigterm_saves_exits_143_and_a_fresh_process_goes_on(tmp_path: Path) -> None:
@@ -45,8 +46,8 @@ def test_g1_r1_sigterm_saves_exits_143_and_a_fresh_process_goes_on(tmp_path: Pat
 class Phase(Toy):
     """Sends SIGTERM to itself in one phase of the second step."""
 
-    def __init__(self, phase: str, number: int = signal.SIGTERM) -> None:
-        super().__init__(updates=2)
+    def __init__(self, phase: str, number: int = signal.SIGTERM, updates: int = 2) -> None:
+        super().__init__(updates=updates)
         self.phase, self.number = phase, number
 
     def hit(self, phase: str, *, now: bool) -> None:
@@ -63,8 +64,8 @@ class Phase(Toy):
         return super().minibatches(data, update, ctx)
 
     def after_update(self, ctx, update):  # type: ignore[no-untyped-def]
-        super().after_update(ctx, update)
         self.hit(f"after {update}", now=ctx.step == 1)
+        super().after_update(ctx, update)
 
     def evaluate(self, ctx):  # type: ignore[no-untyped-def]
         self.hit("evaluate", now=ctx.step == 2)
@@ -85,14 +86,23 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_g1_signal_in_each_phase_saves_the_last_whole_step(
     reference: Path, tmp_path: Path, phase: str, saved: int
 ) -> None:
-    sparse = TrainConfig(steps=4, save_every=100, keep=1, eval_every=2, micro_batch=4, lr=1e-3)
     with pytest.raises(Preempted) as caught:
-        fit(tmp_path / "run", sparse, toy=Phase(phase))
+        fit(tmp_path / "run", SPARSE, toy=Phase(phase))
     assert caught.value.exit_code == 143
     state = newest(tmp_path / "run")
     assert state is not None and state.step == saved
-    fit(tmp_path / "run", sparse, toy=Toy(updates=2))
+    fit(tmp_path / "run", SPARSE, toy=Toy(updates=2))
     assert_same_run(reference, tmp_path / "run", 4)
+
+
+def test_g1_signal_after_the_only_update_finishes_the_step(tmp_path: Path) -> None:
+    with pytest.raises(Preempted):
+        fit(tmp_path / "run", SPARSE, toy=Phase("after 0", updates=1))
+    state = newest(tmp_path / "run")
+    assert state is not None and state.step == 2
+    fit(tmp_path / "run", SPARSE)
+    fit(tmp_path / "reference", SPARSE)
+    assert_same_run(tmp_path / "reference", tmp_path / "run", 4)
 
 
 def test_g1_signal_in_a_save_finishes_it(tmp_path: Path) -> None:
