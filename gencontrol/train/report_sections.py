@@ -180,7 +180,7 @@ def listening(run: RunData) -> str:
     cards = "".join(_card(pair, compared=compared) for pair in run.pairs)
     return (
         f"<h2>{'Before and after' if compared else 'Listen'}</h2>"
-        f'<p class="lead">{intro} Step {run.pairs_step}.{cut} Pictures show time to the right, frequency upwards and '
+        f'<p class="lead">{intro} Step {run.pairs_step}.{cut} Pictures show time to the right, pitch upwards and '
         f"level as brightness, 80 dB from black to white.</p>{cards}"
     )
 
