@@ -97,7 +97,7 @@ def _native(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     if mask is not None:
-        out = out * mask.any(-1, keepdim=True)
+        out = out.masked_fill(~mask.any(-1, keepdim=True), 0.0)  # some CUDA backends give NaN there
     return out.transpose(1, 2)
 
 
@@ -144,4 +144,4 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, torch.finfo(q.dtype).min)
         bias = bias.expand(b, h, n, m).contiguous()
     out = memory_efficient_attention(q, k, v, attn_bias=bias)
-    return out if mask is None else out * mask.any(-1).transpose(1, 2).unsqueeze(-1)
+    return out if mask is None else out.masked_fill(~mask.any(-1).transpose(1, 2).unsqueeze(-1), 0.0)

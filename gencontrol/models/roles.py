@@ -154,7 +154,10 @@ class Roles:
 
     @torch.no_grad()
     def lerp(self, dst: str, decay: float) -> None:
-        """Move role `dst` towards the policy: dst ← decay·dst + (1 − decay)·policy, decay in [0, 1]."""
+        """Move role `dst` towards the policy: dst ← decay·dst + (1 − decay)·policy, decay in [0, 1].
+
+        With LoRA the two factors are averaged, not their product.
+        """
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"decay {decay} is not in [0, 1]")
         source, target = self._pair("policy", dst)

@@ -48,6 +48,7 @@ def test_roles_start_equal_and_ref_never_moves(lora: LoraConfig | None, fenced_r
     model = network()
     start = run(model).detach()
     roles = Roles(model, lora=lora)
+    torch.testing.assert_close(roles.state_dict()["ema"], roles.state_dict()["policy"], atol=0, rtol=0)
     for role in roles.names():
         with roles.use(role) as module:
             assert torch.equal(run(module), start)
@@ -72,6 +73,7 @@ def test_gradient_is_that_of_a_plain_training(lora: LoraConfig | None) -> None:
         assert not inside.requires_grad
         with roles.use("ema"):
             assert roles.active == "ema"
+        assert roles.active == "ref" and torch.equal(run(roles.module), inside)  # back to the outer role
     (out - 2.0).square().sum().backward()
     for parameter, gradient in zip(roles.trainable(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=0, rtol=0)
