@@ -51,7 +51,9 @@ for _name, (_function, _panel) in commands.TABLE.items():
 def run(arguments: Sequence[str] | None) -> int:
     """Run one command and return its exit code; an error is one line on stderr (GENCONTROL_DEBUG=1 adds the trace)."""
     try:
-        result: Any = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        result: Any = app(
+            args=None if arguments is None else list(arguments), standalone_mode=False, prog_name="gencontrol"
+        )
     except BaseException as error:  # the boundary of the process: every error becomes a line and a code
         return _explain(error)
     if result == 130:

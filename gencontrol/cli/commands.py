@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-WHAT, TRAINING, RUN = "What to train, on what, towards what", "Training", "Run"
+WHAT, TRAINING, RUN = "Model, prompts, rewards", "Training", "Run"
 
 
 def _option(flag: str, text: str, panel: str, metavar: str | None = None) -> Any:
@@ -28,11 +28,11 @@ Keep = Annotated[Number, _option("--keep", "Checkpoints kept.", RUN)]
 EvalEvery = Annotated[Number, _option("--eval-every", "Steps between evaluations; 0 is never.", RUN)]
 Track = Annotated[Text, _option("--track", "Tracker beside metrics.jsonl.", RUN, "tensorboard|none")]
 Resume = Annotated[
-    Flag, _option("--resume", "Require a checkpoint to go on from; the same command resumes anyway.", RUN)
+    Flag, _option("--resume", "Require a checkpoint to go on from; the same command resumes anyway.", RUN, " ")
 ]
-Fresh = Annotated[Flag, _option("--fresh", "Refuse a run folder that was used before.", RUN)]
-DryRun = Annotated[Flag, _option("--dry-run", "Check all options, print the plan, load no weights.", RUN)]
-Online = Annotated[Flag, _option("--online", "Allow downloads from the Hugging Face hub.", RUN)]
+Fresh = Annotated[Flag, _option("--fresh", "Refuse a run folder that was used before.", RUN, " ")]
+DryRun = Annotated[Flag, _option("--dry-run", "Check all options, print the plan, load no weights.", RUN, " ")]
+Online = Annotated[Flag, _option("--online", "Allow downloads from the Hugging Face hub.", RUN, " ")]
 Steps = Annotated[Number, _option("--steps", "Training steps.", TRAINING)]
 Lr = Annotated[Real, _option("--lr", "Learning rate.", TRAINING)]
 LrSchedule = Annotated[
@@ -55,7 +55,7 @@ Algorithm = Annotated[Text, _option("--algorithm", "The method.", WHAT, "dragon|
 Model = Annotated[Text, _option("--model", "The base model (default: bundled).", WHAT, "bundled|FOLDER|HUB_ID")]
 Prompts = Annotated[Text, _option("--prompts", "txt, jsonl or csv (default: bundled prompts).", WHAT, "FILE")]
 EvalPrompts = Annotated[Text, _option("--eval-prompts", "Fixed prompts for before and after.", WHAT, "FILE")]
-EvalSamples = Annotated[Number, _option("--eval-samples", "Samples of one evaluation.", RUN)]
+EvalSamples = Annotated[Number, _option("--eval-samples", "Samples per evaluation prompt.", RUN)]
 LoraRank = Annotated[Number, _option("--lora-rank", "Rank of the adapter; 0 trains all weights.", TRAINING)]
 LoraAlpha = Annotated[Real, _option("--lora-alpha", "Scale of the adapter (default: the rank).", TRAINING)]
 LoraTargets = Annotated[Many, _option("--lora-targets", "Linear layers by name; may be repeated.", TRAINING)]

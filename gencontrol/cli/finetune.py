@@ -39,7 +39,7 @@ ROUTES = {
 }
 
 #: what algorithms call the number of prompts drawn in one step, which --batch sets
-BATCH_FIELDS = ("batch", "pairs_per_round", "prompts_per_round", "groups_per_round", "prompts_per_step")
+BATCH_FIELDS = ("pairs_per_round", "prompts_per_round")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ def check(parameters: Mapping[str, Any]) -> Job:
     trainer = dataclasses.replace(trainer, precision=launched_precision(table["train"].get("precision")) or "fp32")
     prepare(threads=trainer.threads, online=run.online)
     kind = resolve(ALGORITHMS, run.algorithm, "algorithm")
-    run, options = _share_options(run, table["algorithm"], {field.name for field in dataclasses.fields(kind.Config)})
+    fields = {field.name for field in dataclasses.fields(kind.Config)}
+    options = _name_batch(run.algorithm, table["algorithm"], fields)
     algorithm = build(kind.Config, options, "algorithm")
     check_names(run)
     prompts, eval_prompts = load_prompts(run)
@@ -107,20 +108,15 @@ def _train_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"eval_every": max(1, steps // 5)} if isinstance(steps, int) else {}
 
 
-def _share_options(run: RunConfig, given: Mapping[str, Any], fields: set[str]) -> tuple[RunConfig, dict[str, Any]]:
-    """Give --batch the algorithm's own name for it, and one LoRA rank to both sections."""
+def _name_batch(algorithm: str, given: Mapping[str, Any], fields: set[str]) -> dict[str, Any]:
+    """Give --batch the algorithm's own name for it."""
     options = dict(given)
     if "batch" in options and "batch" not in fields:
         own = next((name for name in BATCH_FIELDS if name in fields), None)
         if own is None:
-            raise UsageError(f"--batch: algorithm '{run.algorithm}' sets its batch itself; leave the option out.")
+            raise UsageError(f"--batch: algorithm '{algorithm}' sets its batch itself; leave the option out.")
         options[own] = options.pop("batch")
-    if "lora_rank" in fields:
-        rank = options.get("lora_rank", run.lora_rank)
-        if isinstance(rank, int) and rank >= 0:
-            run = dataclasses.replace(run, lora_rank=rank)
-        options["lora_rank"] = rank
-    return run, options
+    return options
 
 
 def _with_fingerprint(run: RunConfig, prompts: list[str], eval_prompts: list[str]) -> RunConfig:

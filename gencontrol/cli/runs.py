@@ -17,7 +17,7 @@ from typing import Any
 import gencontrol
 from gencontrol.cli.settings import check_output
 from gencontrol.config import load_toml
-from gencontrol.errors import CheckpointError, DiskError, UsageError
+from gencontrol.errors import CheckpointError, DiskError, Preempted, UsageError
 
 CONFIG, RECORD = "config.toml", "run.json"
 
@@ -176,8 +176,14 @@ def fit(run: RunFolder, train: Any, algorithm: Any, facts: Mapping[str, Any]) ->
     if int(os.environ.get("RANK", "0")) == 0:
         record(run, facts)
     others = {section: values for section, values in run.table.items() if section != "train"}
-    summary = Trainer(train, run.path, settings=others, allow=run.allow).fit(algorithm)
-    if int(os.environ.get("RANK", "0")) == 0:
+    first = int(os.environ.get("RANK", "0")) == 0
+    try:
+        summary = Trainer(train, run.path, settings=others, allow=run.allow).fit(algorithm)
+    except Preempted:
+        if first:
+            write_report(run.path)
+        raise
+    if first:
         write_card(run.path)
         print(f"model:  {run.path / 'final'}\nreport: {write_report(run.path)}")
     return summary
