@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -231,9 +232,15 @@ class NativeAudio:
 
     def encode(self, prompts: Sequence[str], seconds: float | None, device: torch.device) -> Cond:
         """Condition {"pooled", "tokens", "mask", "drop"} of prompts."""
-        from gencontrol.models.text_condition import encode_text
+        from gencontrol.models.text_condition import MAX_TEXT_TOKENS, encode_text
 
-        return encode_text(self.components["text_encoder"], self.components["tokenizer"], prompts)
+        tokenizer = self.components["tokenizer"]
+        for prompt, ids in zip(prompts, tokenizer(list(prompts), verbose=False)["input_ids"]):
+            if len(ids) > MAX_TEXT_TOKENS:
+                warnings.warn(
+                    f"only the first {MAX_TEXT_TOKENS} of {len(ids)} tokens are used: '{prompt}'", stacklevel=2
+                )
+        return encode_text(self.components["text_encoder"], tokenizer, prompts)
 
     def uncond(self, seconds: float | None, device: torch.device) -> Cond:
         """The network's learned null condition, in the shape of `encode`'s."""

@@ -203,11 +203,13 @@ class Pipeline:
         except ImportError as error:
             raise EnvironmentMissing("enable_model_cpu_offload needs accelerate; pip install accelerate.") from error
         self.remove_all_hooks()
+        order = self._offload_order()
+        moving = {id(module) for module in order}
         for module in self.modules().values():
-            module.to(target)
+            # a component with a part that is offloaded stays on the CPU as a whole
+            module.to("cpu" if any(id(part) in moving for part in module.modules()) else target)
         hook = None
-        for module in self._offload_order():
-            module.to("cpu")
+        for module in order:
             _, hook = cpu_offload_with_hook(module, target, prev_module_hook=hook)
             self._hooks.append(hook)
         self._execution_device = target
@@ -223,23 +225,20 @@ class Pipeline:
             hook.offload()
 
     def remove_all_hooks(self) -> None:
-        """End offloading; the components stay where they are."""
+        """End offloading; all components are on the CPU then."""
+        if not self._hooks:
+            return
         for hook in self._hooks:
-            hook.offload()
             hook.remove()
         self._hooks = []
         self._execution_device = None
+        self.to("cpu")
 
     # ---- progress -------------------------------------------------------------------------------------------------
 
-    def set_progress_bar_config(
-        self,
-        disable: bool | None = None,
-        desc: str | None = None,
-        leave: bool = True,  # as diffusers'
-    ) -> None:
-        """Choose the progress bar's look; `disable=None` shows it only on a terminal."""
-        self._progress = {"disable": disable, "desc": desc, "leave": leave}
+    def set_progress_bar_config(self, *, disable: bool | None = None, desc: str | None = None) -> None:
+        """Choose whether the progress bar shows (None: on a terminal only) and what stands before it."""
+        self._progress = {"disable": disable, "desc": desc}
 
     def progress_bar(self, iterable: Iterable[T] | None = None, total: int | None = None) -> Any:
         """Return a tqdm bar over an iterable or for a total; silent when stderr is not a terminal.

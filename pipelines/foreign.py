@@ -39,6 +39,7 @@ class _DiffusersAudio:
         network = self.components[self.network_name]
         for name, part in self.components.items():
             if isinstance(part, torch.nn.Module):
+                _refuse_hooks(part, type(pipe).__name__)
                 part.eval()
                 if name != self.network_name:
                     part.requires_grad_(False)
@@ -62,13 +63,20 @@ class _DiffusersAudio:
                 return
             network = self.components[self.network_name]
             with torch.device("meta"):
-                plain = type(uncompiled(network)).from_config(network.config)
+                kind: Any = type(uncompiled(network))
+                plain = kind.from_config(network.config)
             plain.load_state_dict(weights(), assign=True)
             self.pipe.register_modules(**{self.network_name: plain})
             try:
                 self.pipe.save_pretrained(folder, safe_serialization=True)
             finally:
                 self.pipe.register_modules(**{self.network_name: network})
+
+
+def _refuse_hooks(module: torch.nn.Module, owner: str) -> None:
+    """Raise UsageError if accelerate moves this module about: its device says nothing then."""
+    if any("_hf_hook" in part.__dict__ for part in module.modules()):
+        raise UsageError(f"this {owner} is offloaded; call its remove_all_hooks(), wrap it, then offload the wrapper.")
 
 
 class StableAudio(_DiffusersAudio):

@@ -116,6 +116,10 @@ class TextToAudioPipeline(LoraPipeline):
     def from_pipe(cls, pipeline: Any) -> Self:
         """Return a pipeline that shares the weights of another TextToAudioPipeline or of a diffusers pipeline."""
         if isinstance(pipeline, TextToAudioPipeline):
+            if pipeline._hooks:
+                raise UsageError(
+                    "the pipeline is offloaded; call its remove_all_hooks() before sharing its components."
+                )
             return cls._of(pipeline._backend)
         return cls(pipeline)
 

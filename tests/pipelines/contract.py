@@ -197,6 +197,13 @@ class PipelineContract:
         assert (free - steered).abs().max() > 10 * ROUNDING
         listed = call(self.pipe, guidance_scale=5.0, negative_prompt=["noise hiss"] * 2)
         assert torch.equal(listed, steered)
+        two = {"num_waveforms_per_prompt": 2, "guidance_scale": 5.0, "seed": [1, 2, 3, 4]}
+        swapped = call(self.pipe, negative_prompt=["hiss", "noise"], **two)
+        flat = [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
+        one = call(
+            self.pipe, flat, negative_prompt=["hiss", "hiss", "noise", "noise"], guidance_scale=5.0, seed=[1, 2, 3, 4]
+        )
+        torch.testing.assert_close(swapped, one, atol=ROUNDING, rtol=ROUNDING)
         # steering away from the prompt itself leaves nothing to extrapolate: the guided model is the plain one
         same = call(self.pipe, PROMPTS[0], guidance_scale=5.0, negative_prompt=PROMPTS[0])
         plain = call(self.pipe, PROMPTS[0], guidance_scale=1.0)
@@ -290,6 +297,12 @@ class PipelineContract:
         task.save_final(tmp_path / "final")
         assert torch.equal(call(TextToAudioPipeline.from_pretrained(tmp_path / "final")), call(self.pipe))
 
+    def test_decoded_sound_stays_within_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        loud = torch.tensor([[-3.0, 0.5, 3.0]], dtype=torch.float64)
+        monkeypatch.setattr(self.pipe._backend, "decode", lambda latents: loud)
+        sound = self.pipe.decode(torch.zeros(1))
+        assert sound.dtype == torch.float32 and sound.tolist() == [[-1.0, 0.5, 1.0]]
+
     def test_artefacts_are_files(self) -> None:
         sample = self.pipe(PROMPTS[0], seed=0, num_inference_steps=1).audios[0]
         files = self.pipe.artefacts("x", sample)
@@ -313,6 +326,8 @@ class PipelineContract:
             assert torch.equal(call(pipe), before)
             with pytest.raises(UsageError, match="offloaded"):
                 pipe.to("cpu")
+            with pytest.raises(UsageError, match="offloaded"):
+                TextToAudioPipeline.from_pipe(pipe)
         finally:
             pipe.remove_all_hooks()
         assert torch.equal(call(pipe), before)

@@ -195,6 +195,14 @@ class TestLoading:
             TextToAudioPipeline(tiny_stable_audio(), codec=object())
 
 
+@pytest.mark.parametrize("build", [tiny_stable_audio, tiny_audioldm2])
+def test_offloaded_diffusers_pipeline_is_refused(build) -> None:
+    theirs = build()
+    theirs.enable_model_cpu_offload(device="cpu")
+    with pytest.raises(UsageError, match="is offloaded; call its remove_all_hooks"):
+        TextToAudioPipeline(theirs)
+
+
 def test_import_is_light() -> None:
     import subprocess
 

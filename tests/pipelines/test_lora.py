@@ -26,7 +26,7 @@ ORDER = 1e-5
 
 def trained_roles(pipe: TextToAudioPipeline, seed: int = 0, **lora: Any) -> Roles:
     """LoRA roles whose policy has moved away from zero effect, as after training."""
-    roles = Roles(pipe.network, ("policy", "ref"), LoraConfig(rank=3, **lora))
+    roles = Roles(pipe.denoiser.network, ("policy", "ref"), LoraConfig(rank=3, **lora))  # as the trainer makes them
     source = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in roles.trainable():
@@ -56,6 +56,16 @@ def test_trained_lora_round_trip(build, tmp_path: Path) -> None:
     fresh.unload_lora_weights()
     assert fresh.get_list_adapters() == [] and torch.equal(call(fresh), base)
     assert set(fresh.network.state_dict()) == set(build().network.state_dict())
+
+
+def test_file_of_the_roles_is_the_same(build, tmp_path: Path) -> None:
+    pipe, fresh = build(), build()
+    trained_roles(pipe, alpha=6.0).save_lora(tmp_path / "roles")
+    pipe.save_lora_weights(tmp_path / "pipeline")
+    theirs, mine = load_file(tmp_path / "roles" / FILE), load_file(tmp_path / "pipeline" / FILE)
+    assert theirs.keys() == mine.keys() and all(torch.equal(theirs[k], mine[k]) for k in mine)
+    fresh.load_lora_weights(tmp_path / "roles")
+    assert torch.equal(call(fresh), call(pipe))
 
 
 def test_loading_draws_nothing_from_the_global_generator(build, tmp_path: Path, fenced_rng) -> None:

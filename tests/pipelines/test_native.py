@@ -88,6 +88,12 @@ class TestNative(PipelineContract):
         assert pipe.transformer is other.transformer is pipe.denoiser.network
         assert self.pipe.transformer is not other.transformer
 
+    def test_long_prompts_are_cut_aloud(self) -> None:
+        long = "abcdefghij" * 4
+        with pytest.warns(UserWarning, match="only the first 32 of 42 tokens"):
+            cut = self.pipe.encode_prompt(long)
+        assert cut["tokens"].shape[1] == 32
+
     def test_variant_is_refused(self, tmp_path: Path) -> None:
         self.pipe.save_pretrained(tmp_path)
         with pytest.raises(UsageError, match="no variants"):
@@ -102,10 +108,11 @@ class TestNative(PipelineContract):
     def test_low_precision_text_encoder_only_rounds(self) -> None:
         import copy
 
-        half = TextToAudioPipeline(**copy.deepcopy(self.pipe.components), process=ProcessSpec(steps=4)).to(
-            torch.bfloat16
-        )
+        half = TextToAudioPipeline(**copy.deepcopy(self.pipe.components), process=ProcessSpec(steps=4))
+        half.encode_prompt("x")  # remembered in fp32, to be forgotten by the cast
+        half.to(torch.bfloat16)
         assert next(half.text_encoder.parameters()).dtype == torch.bfloat16
+        assert not torch.equal(half.encode_prompt("x")["pooled"], self.pipe.encode_prompt("x")["pooled"])
         assert half.codec.mean.dtype == torch.float32  # the codec's algebra stays exact
         # bf16 has 8 bits: 1 % of the values' size per layer; another noise or prompt would differ by the values' size
         assert (call(half, guidance_scale=1.0) - call(self.pipe, guidance_scale=1.0)).abs().mean() < 0.1
