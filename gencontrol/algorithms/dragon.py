@@ -57,7 +57,8 @@ class DragonConfig:
         beta: sharpness of the contrast, > 0; "auto" makes beta·std(g) = 1 after the first optimizer step (ours).
         reference: model that the contrast compares with: the base ("frozen"), the policy at the start of each round
             ("per_round", ours), or the EMA at the start of each round ("ema", ours; needs ema_decay > 0).
-        kl_coef: weight of mean ‖v_θ − v_base‖² per data axis, ≥ 0; ties the policy to the base (0, ours).
+        kl_coef: pull to the base, ≥ 0: weight of mean ‖v_θ − v_base‖² per data axis, in units of beta (of 1 with loss
+            "positive"), so that it keeps its strength when beta is calibrated (0.02, ours).
         split: accept an exchange when R(D+) rises ("positive"), when R(D+) − R(D−) rises ("gap"), rank by leave-one-out
             "influence", or split at "random" (a control that must not train anything) (ours).
         sweeps: passes of exchanges over the pairs for set rewards, ≥ 1 (2, ours).
@@ -79,7 +80,7 @@ class DragonConfig:
     loss: Literal["kto", "dpo", "positive"] = "kto"
     beta: float | Literal["auto"] = "auto"
     reference: Literal["frozen", "per_round", "ema"] = "per_round"
-    kl_coef: float = 0.0
+    kl_coef: float = 0.02
     split: Rule = "positive"
     sweeps: int = 2
     grouping: Grouping = "best_worst"
@@ -252,6 +253,8 @@ class Dragon:
             self._halted += 1
             return []
         micros = list(self._cut(data, update, ctx))
+        if update == 0 and self.config.reference == "per_round":  # θ is the reference: g = 0, nothing to measure
+            return [replace(micro, beta=self._beta or 1.0, baseline=0.0) for micro in micros]
         several = active() or len(micros) > 1
         calibrating = self._beta is None and self.sides == 2
         spread = None
@@ -288,8 +291,7 @@ class Dragon:
         """
         limit = self.config.stop_ratio
         if not limit or spread.positive <= limit * spread.ref_positive:
-            if update == 0:
-                self._halted_rounds = 0
+            self._halted_rounds = 0 if update == 0 else self._halted_rounds
             return False
         self._halted = 1
         self._halted_rounds += update == 0
@@ -334,7 +336,8 @@ class Dragon:
             means |= {"loss/negative": errors[1].mean(), "loss/ref_negative": micro.reference[1].mean()}
         metrics: dict[str, float | Tensor] = {key: value.detach().float() * len(losses) for key, value in means.items()}
         metrics |= {"policy/beta": micro.beta * len(losses), "policy/baseline": baseline * len(losses)}
-        return LossOut(losses.sum() + self.config.kl_coef * kl * len(losses), len(losses), metrics)
+        pull = self.config.kl_coef * (micro.beta if self.sides == 2 else 1.0) * kl
+        return LossOut(losses.sum() + pull * len(losses), len(losses), metrics)
 
     @torch.no_grad()
     def _base_prediction(self, micro: Micro, ctx: StepContext) -> Tensor | None:

@@ -127,7 +127,7 @@ def test_automatic_beta_makes_the_spread_one() -> None:
         betas.append(micros[0].beta)
         spread = dragon._spread(micros, CTX)
         if update == 0:
-            assert spread.std == pytest.approx(0.0, abs=1e-6) and betas[0] == pytest.approx(1 / spread.scale, rel=1e-4)
+            assert spread.std == pytest.approx(0.0, abs=1e-6) and betas[0] == 1.0
             assert dragon.state_dict()["beta"] is None
         if update == 1:
             assert 1e-3 < spread.std / spread.scale < 1e-1, "outside, the clamp would be what is tested"

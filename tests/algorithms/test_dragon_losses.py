@@ -156,7 +156,7 @@ def test_baseline_and_gradient_do_not_depend_on_micro_batches(reference: str) ->
 
 def test_baseline_is_a_constant_of_the_graph() -> None:
     """A Q with gradient would change the KTO gradient; compare with the formula that holds Q fixed."""
-    dragon = make_dragon(loss="kto", beta=5.0)
+    dragon = make_dragon(loss="kto", beta=5.0, kl_coef=0.0)
     data = dragon.collect(CTX).data
     with torch.no_grad():
         for parameter in dragon.roles.trainable():
@@ -174,8 +174,8 @@ def test_baseline_is_a_constant_of_the_graph() -> None:
 
 
 def test_kl_term_pulls_to_the_base() -> None:
-    """kl_coef adds kl_coef·mean ‖v_θ − v_base‖² per item, nothing at θ = base."""
-    plain, tied = (make_dragon(loss="dpo", beta=1.0, kl_coef=k) for k in (0.0, 2.0))
+    """kl_coef adds kl_coef·β·mean ‖v_θ − v_base‖² per item, nothing at θ = base."""
+    plain, tied = (make_dragon(loss="dpo", beta=3.0, kl_coef=k) for k in (0.0, 2.0))
     for dragon in (plain, tied):
         dragon.data = dragon.collect(CTX).data
     at_base = [d.loss(next(iter(d.minibatches(d.data, 0, CTX))), CTX) for d in (plain, tied)]
@@ -185,7 +185,7 @@ def test_kl_term_pulls_to_the_base() -> None:
             dragon.shell.task.denoiser.network.body[-1].bias += 0.5
     moved = [d.loss(next(iter(d.minibatches(d.data, 1, CTX))), CTX) for d in (plain, tied)]
     # the output bias moved by 0.5: ‖v_θ − v_base‖² = 0.25 on every axis, at every t
-    assert (moved[1].total - moved[0].total).item() / moved[0].count == pytest.approx(2.0 * 0.25, rel=1e-4)
+    assert (moved[1].total - moved[0].total).item() / moved[0].count == pytest.approx(2.0 * 3.0 * 0.25, rel=1e-4)
     assert float(moved[1].metrics["loss/kl"]) / moved[1].count == pytest.approx(0.25, rel=1e-4)
 
 

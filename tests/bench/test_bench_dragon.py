@@ -96,7 +96,7 @@ def test_sound_part_on_a_tiny_pipeline(tmp_path: Path) -> None:
     before = copy.deepcopy(pipeline.denoiser.network.state_dict())
     rewards: dict[str, Any] = dragon_sound.load_targets(["loudness-range", "spectral-centroid"], "cpu")
     rewards["fad-set"] = Level()
-    budget = dragon_sound.Budget(2, 4, 2, 2, 2, 8, 1.0, 1e-2, 8, 5.0)
+    budget = dragon_sound.Budget(2, 4, 2, 2, 2, 8, 2.0, 1e-2, 8, 5.0)
     result = dragon_sound.run(task, rewards, budget, seed=0, say=lambda text: None, folder=tmp_path / "sounds")
     assert set(result["rows"]) == set(rewards) and not result["skipped"]
     for found in result["rows"].values():
