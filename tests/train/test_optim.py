@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from gencontrol.algorithms.base import StepContext
 from gencontrol.errors import CheckpointError, EnvironmentMissing, UsageError
 from gencontrol.train.optim import LossScale, Optimizer, clip_gradients, gradients, learning_rate, name_parameters
 from gencontrol.train.trainer import TrainConfig, Trainer
@@ -31,6 +32,25 @@ def test_logged_learning_rates_are_the_schedule(tmp_path: Path) -> None:
     metrics = Trainer(config, tmp_path).fit(Toy(updates=2))["metrics"]
     assert metrics["lr"] == learning_rate(config, 3) == 0.5
     assert metrics["updates"] == 8
+
+
+def test_every_update_has_its_own_rate_and_tells_the_algorithm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rate of update u of U in step s is that of position s + u/U; `after_update` follows taken updates only."""
+    rates: list[float] = []
+    take = Optimizer.step
+    monkeypatch.setattr(Optimizer, "step", lambda self, lr: (rates.append(lr), take(self, lr)))
+    told: list[tuple[int, int]] = []
+
+    class Told(Toy):
+        def after_update(self, ctx: StepContext, update: int) -> None:
+            told.append((ctx.step, update))
+            super().after_update(ctx, update)
+
+    config = TrainConfig(steps=3, lr=1.0, lr_schedule="linear", micro_batch=8, max_grad_norm=0.1)
+    Trainer(config, tmp_path).fit(Told(updates=2, on_loss=lambda step, calls: math.nan if calls == 4 else 1.0))
+    positions = [0, 0.5, 1, 2, 2.5]  # the fourth loss, update 1 of step 1, was not finite
+    assert rates == [learning_rate(config, position) for position in positions]
+    assert told == [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1)]
 
 
 @pytest.mark.parametrize(
