@@ -130,10 +130,11 @@ def scheduler_times(
         UsageError: the scheduler shifts dynamically and no `sequence_length` is given, or has no adapter.
     """
     own = copy.deepcopy(scheduler)
-    name, config, schedule = type(own).__name__, own.config, denoiser.process.schedule  # type: ignore[union-attr]
+    name, config, schedule = type(own).__name__, own.config, _schedule_of(denoiser)
     if name in _BY_INDEX:
+        assert isinstance(schedule, Table)
         own.set_timesteps(steps)
-        index = torch.unique_consecutive(own.timesteps.double())
+        index = own.timesteps.double()  # PNDM lists its second time twice
         # the last step of DDIM and PNDM lands on the first entry of the table unless set_alpha_to_one
         last = (
             0.0
@@ -153,6 +154,11 @@ def scheduler_times(
         return _decreasing(sigmas.atan() * (2 / math.pi))
     times = schedule.time_of(-2 * sigmas.clamp_min(1e-30).log())
     return _decreasing(torch.where(sigmas == 0, torch.zeros_like(times), times))
+
+
+def _schedule_of(denoiser: Denoiser) -> Schedule:
+    assert isinstance(denoiser.process, GaussianProcess)
+    return denoiser.process.schedule
 
 
 def _shift_of(config: Any, sequence_length: int | None) -> float:

@@ -259,7 +259,7 @@ def _inject(module: nn.Module, names: Sequence[str], lora: LoraConfig, seed: int
         raise UsageError(f"{type(module).__name__} has LoRA layers already; fuse or unload them first.")
     targets = lora_targets(module, lora.targets)
     module.requires_grad_(False)
-    settings = peft.LoraConfig(r=lora.rank, lora_alpha=lora.scale_alpha, target_modules=targets)  # type: ignore[arg-type]
+    settings = peft.LoraConfig(r=lora.rank, lora_alpha=lora.scale_alpha, target_modules=targets)
     slots = [name for name in names if name != "ref"]
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several slots are meant
@@ -291,6 +291,10 @@ def _write_lora(module: nn.Module, weights: Mapping[str, Tensor], lora: LoraConf
     """Write adapter weights under diffusers' names, with rank, alpha and layers in the header."""
     from safetensors.torch import save_file
 
+    from gencontrol.models.adapters_networks import DiffusersNetwork
+
+    if isinstance(module, DiffusersNetwork):  # files name the layers of diffusers' own network
+        module, weights = module.model, {name.removeprefix("model."): value for name, value in weights.items()}
     prefix = "unet" if "UNet" in type(module).__name__ else "transformer"
     layers = sorted({name.partition(".lora_")[0] for name in weights})
     header = {f"{prefix}.r": lora.rank, f"{prefix}.lora_alpha": lora.scale_alpha, f"{prefix}.target_modules": layers}
