@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
@@ -18,7 +18,11 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="SECTION.KEY=VALUE", help="Overrides such as algorithm.beta=100.", show_default=False),
 ]
-Text, Number, Real, Flag, Many = str | None, int | None, float | None, bool | None, list[str] | None
+Text: TypeAlias = str | None
+Number: TypeAlias = int | None
+Real: TypeAlias = float | None
+Flag: TypeAlias = bool | None
+Many: TypeAlias = list[str] | None
 
 Set = Annotated[Many, _option("--set", "The same as an option; may be repeated.", RUN, "SECTION.KEY=VALUE")]
 Config = Annotated[Text, _option("--config", "Sections run, train and algorithm.", RUN, "FILE.toml")]

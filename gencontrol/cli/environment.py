@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from gencontrol.errors import EnvironmentMissing, UsageError
 
@@ -43,7 +44,7 @@ def choose_device(name: str) -> str:
     return f"cuda:{local}" if local.isdigit() and torch.cuda.device_count() > 1 else "cuda"
 
 
-def launched_precision(given: str | None) -> str | None:
+def launched_precision(given: str | None) -> Any:
     """Return the precision that `accelerate launch` chose, or what was given.
 
     Raises:

@@ -86,8 +86,9 @@ def check(parameters: Mapping[str, Any]) -> Job:
     overrides = [*(parameters["overrides"] or []), *(parameters["set_"] or [])]
     table = merge(parameters["config"], given_flags(parameters, ROUTES), overrides)
     run = build(RunConfig, table["run"], "run")
+    precision = launched_precision(table["train"].get("precision"))
+    table["train"] |= {} if precision is None else {"precision": precision}
     trainer = build(TrainConfig, {**_train_defaults(table["train"]), **table["train"]}, "train")
-    trainer = dataclasses.replace(trainer, precision=launched_precision(table["train"].get("precision")) or "fp32")
     prepare(threads=trainer.threads, online=run.online)
     kind = resolve(ALGORITHMS, run.algorithm, "algorithm")
     fields = {field.name for field in dataclasses.fields(kind.Config)}
