@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from gencontrol.errors import GencontrolError, RewardError
+from gencontrol.errors import GencontrolError, RewardError, UsageError
 from gencontrol.types import RewardContext, RewardOut
 
 #: What the encoders of a set reward computed once: tensors with the batch axis first, and "valid" [b] bool.
@@ -27,10 +27,12 @@ Features = Mapping[str, Tensor]
 class Reward(Protocol):
     """Samples → one value per sample; a set reward broadcasts its one value and puts it in `extras["set_value"]`."""
 
-    name: str
-    kind: Literal["item", "set"]
-    differentiable: bool
-
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> Literal["item", "set"]: ...
+    @property
+    def differentiable(self) -> bool: ...
     def __call__(self, samples: Any, context: RewardContext) -> RewardOut:
         """Score a batch of samples."""
         ...
@@ -71,6 +73,17 @@ class SetReward(Reward, Protocol):
     def state(self, pool: Features, chosen: Int64[Tensor, " n"]) -> SetState:
         """Incremental state of the set pool[chosen]; all chosen items must be valid."""
         ...
+
+
+def as_set_reward(reward: Reward) -> SetReward:
+    """Return the reward as what its kind "set" promises.
+
+    Raises:
+        UsageError: it is an item reward, or lacks a method of a set reward.
+    """
+    if reward.kind != "set" or not isinstance(reward, SetReward):
+        raise UsageError(f"reward '{reward.name}' is no set reward: it needs features(), evaluate() and state().")
+    return reward
 
 
 def checked(

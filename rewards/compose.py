@@ -16,7 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from gencontrol.errors import UsageError
-from gencontrol.rewards.base import Features, ItemAsSet, Reward, SetReward, SetState, broadcast, checked
+from gencontrol.rewards.base import Features, ItemAsSet, Reward, SetReward, SetState, as_set_reward, broadcast, checked
 from gencontrol.types import RewardContext, RewardOut
 
 
@@ -169,6 +169,4 @@ def _as_set(reward: Reward) -> SetReward:
     """The reward itself when it is of kind "set", else its mean over the set."""
     if reward.kind == "item":
         return ItemAsSet(reward)
-    if not isinstance(reward, SetReward):
-        raise UsageError(f"reward '{reward.name}' says kind 'set' but lacks features(), evaluate() or state().")
-    return reward
+    return as_set_reward(reward)

@@ -85,8 +85,8 @@ class Evaluation:
 class RolesProtocol(Protocol):
     """Named parameter sets of one backbone; see `gencontrol.models.roles`."""
 
-    module: nn.Module
-
+    @property
+    def module(self) -> nn.Module: ...
     def names(self) -> Sequence[str]: ...
     def use(self, role: str) -> AbstractContextManager[nn.Module]: ...
     def trainable(self) -> list[nn.Parameter]: ...
@@ -97,7 +97,8 @@ class RolesProtocol(Protocol):
 class Algorithm(Protocol):
     """The contract that `tests/contracts.py` checks on every algorithm."""
 
-    roles: RolesProtocol
+    @property
+    def roles(self) -> RolesProtocol: ...
 
     def collect(self, ctx: StepContext) -> Collected:
         """Run the data rule of this step (rollouts, rewards, sets, or a batch of data)."""

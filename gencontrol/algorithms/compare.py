@@ -21,7 +21,7 @@ from gencontrol.algorithms.sets import Scores
 from gencontrol.algorithms.stats import Estimate, bootstrap_sets, paired_wins, student_t
 from gencontrol.algorithms.task import PromptTask
 from gencontrol.errors import UsageError
-from gencontrol.rewards.base import Reward, SetReward
+from gencontrol.rewards.base import Reward, SetReward, as_set_reward
 from gencontrol.rewards.distribution import vendi_score
 from gencontrol.rng import item_generators, item_noise, stream
 from gencontrol.types import Cond, cond_to, index_cond
@@ -59,7 +59,7 @@ def compare_scores(
     }
 
     def value(rows: Tensor | slice, side: bool) -> float:
-        return float(reward.evaluate({key: held[rows] for key, held in sides[side].items()}))
+        return float(as_set_reward(reward).evaluate({key: held[rows] for key, held in sides[side].items()}))
 
     whole = slice(None)
     wins, gain = nothing, nothing

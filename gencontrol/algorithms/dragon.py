@@ -198,7 +198,7 @@ class Dragon:
             for update in range(updates):
                 parts = [self._predict(micro, ctx)[1] for micro in self._cut(data, update, ctx)]
                 data.references.append(torch.cat(parts, 1) if parts else torch.zeros(self.sides, 0))
-        metrics |= sets.metrics | {
+        metrics |= dict(sets.metrics) | {
             "policy/halted_updates": float(self._halted),
             "time/sets": built - begun,
             "time/reference": time.perf_counter() - built,

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gencontrol.models.denoiser import Denoiser
+from gencontrol.process.gaussian import GaussianProcess
 from gencontrol.rng import stream
 from gencontrol.types import Cond
 
@@ -27,6 +28,7 @@ def predict(
     denoiser: Denoiser, x0: Float[Tensor, "b *d"], t: Float[Tensor, " b"], noise: Float[Tensor, "b *d"], cond: Cond
 ) -> tuple[Float[Tensor, "b *d"], Float[Tensor, "b *d"]]:
     """Return the network's own prediction at x_t and its target r·(x0, eps), both float32."""
+    assert isinstance(denoiser.process, GaussianProcess)
     xt = denoiser.process.corrupt(x0, t, noise)
     return denoiser(xt, t, cond).raw.float(), denoiser.target(x0, noise, t).float()
 

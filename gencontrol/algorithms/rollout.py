@@ -21,7 +21,7 @@ from gencontrol.algorithms.parallel import gather_rows, shared_fate
 from gencontrol.algorithms.sets import Scores
 from gencontrol.algorithms.task import PromptTask
 from gencontrol.errors import RewardError, UsageError
-from gencontrol.rewards.base import Reward, SetReward
+from gencontrol.rewards.base import Reward, SetReward, as_set_reward
 from gencontrol.rng import item_generators, stream
 from gencontrol.sampling import sample
 from gencontrol.sampling.guidance import cfg
@@ -140,14 +140,15 @@ def score(
     Raises:
         RewardError: the reward returned another number of values than it was given samples.
     """
-    outs, kept = [], []
+    outs: list[dict[str, Tensor]] = []
+    kept: list[Tensor] = []
     for part in chunks(len(latents), ctx.micro_batch):
         ctx.poll()
         samples = task.decode(latents[part])
         context = RewardContext(prompts=list(prompts[part]), sampling_rate=task.sampling_rate)
         kept += [x.detach().cpu() for x in samples[: max(0, keep - len(kept))]]
         if reward.kind == "set":
-            outs.append({key: value.detach().cpu() for key, value in reward.features(samples, context).items()})
+            outs.append({key: value.detach().cpu() for key, value in as_set_reward(reward).features(samples, context).items()})
         else:
             out = reward(samples, context)
             outs.append({"values": out.values.detach().float().cpu(), "valid": out.valid.detach().cpu()})

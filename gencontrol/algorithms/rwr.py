@@ -23,7 +23,7 @@ from gencontrol.algorithms.sets import Scores, reward_of
 from gencontrol.algorithms.task import PromptTask
 from gencontrol.algorithms.tuning import Tuning, check_tuning
 from gencontrol.models.roles import Roles
-from gencontrol.rewards.base import Reward, SetReward
+from gencontrol.rewards.base import Reward, SetReward, as_set_reward
 from gencontrol.rng import item_noise
 from gencontrol.types import Cond, index_cond
 
@@ -125,7 +125,7 @@ class RewardWeightedRegression:
         assert scores.features is not None
         rows = scores.valid.nonzero().flatten()
         values = torch.zeros(len(scores.valid), dtype=torch.float64)
-        values[rows] = self.shell.reward.state(scores.features, rows).influence().double().cpu()
+        values[rows] = as_set_reward(self.shell.reward).state(scores.features, rows).influence().double().cpu()
         return values
 
     def collect(self, ctx: StepContext) -> Collected:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from gencontrol.rewards.base import Features, Reward, SetReward, SetState
+from gencontrol.rewards.base import Features, Reward, SetReward, SetState, as_set_reward
 
 Rule = Literal["positive", "gap", "influence", "random"]
 Grouping = Literal["best_worst", "halves"]
@@ -170,7 +170,8 @@ def _split(
         return rank_split(values, groups, grouping)
     if scores.values is not None:
         return rank_split(scores.values[groups], groups, grouping)
-    assert scores.features is not None and reward.kind == "set"
+    assert scores.features is not None
+    reward = as_set_reward(reward)
     if rule == "influence":
         influence = reward.state(scores.features, groups.reshape(-1)).influence()
         return rank_split(influence.view(groups.shape), groups, grouping)
@@ -182,7 +183,7 @@ def reward_of(reward: Reward | SetReward, scores: Scores, rows: Int64[Tensor, " 
     if scores.values is not None:
         return float(scores.values[rows].double().mean())
     assert scores.features is not None
-    return float(reward.evaluate({key: value[rows] for key, value in scores.features.items()}))
+    return float(as_set_reward(reward).evaluate({key: value[rows] for key, value in scores.features.items()}))
 
 
 def build_sets(

@@ -24,6 +24,8 @@ from gencontrol.types import Cond, Prediction, RewardContext, RewardOut
 class ToyNetwork(nn.Module):
     """Three hidden layers over (x, features of t, condition [b c])."""
 
+    frequencies: Tensor
+
     def __init__(self, size: int, conditions: int, width: int, seed: int) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
