@@ -148,7 +148,9 @@ def score(
         context = RewardContext(prompts=list(prompts[part]), sampling_rate=task.sampling_rate)
         kept += [x.detach().cpu() for x in samples[: max(0, keep - len(kept))]]
         if reward.kind == "set":
-            outs.append({key: value.detach().cpu() for key, value in as_set_reward(reward).features(samples, context).items()})
+            outs.append(
+                {key: value.detach().cpu() for key, value in as_set_reward(reward).features(samples, context).items()}
+            )
         else:
             out = reward(samples, context)
             outs.append({"values": out.values.detach().float().cpu(), "valid": out.valid.detach().cpu()})

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from gencontrol.errors import UsageError
 from gencontrol.models.codec import MelCodec
-from gencontrol.models.spectral import frame_spectra, mel_filterbank, overlap_spectra, pad_clip, semitone_filterbank, stft
+from gencontrol.models.spectral import (
+    frame_spectra,
+    mel_filterbank,
+    overlap_spectra,
+    pad_clip,
+    semitone_filterbank,
+    stft,
+)
 
 
 def tones(count: int, samples: int = 32768) -> Tensor:
