@@ -1,4 +1,4 @@
-"""Configuration: flat dataclasses filled from defaults, a TOML file and dotted overrides, checked before anything loads.
+"""Configuration: flat dataclasses from defaults, a TOML file and dotted overrides, checked before anything loads.
 
 Precedence: dataclass default < TOML (`--config`) < override (`--set algorithm.beta=100` or `algorithm.beta=100`).
 Unknown keys and wrong types are errors that name the nearest key.
