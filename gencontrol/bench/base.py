@@ -7,6 +7,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,15 @@ from gencontrol.errors import NumericsError
 
 @dataclass(frozen=True)
 class Loop:
-    """Settings of `run_in_memory`: AdamW with constant rate, clipped gradients, at most `micro_batch` items at once."""
+    """Settings of `run_in_memory`: AdamW with constant rate, clipped gradients, at most `micro_batch` items at once.
+
+    `autocast` gives the networks' precision, as in `StepContext`.
+    """
 
     lr: float
     micro_batch: int = 4096
     max_grad_norm: float = 1.0
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 def run_in_memory(
@@ -38,10 +43,10 @@ def run_in_memory(
         NumericsError: a loss or gradient is not finite.
     """
     parameters = algorithm.roles.trainable()
-    optimizer = torch.optim.AdamW(parameters, lr=loop.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=loop.lr, weight_decay=0.0, fused=True)
     records = []
     for step in range(steps):
-        ctx = StepContext(seed=seed, step=step, micro_batch=loop.micro_batch)
+        ctx = StepContext(seed=seed, step=step, micro_batch=loop.micro_batch, autocast=loop.autocast)
         began = time.perf_counter()
         collected = algorithm.collect(ctx)
         sums: dict[str, float] = {}

@@ -28,10 +28,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", default="runs/bench/dragon", help="folder of the JSON results, tables and sounds")
     parser.add_argument("--model", default="bundled", help="text-to-audio model of the part sound")
     parser.add_argument("--targets", default="", help="comma-separated rewards of the part sound (default: all nine)")
-    parser.add_argument("--sound-rounds", type=int, default=12)
-    parser.add_argument("--sound-pairs", type=int, default=16, help="prompts per round, two generations each")
+    parser.add_argument("--sound-rounds", type=int, default=6)
+    parser.add_argument("--sound-pairs", type=int, default=32, help="prompts per round, four generations each")
     parser.add_argument("--sound-minutes", type=float, default=24.0, help="targets that no longer fit are skipped")
-    parser.add_argument("--guidance", type=float, default=3.0, help="guidance scale of demonstrations and evaluation")
+    parser.add_argument("--guidance", type=float, default=1.0, help="guidance scale of demonstrations and evaluation")
     parser.add_argument("--device", default="cpu")
     return parser
 
@@ -67,13 +67,14 @@ def _sound(options: argparse.Namespace) -> dict[str, Any]:
     budget = dragon_sound.Budget(
         rounds=1 if options.quick else options.sound_rounds,
         pairs=4 if options.quick else options.sound_pairs,
-        updates=2 if options.quick else 4,
-        demo_steps=2 if options.quick else 8,
-        eval_steps=2 if options.quick else 16,
+        generations=4,
+        updates=2 if options.quick else 6,
+        demo_steps=2 if options.quick else 12,
+        eval_steps=2 if options.quick else 12,
         eval_items=8 if options.quick else 64,
         guidance_scale=options.guidance,
-        lr=1e-4,
-        micro_batch=32,
+        lr=4e-5,
+        micro_batch=64,
         minutes=options.sound_minutes,
     )
     pipeline = TextToAudioPipeline.from_pretrained(options.model).to(options.device)

@@ -49,10 +49,11 @@ DRAGON, RWR, POSITIVE, RANDOM = "DRAGON", "reward-weighted", "positive-only", "r
 
 @dataclass(frozen=True)
 class Budget:
-    """Equal resources of every method: rounds, prompts per round (two generations each), updates, sampler steps."""
+    """Equal resources of every method: rounds, prompts per round, generations of each, updates, sampler steps."""
 
     rounds: int
     pairs: int
+    generations: int
     updates: int
     demo_steps: int
     eval_steps: int
@@ -68,6 +69,7 @@ def make_algorithm(
 ) -> Dragon | RewardWeightedRegression:
     """Return a method with the budget's samples and steps."""
     common: dict[str, Any] = {
+        "generations": budget.generations,
         "updates_per_round": budget.updates,
         "demo_steps": budget.demo_steps,
         "eval_steps": budget.eval_steps,
@@ -98,7 +100,11 @@ class SoundBench:
         self.base_scores = {name: self.score(name, self.base_sounds) for name in rewards}
 
     def _ctx(self) -> StepContext:
-        return StepContext(seed=self.seed, step=0, micro_batch=self.budget.micro_batch)
+        return StepContext(seed=self.seed, step=0, micro_batch=self.budget.micro_batch, autocast=self._autocast)
+
+    def _autocast(self) -> torch.autocast:
+        """bfloat16 for the networks, as the demo trains them."""
+        return torch.autocast(next(self.task.denoiser.parameters()).device.type, dtype=torch.bfloat16)
 
     def sounds(self) -> Float[Tensor, "n *c s"]:
         """Generate the evaluation sounds with the network's present weights; the noise is the same at each call."""
@@ -125,7 +131,7 @@ class SoundBench:
         network.load_state_dict(self.weights)
         roles = Roles(network)
         algorithm = make_algorithm(method, self.task, reward, self.budget, roles, self.seed)
-        loop = Loop(self.budget.lr, self.budget.micro_batch)
+        loop = Loop(self.budget.lr, self.budget.micro_batch, autocast=self._autocast)
         records = run_in_memory(algorithm, self.budget.rounds, loop, seed=self.seed)
         with roles.use("ema"):
             sounds = self.sounds()
@@ -230,7 +236,8 @@ def _tables(rows: dict[str, Any], rewards: dict[str, Any], matrix: dict[str, dic
     if rows:
         body.append(["mean over targets", "", *(cell(_mean(rows, m)) for m in methods)])
     title = (
-        f"Sound: win rate over the base on the target reward, {budget.rounds} rounds of {budget.pairs} pairs, "
+        f"Sound: win rate over the base on the target reward, {budget.rounds} rounds of {budget.pairs} prompts "
+        f"× {budget.generations} generations, "
         f"{budget.eval_items} held-out items (item: Wilson interval; set: bootstrap over subsets, ours)"
     )
     printed = table(title, ("target", "kind", *methods), body)

@@ -30,9 +30,17 @@ WHAT = {
         "embeddings per clip and per 64 ms; independent of CLAP, no reward is trained on it. Load with "
         "`gencontrol.models.attributes.AttributeNet.from_pretrained`.",
     ),
+    "text_to_audio": (
+        "Text to audio",
+        "Flow-matching transformer over the codec's latents, conditioned on the text half of the bundled CLAP. "
+        "Load with `gencontrol.pipelines.TextToAudioPipeline.from_pretrained`. Numbers below: one clip per held-out caption with "
+        "the model's default steps and guidance; `…_by_clap` is zero-shot among the 20 instrument names, `…_by_judge` "
+        "the attribute judge; FAD against other held-out clips.",
+    ),
 }
 
 CAPTION = {
+    "text_to_audio": "Log-mel of six held-out captions: generated (top) and real (bottom)",
     "codec": "Log-mel of three test clips, before (top) and after (bottom) the codec",
     "clap": "Cosine of 20 test captions with their 20 clips; the diagonal is right",
     "attributes": "Confusion of instruments on the test clips",
@@ -45,7 +53,7 @@ def write_card(
     """Write README.md and its picture into the model's folder, and measured.json beside them."""
     title, text = WHAT[kind]
     recipe = json.loads((data / "recipe.json").read_text())
-    size = sum(path.stat().st_size for path in model.glob("*.safetensors")) / 1e6
+    size = sum(path.stat().st_size for path in model.rglob("*.safetensors")) / 1e6
     lines = [f"# {title}", "", text, "", f"Weights: {size:.2f} MB, safetensors. Licence: the repository's.", ""]
     lines += ["## How it was made", "", *origin, "", _data_text(recipe), "", "## Measured", ""]
     for name, numbers in sections.items():
@@ -92,7 +100,12 @@ def _picture(kind: str, model: Path, test: SoundDataset) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    draw = {"codec": _draw_codec, "clap": _draw_clap, "attributes": _draw_attributes}[kind]
+    draw = {
+        "codec": _draw_codec,
+        "clap": _draw_clap,
+        "attributes": _draw_attributes,
+        "text_to_audio": _draw_text_to_audio,
+    }[kind]
     figure = draw(pyplot, model, test)
     figure.tight_layout()
     figure.savefig(model / "card.png", dpi=60)
@@ -116,6 +129,25 @@ def _draw_codec(pyplot: Any, model: Path, test: SoundDataset) -> Any:
             axis.set_title(f"{'decoded: ' if row else ''}{test.captions[column][0]}"[:60], fontsize=8)
             axis.set_xlabel("s")
             axis.set_ylabel("mel band")
+    return figure
+
+
+def _draw_text_to_audio(pyplot: Any, model: Path, test: SoundDataset) -> Any:
+    """Spectrograms of six held-out captions, generated (top) and real (bottom)."""
+    from gencontrol.models.codec import MelCodec
+    from gencontrol.pipelines import TextToAudioPipeline
+
+    codec, pipe = MelCodec.from_pretrained(model / "codec"), TextToAudioPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = [test.captions[i][0] for i in range(6)]
+    made = pipe(prompts, seed=list(range(6)), output_type="pt").audios.reshape(6, -1)
+    figure, axes = pyplot.subplots(2, 6, figsize=(24, 6))
+    for row, wave in enumerate((made, test.waveforms(range(6)))):
+        for column, mel in enumerate(codec.log_mel(wave)):
+            axis = axes[row, column]
+            axis.imshow(mel.T.numpy(), origin="lower", aspect="auto", vmin=-9.2, vmax=-1, extent=(0, 2.048, 0, 80))
+            axis.set_title(f"{'real' if row else 'generated'}: {prompts[column]}"[:52], fontsize=8)
+            axis.set_xlabel("s")
     return figure
 
 

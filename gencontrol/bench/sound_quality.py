@@ -130,6 +130,10 @@ def measure(kind: str, model: Path, data: Path, codec: MelCodec | None) -> dict[
     test = SoundDataset.load(data, "test")
     if kind == "codec":
         return {"test clips": codec_quality(MelCodec.from_pretrained(model), test)}
+    if kind == "text_to_audio":
+        from gencontrol.bench.generation_quality import generation_quality
+
+        return dict(generation_quality(model, test))
     score = {"clap": clap_retrieval, "attributes": attribute_accuracy}[kind]
     sections: dict[str, Mapping[str, float]] = {"test clips": score(model, test)}
     if codec is not None:
@@ -139,7 +143,7 @@ def measure(kind: str, model: Path, data: Path, codec: MelCodec | None) -> dict[
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("kind", choices=("codec", "clap", "attributes"))
+    parser.add_argument("kind", choices=("codec", "clap", "attributes", "text_to_audio"))
     parser.add_argument("--data", type=Path, required=True, help="folder of the sound data")
     parser.add_argument("--model", type=Path, required=True, help="folder of the model; the card is written into it")
     parser.add_argument("--codec", type=Path, help="folder of the codec, to measure through it too")
@@ -149,7 +153,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     if (options.kind == "codec") != (options.run is None):
-        parser.error("clap and attributes need --run, a codec has none")
+        parser.error("--run is needed by all but the codec, which has none")
     if options.fit and options.kind != "codec":
         parser.error("--fit is for the codec")
     return options

@@ -72,8 +72,27 @@ def make_flow(
         seed=seed,
         held_out=data["val"],
         artefacts=lambda stem, latent: _artefacts(audio, stem, latent),
-        save=lambda folder: audio.save(folder, None),
+        save=lambda folder: _save(audio, folder),
     )
+
+
+def _save(audio: Any, folder: Path) -> None:
+    """Write the pipeline; its weights are stored in half precision and loaded in single."""
+    audio.save(folder, None)
+    half_precision(folder)
+
+
+def half_precision(folder: Path) -> None:
+    """Store the floating weights of the transformer and the text encoder of a pipeline folder as float16."""
+    import os
+
+    from safetensors.torch import load_file, save_file
+
+    for path in (folder / "transformer" / "model.safetensors", folder / "text_encoder" / "model.safetensors"):
+        weights = {k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}
+        temporary = path.with_suffix(".tmp")
+        save_file(weights, temporary, metadata={"format": "pt"})
+        os.replace(temporary, path)
 
 
 def _text_encoder(name: str) -> tuple[Any, Any]:
