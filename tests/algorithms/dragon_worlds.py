@@ -68,6 +68,10 @@ class Share:
     name, differentiable = "share", False
     kind: Literal["item", "set"] = "set"
 
+    def __call__(self, samples: Tensor, context: RewardContext) -> RewardOut:
+        features = self.features(samples, context)
+        return RewardOut(torch.full((len(samples),), self.evaluate(features)), features["valid"])
+
     def features(self, samples: Tensor, context: RewardContext) -> dict[str, Tensor]:
         return {"up": (samples[:, 0] > 0).double(), "valid": torch.ones(len(samples), dtype=torch.bool)}
 
