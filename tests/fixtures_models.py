@@ -215,7 +215,7 @@ def tiny_audioldm2(seed: int = 0) -> Any:
             out_channels=4,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=(8, 16),
+            cross_attention_dim=((None, 16, 32), (None, 16, 32)),
         )
         vae = AutoencoderKL(
             block_out_channels=[8, 16],

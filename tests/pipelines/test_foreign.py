@@ -112,19 +112,34 @@ class TestAudioLDM2(PipelineContract):
         theirs = tiny_audioldm2()
         noise = unit_noise(self.pipe)
         keywords = {"num_inference_steps": 5, **keywords}
+        decoded: list[torch.Tensor] = []
+        handles = [
+            vae.post_quant_conv.register_forward_pre_hook(lambda module, args: decoded.append(args[0]))
+            for vae in (theirs.vae, self.pipe.vae)
+        ]
         expected = theirs("two bell", latents=noise.clone(), output_type="pt", **keywords).audios
         got = self.pipe("two bell", latents=noise, **keywords).audios
+        for handle in handles:
+            handle.remove()
+        torch.testing.assert_close(decoded[1], decoded[0], atol=CHAIN, rtol=CHAIN)  # scaled for the decoder
         assert got.shape == expected.shape
         torch.testing.assert_close(got, expected.clamp(-1, 1), atol=CHAIN, rtol=CHAIN)
 
     def test_padding_does_not_matter(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from gencontrol.pipelines import foreign
 
-        long = call(self.pipe)
+        x = unit_noise(self.pipe)
+        long = self.pipe.encode_prompt("a bell")
         monkeypatch.setattr(foreign, "MAX_T5_TOKENS", 10)
         short = TextToAudioPipeline.from_pipe(self.pipe)
-        assert short.encode_prompt("a bell")["encoder_hidden_states_1"].shape[1] == 10
-        torch.testing.assert_close(call(short), long, atol=CHAIN, rtol=CHAIN)
+        cut = short.encode_prompt("a bell")
+        assert cut["encoder_hidden_states_1"].shape[1] == 10 < long["encoder_hidden_states_1"].shape[1]
+        with torch.no_grad():
+            one, other = (self.pipe.denoiser(x, 0.5, cond).raw for cond in (cut, long))
+            open_mask = {**long, "encoder_attention_mask_1": torch.ones_like(long["encoder_attention_mask_1"])}
+            unmasked = self.pipe.denoiser(x, 0.5, open_mask).raw
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+        assert (unmasked - other).abs().max() > 1e-5  # attending to the padding would be seen
 
     def test_shorter_sounds_have_smaller_latents(self) -> None:
         half = self.pipe("x", audio_end_in_s=self.pipe.max_audio_length_in_s / 2, num_inference_steps=1, seed=0)
