@@ -52,7 +52,7 @@ def _mixture(options: argparse.Namespace) -> dict[str, Any]:
 def _songs(options: argparse.Namespace) -> dict[str, Any]:
     from gencontrol.bench import dragon_songs
 
-    size = {"rounds": 50, "pairs": 256, "base_steps": 4000, "copies": 64, "seeds": options.seeds}
+    size = {"rounds": 30, "pairs": 256, "base_steps": 3000, "copies": 64, "seeds": options.seeds}
     if options.quick:
         size = {"rounds": 2, "pairs": 16, "base_steps": 50, "copies": 8, "seeds": 1}
     return dragon_songs.run(lr=1e-4, say=_say, **size)

@@ -96,7 +96,7 @@ def test_sound_part_on_a_tiny_pipeline(tmp_path: Path) -> None:
     before = copy.deepcopy(pipeline.denoiser.network.state_dict())
     rewards: dict[str, Any] = dragon_sound.load_targets(["loudness-range", "spectral-centroid"], "cpu")
     rewards["fad-set"] = Level()
-    budget = dragon_sound.Budget(2, 4, 2, 2, 2, 8, 2.0, 1e-2, 8, 5.0)
+    budget = dragon_sound.Budget(2, 4, 2, 2, 2, 2, 8, 2.0, 1e-2, 8, 5.0)
     result = dragon_sound.run(task, rewards, budget, seed=0, say=lambda text: None, folder=tmp_path / "sounds")
     assert set(result["rows"]) == set(rewards) and not result["skipped"]
     for found in result["rows"].values():
@@ -105,7 +105,8 @@ def test_sound_part_on_a_tiny_pipeline(tmp_path: Path) -> None:
     after = pipeline.denoiser.network.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert (tmp_path / "sounds/loudness-range_tuned_0.wav").stat().st_size > 100
-    none = dragon_sound.run(task, rewards, dragon_sound.Budget(1, 4, 1, 2, 2, 8, 1.0, 1e-2, 8, 1e-9), seed=0, say=print)
+    spent = dragon_sound.Budget(1, 4, 2, 1, 2, 2, 8, 1.0, 1e-2, 8, 1e-9)
+    none = dragon_sound.run(task, rewards, spent, seed=0, say=print)
     assert none["skipped"] == list(rewards) and not none["checks"][0].holds
 
 
@@ -117,6 +118,9 @@ class Level:
 
     def __init__(self) -> None:
         self.inner = EmbeddedFrechet(self.embed, 0.1 * torch.randn(64, 2048, generator=stream(0, "test/sounds")))
+
+    def __call__(self, samples: torch.Tensor, context: Any) -> Any:
+        return self.inner(samples, context)
 
     @staticmethod
     def embed(x: torch.Tensor) -> torch.Tensor:
