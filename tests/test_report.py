@@ -260,7 +260,7 @@ def _chromium(*arguments: str, profile: Path) -> subprocess.CompletedProcess[str
         [str(CHROMIUM), *switches, f"--user-data-dir={profile}", *arguments],
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=280,
         check=False,
     )
 

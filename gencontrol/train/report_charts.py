@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 
-#: Margins of the plot in the drawing: left, right, top, bottom.
-LEFT, RIGHT, TOP, BOTTOM = 64, 14, 12, 46
+#: Margins of the plot in the drawing: right, top, bottom; the left one makes room for the longest tick label.
+RIGHT, TOP, BOTTOM = 14, 12, 46
 _MOST_POINTS = 400
 _MARKED = 40
 
@@ -53,8 +54,24 @@ class _Frame:
     y1: float
     size: Size
 
+    @property
+    def power(self) -> int:
+        """The power of ten that is taken out of the vertical axis."""
+        return power_of(self.y0, self.y1)
+
+    def rows(self) -> list[tuple[float, str]]:
+        """Values and texts of the vertical ticks."""
+        values = ticks(self.y0, self.y1)
+        step = (values[1] - values[0] if len(values) > 1 else abs(values[0])) / 10.0**self.power
+        return [(value, label(value / 10.0**self.power, step)) for value in values]
+
+    @cached_property
+    def left(self) -> float:
+        """Where the plot begins: behind the name and the longest label, digits being 7 units wide."""
+        return 36.0 + 7.0 * max(4, *(len(text) for _, text in self.rows()))
+
     def x(self, value: float) -> float:
-        return LEFT + (value - self.x0) / (self.x1 - self.x0) * (self.size.width - LEFT - RIGHT)
+        return self.left + (value - self.x0) / (self.x1 - self.x0) * (self.size.width - self.left - RIGHT)
 
     def y(self, value: float) -> float:
         return self.size.height - BOTTOM - (value - self.y0) / (self.y1 - self.y0) * (self.size.height - TOP - BOTTOM)
@@ -85,7 +102,8 @@ def power_of(low: float, high: float) -> int:
     return math.floor(math.log10(largest))
 
 
-def _superscript(number: int) -> str:
+def superscript(number: int) -> str:
+    """Write a whole number in superscript digits."""
     return str(number).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
@@ -157,23 +175,20 @@ def _frame(lines: Sequence[Line], size: Size) -> _Frame:
 
 def _axes(frame: _Frame, x_label: str, y_label: str) -> str:
     right, base = frame.size.width - RIGHT, frame.size.height - BOTTOM
+    left, power = frame.left, frame.power
     out = []
-    power = power_of(frame.y0, frame.y1)
-    vertical = ticks(frame.y0, frame.y1)
-    y_step = (vertical[1] - vertical[0] if len(vertical) > 1 else abs(vertical[0])) / 10.0**power
-    for value in vertical:
+    for value, text in frame.rows():
         y = frame.y(value)
-        out.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        text = label(value / 10.0**power, y_step)
-        out.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
+        out.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        out.append(f'<text class="tick" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
     horizontal = [value for value in ticks(frame.x0, frame.x1) if value == int(value)] or [frame.x0]
     for value in horizontal:
         x = frame.x(value)
         out.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{base}" y2="{base + 4}"/>')
         out.append(f'<text class="tick" x="{x:.1f}" y="{base + 18}" text-anchor="middle">{label(value, 1)}</text>')
-    unit = f"{y_label}  (×10{_superscript(power)})" if power else y_label
-    middle, height = (LEFT + right) / 2, (TOP + base) / 2
-    out.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{base}" y2="{base}"/>')
+    unit = f"{y_label}  (×10{superscript(power)})" if power else y_label
+    middle, height = (left + right) / 2, (TOP + base) / 2
+    out.append(f'<line class="axis" x1="{left}" x2="{right}" y1="{base}" y2="{base}"/>')
     out.append(
         f'<text class="name" x="{middle}" y="{frame.size.height - 6}" text-anchor="middle">{escape(x_label)}</text>'
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from gencontrol.train.report_charts import WIDE, Line, line_chart, running_mean
+from gencontrol.train.report_charts import WIDE, Line, line_chart, running_mean, superscript
 from gencontrol.train.report_data import Pair, RunData, Sound
 
 #: metric → (title, name and unit of the vertical axis), in the order of the page
@@ -31,7 +31,8 @@ def number(value: float | None, digits: int = 3) -> str:
     if value is None:
         return "–"
     if value != 0 and (abs(value) < 10**-digits or abs(value) >= 1e6):
-        return f"{value:.{digits - 1}e}".replace("-", "−")
+        mantissa, _, power = f"{value:.{digits - 1}e}".partition("e")
+        return f"{mantissa.replace('-', '−')}·10{superscript(int(power))}"
     return f"{value:.{digits}f}".replace("-", "−")
 
 

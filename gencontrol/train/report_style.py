@@ -27,7 +27,8 @@ p { margin: 6px 0 12px; max-width: 70ch; }
 a { color: var(--tuned); }
 code, pre { font: .875em/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 pre { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 14px 16px;
-  overflow-x: auto; margin: 10px 0; }
+  overflow-x: auto; margin: 10px 0;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
 .numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(210px, 1fr)); gap: 1px;
   margin: 28px 0 8px;
   background: var(--rule); border: 1px solid var(--rule); border-radius: 10px; overflow: hidden; padding: 0; }
@@ -78,7 +79,7 @@ table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 caption { text-align: left; font-weight: 600; padding: 6px 0; }
 th, td { text-align: left; vertical-align: top; padding: 5px 10px 5px 0; border-top: 1px solid var(--rule);
   font-weight: 400; overflow-wrap: anywhere; }
-th { color: var(--soft); width: 44%; } td { font-variant-numeric: tabular-nums; }
+th { color: var(--soft); width: 50%; } td { font-variant-numeric: tabular-nums; }
 details { margin: 16px 0; } summary { cursor: pointer; color: var(--tuned); font-weight: 600; padding: 6px 0; }
 .warn { background: var(--wash); border-left: 4px solid var(--base); border-radius: 6px; padding: 10px 16px;
   margin: 18px 0; }
