@@ -6,6 +6,8 @@ sampling, on the result, or in value functions.  Importing this package loads ne
 
 import os as _os
 
+from gencontrol._compat import guard_torchvision as _guard_torchvision
+
 __version__ = "0.1.0"
 
 _root = _os.path.dirname(_os.path.dirname(_os.path.abspath(__file__)))
@@ -13,3 +15,5 @@ if not _os.path.isdir(_os.path.join(_os.path.dirname(__file__), "pipelines")) an
     _os.path.join(_root, "setup.cfg")
 ):
     __path__.append(_root)  # a source checkout: pipelines/, rewards/ and robotics/ lie beside this folder
+
+_guard_torchvision()

@@ -28,6 +28,7 @@ REWARDS = {
 BENCHES = {
     "overhead": "gencontrol.bench.overhead:main",
     "dragon": "gencontrol.bench.dragon:main",
+    "faults": "gencontrol.bench.faults:main",
 }
 
 

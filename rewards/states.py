@@ -38,7 +38,6 @@ class FrechetState:
         self._valid = valid.cpu().tolist()
         self._slots = [int(row) for row in chosen]
         offsets = frames.detach().cpu().double() - reference.mean
-        offsets[~valid.cpu()] = 0.0
         self._y = offsets @ reference.root
         self._s = offsets.sum(1)
         self._sy = self._y.sum(1)

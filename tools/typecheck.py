@@ -22,7 +22,7 @@ def main() -> int:
     for entry in (ROOT / "gencontrol").iterdir():
         if entry.name not in ("__pycache__", "bundled"):
             (TREE / entry.name).symlink_to(entry)
-    for name in ("pipelines", "rewards"):
+    for name in ("pipelines", "rewards", "robotics"):
         (TREE / name).symlink_to(ROOT / name)
     environment = {**os.environ, "MYPYPATH": str(TREE.parent)}
     command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "setup.cfg"), "-p", "gencontrol"]

@@ -1,8 +1,8 @@
 """Quality of a text-to-audio model on held-out captions: what it plays, and how far its sound lies from real clips.
 
 The instrument of a generated clip is judged twice: by the CLAP, zero-shot among the instruments' names, and by the
-attribute judge, which no text-to-audio model here was trained with.  The Fréchet distance (FAD) to held-out real clips is
-taken in both encoders and compared with that of white noise shaped to the real clips' mean spectrum.
+attribute judge, which no text-to-audio model here was trained with.  The Fréchet distance (FAD) to held-out real clips
+is taken in both encoders and compared with that of white noise shaped to the real clips' mean spectrum.
 """
 
 from __future__ import annotations

@@ -33,9 +33,9 @@ WHAT = {
     "text_to_audio": (
         "Text to audio",
         "Flow-matching transformer over the codec's latents, conditioned on the text half of the bundled CLAP. "
-        "Load with `gencontrol.pipelines.TextToAudioPipeline.from_pretrained`. Numbers below: one clip per held-out caption with "
-        "the model's default steps and guidance; `…_by_clap` is zero-shot among the 20 instrument names, `…_by_judge` "
-        "the attribute judge; FAD against other held-out clips.",
+        "Load with `gencontrol.pipelines.TextToAudioPipeline.from_pretrained`. Numbers below: one clip per held-out "
+        "caption with the model's default steps and guidance; `…_by_clap` is zero-shot among the 20 instrument names, "
+        "`…_by_judge` the attribute judge; FAD against other held-out clips.",
     ),
 }
 

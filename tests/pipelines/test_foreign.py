@@ -13,7 +13,7 @@ import torch
 from gencontrol.errors import EnvironmentMissing, UsageError
 from gencontrol.pipelines import TextToAudioPipeline
 from tests.fixtures_models import tiny_audioldm2, tiny_stable_audio
-from tests.pipelines.contract import PROMPTS, PipelineContract, call
+from tests.pipelines.contract import PROMPTS, PipelineContract
 
 #: fp32 rounding through a whole chain: a scheduler in variance-exploding scale against ours in variance-preserving
 CHAIN = 2e-4

@@ -165,6 +165,12 @@ def test_loudness_range_of_two_levels_is_their_difference() -> None:
     assert near.values[1] > near.values[0] and float(near.values[0]) == pytest.approx(-20.0, abs=0.2)
 
 
+def test_loudness_range_lies_between_the_tenth_and_ninety_fifth_percentile() -> None:
+    ramp = torch.linspace(-40, 0, 2 * RATE)
+    out = load_reward("loudness-range")((10 ** (ramp / 20) * tone(440))[None], context())
+    assert float(out.values[0]) == pytest.approx(0.85 * 36, abs=0.5)  # window centres span 36 of the 40 dB
+
+
 def test_spectral_centroid_of_a_tone_is_its_frequency() -> None:
     samples = torch.stack([tone(500), tone(2000) + 0.3, 0.5 * tone(1000) + 0.5 * tone(3000), torch.zeros(2 * RATE)])
     hertz = load_reward("spectral-centroid", unit="hz")(samples, context())

@@ -168,6 +168,17 @@ def test_weighted_items_add_up_and_share_their_masks() -> None:
     assert set(out.extras["parts"]) == {"first", "sum"} and reward.name == "0.7*first+-0.3*sum"
 
 
+def test_an_item_that_any_part_refuses_is_invalid_in_the_sum() -> None:
+    def refusing(samples, context):
+        return RewardOut(samples[:, 0], torch.tensor([True, False, True, True]))  # with a finite value beside it
+
+    refusing_reward = UserItemReward("refusing", refusing)
+    unchecked = type("Unchecked", (First,), {"__call__": lambda self, samples, context: refusing(samples, context)})()
+    for part in (refusing_reward, unchecked):
+        out = weighted([(First(), 1.0), (part, 1.0)])(SAMPLES, NONE)
+        assert out.valid.tolist() == [True, False, True, True] and out.values[1].isnan()
+
+
 def test_a_sum_with_a_set_reward_is_a_set_reward() -> None:
     reward = weighted([(First(), 2.0), (Spread(), 0.5)])
     assert isinstance(reward, WeightedSets) and isinstance(reward, SetReward) and reward.kind == "set"
