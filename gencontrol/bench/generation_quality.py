@@ -7,6 +7,8 @@ is taken in both encoders and compared with that of white noise shaped to the re
 
 from __future__ import annotations
 
+import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from gencontrol.rng import stream
 
 BUNDLED = Path(__file__).resolve().parent.parent / "bundled"
 CHUNK = 50
+ENCODERS = ("clap", "attributes")
 JUDGED = ("instrument", "tempo", "register", "dynamics", "effect")
 
 
@@ -31,6 +34,7 @@ def shaped_noise(real: Float[Tensor, "n samples"], seed: int) -> Float[Tensor, "
     return shaped.clamp(-1, 1)
 
 
+@torch.no_grad()
 def zero_shot_instrument(wave: Float[Tensor, "n samples"], clap: str | Path, truth: np.ndarray) -> float:
     """Share of clips whose nearest instrument name under the CLAP is the true one."""
     from gencontrol.models.clap_small import audio_embeddings, load_clap, text_embeddings
@@ -41,17 +45,46 @@ def zero_shot_instrument(wave: Float[Tensor, "n samples"], clap: str | Path, tru
     return float(((sound @ names.T).argmax(1).numpy() == truth).mean())
 
 
-def judged(wave: Float[Tensor, "n samples"], judge: str | Path, labels: dict[str, np.ndarray]) -> dict[str, float]:
-    """Accuracy of the attribute judge on each attribute, over the clips it applies to."""
+@torch.no_grad()
+def judged(wave: Float[Tensor, "n samples"], judge: str | Path, labels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """For each attribute, 1 where the judge finds the true class, 0 elsewhere, NaN where it does not apply [n]."""
     from gencontrol.models.attributes import AttributeNet
 
     net = AttributeNet.from_pretrained(judge)
     rows = [{name: logits.argmax(-1).numpy() for name, logits in net(part).items()} for part in wave.split(CHUNK)]
     guess = {name: np.concatenate([row[name] for row in rows]) for name in JUDGED}
-    return {name: float((guess[name] == labels[name])[labels[name] >= 0].mean()) for name in JUDGED}
+    return {name: np.where(labels[name] >= 0, (guess[name] == labels[name]).astype(float), np.nan) for name in JUDGED}
 
 
 @torch.no_grad()
+def generate_clips(
+    model: str | Path, prompts: list[str], *, steps: int | None, guidance_scale: float | None, seed: int
+) -> Float[Tensor, "n samples"]:
+    """One clip per prompt; clip i starts from the noise of seed + i whatever the model, so that models can be paired."""
+    from gencontrol.pipelines import TextToAudioPipeline
+
+    pipe = TextToAudioPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    parts = []
+    for start in range(0, len(prompts), CHUNK):
+        part = prompts[start : start + CHUNK]
+        seeds = [seed + start + i for i in range(len(part))]
+        sound = pipe(
+            part, num_inference_steps=steps, guidance_scale=guidance_scale, seed=seeds, output_type="pt"
+        ).audios
+        parts.append(sound.reshape(len(part), -1).float())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def clip_frames(wave: Float[Tensor, "n samples"], encoder: str) -> Float[Tensor, "n f d"]:
+    """Frame embeddings of every clip in float64."""
+    from gencontrol.rewards.encoders import make_encoder
+
+    made = make_encoder(encoder)
+    return torch.cat([made.frames(part, SAMPLE_RATE) for part in wave.split(CHUNK)]).double()
+
+
 def generation_quality(
     model: str | Path, test: SoundDataset, *, clips: int = 300, steps: int | None = None, seed: int = 0
 ) -> dict[str, dict[str, float]]:
@@ -64,35 +97,106 @@ def generation_quality(
         steps: sampler steps; None takes the model's default.
         seed: of the noise.
     """
-    from gencontrol.pipelines import TextToAudioPipeline
     from gencontrol.rewards.distribution import frechet_distance
-    from gencontrol.rewards.encoders import make_encoder
 
-    pipe = TextToAudioPipeline.from_pretrained(model)
-    pipe.set_progress_bar_config(disable=True)
     items = np.arange(min(clips, len(test)))
-    prompts, real = [test.captions[i][0] for i in items], test.waveforms(items)
-    parts = []
-    for start in range(0, len(prompts), CHUNK):
-        part = prompts[start : start + CHUNK]
-        seeds = [seed + start + i for i in range(len(part))]
-        parts.append(pipe(part, num_inference_steps=steps, seed=seeds, output_type="pt").audios.reshape(len(part), -1))
-    made, noise = torch.cat(parts).float(), shaped_noise(real, seed)
+    real = test.waveforms(items)
+    prompts = [test.captions[i][0] for i in items]
+    made = generate_clips(model, prompts, steps=steps, guidance_scale=None, seed=seed)
     labels = {name: rows[items] for name, rows in test.labels.items()}
+    others = test.waveforms(np.arange(len(items), min(2 * len(items), len(test))))
+    reference = {name: clip_frames(others, name).flatten(0, 1) for name in ENCODERS}
     sections: dict[str, dict[str, float]] = {}
-    for name, wave in (("generated", made), ("real", real), ("shaped noise", noise)):
+    for name, wave in (("generated", made), ("real", real), ("shaped noise", shaped_noise(real, seed))):
         found = {"clips": float(len(wave))}
         found["instrument_by_clap"] = zero_shot_instrument(wave, BUNDLED / "clap", labels["instrument"])
-        found |= {f"{key}_by_judge": value for key, value in judged(wave, BUNDLED / "attributes", labels).items()}
+        right = judged(wave, BUNDLED / "attributes", labels)
+        found |= {f"{key}_by_judge": float(np.nanmean(value)) for key, value in right.items()}
+        for encoder, known in reference.items():
+            found[f"fad_{encoder}"] = float(frechet_distance(clip_frames(wave, encoder).flatten(0, 1), known))
         sections[f"{name} clips"] = found
-    others = test.waveforms(np.arange(len(items), min(2 * len(items), len(test))))
-    for encoder_name in ("clap", "attributes"):
-        encoder = make_encoder(encoder_name)
-        embedded = {
-            name: torch.cat([encoder.frames(part, SAMPLE_RATE).flatten(0, 1) for part in wave.split(CHUNK)])
-            for name, wave in (("generated", made), ("real", real), ("shaped noise", noise), ("reference", others))
-        }
-        for name in ("generated", "real", "shaped noise"):
-            distance = float(frechet_distance(embedded[name].double(), embedded["reference"].double()))
-            sections[f"{name} clips"][f"fad_{encoder_name}"] = distance
     return sections
+
+
+def compare_models(
+    tuned: str | Path,
+    base: str | Path,
+    test: SoundDataset,
+    *,
+    clips: int,
+    steps: int,
+    guidance_scale: float,
+    seed: int = 0,
+    resamples: int = 200,
+) -> dict[str, dict[str, float]]:
+    """Paired difference tuned − base, with 95 % intervals, in everything that no reward was trained on.
+
+    Judged attributes: shares of right clips (Student t over prompts).  FAD in the judge's encoder against real clips
+    of other captions: bootstrap over prompts, the same resample for both models.
+    """
+    from gencontrol.algorithms.stats import student_t
+    from gencontrol.rewards.distribution import frechet_distance
+
+    items = np.arange(min(clips, len(test) // 2))
+    prompts = [test.captions[i][0] for i in items]
+    labels = {name: rows[items] for name, rows in test.labels.items()}
+    waves = [
+        generate_clips(model, prompts, steps=steps, guidance_scale=guidance_scale, seed=seed) for model in (tuned, base)
+    ]
+    right = [judged(wave, BUNDLED / "attributes", labels) for wave in waves]
+    rows: dict[str, dict[str, float]] = {}
+    for name in JUDGED:
+        pair = [values[name] for values in right]
+        held = ~np.isnan(pair[0])
+        gain = student_t((pair[0] - pair[1])[held].tolist())
+        rows[name] = {
+            "tuned": float(pair[0][held].mean()),
+            "base": float(pair[1][held].mean()),
+            "difference": gain.value,
+            "low": gain.low,
+            "high": gain.high,
+        }
+    reference = clip_frames(test.waveforms(np.arange(len(test) - len(items), len(test))), "attributes").flatten(0, 1)
+    frames = [clip_frames(wave, "attributes") for wave in waves]
+
+    def distance(part: Tensor) -> float:
+        return float(frechet_distance(part.flatten(0, 1), reference))
+
+    values = [distance(part) for part in frames]
+    picks = torch.randint(len(items), (resamples, len(items)), generator=stream(seed, "quality/bootstrap"))
+    gaps = np.array([distance(frames[0][pick]) - distance(frames[1][pick]) for pick in picks])
+    rows["fad_attributes"] = {
+        "tuned": values[0],
+        "base": values[1],
+        "difference": values[0] - values[1],
+        "low": float(np.quantile(gaps, 0.025)),
+        "high": float(np.quantile(gaps, 0.975)),
+    }
+    return rows
+
+
+def main() -> None:
+    """Print the comparison of two models as JSON."""
+    parser = argparse.ArgumentParser(description="What tuning did to sound that no reward was trained on.")
+    parser.add_argument("tuned", help="folder of the tuned model")
+    parser.add_argument("--base", default="bundled")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the sound data")
+    parser.add_argument("--clips", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows = compare_models(
+        options.tuned,
+        options.base,
+        SoundDataset.load(options.data, "test"),
+        clips=options.clips,
+        steps=options.steps,
+        guidance_scale=options.guidance,
+    )
+    print(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

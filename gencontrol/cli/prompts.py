@@ -20,7 +20,7 @@ def read_prompts(path: str | Path) -> list[str]:
     Raises:
         UsageError: missing, empty, not UTF-8, a control character, or a malformed row (with its line number).
     """
-    file = Path(path)
+    file = Path(path).expanduser()
     if not file.exists():
         raise UsageError(f"prompt file '{file}' does not exist; check the path.")
     if file.is_dir():

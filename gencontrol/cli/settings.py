@@ -108,6 +108,9 @@ def given_flags(parameters: Mapping[str, Any], routes: Mapping[str, str]) -> dic
         for name, value in parameters.items()
         if name in routes and value is not None and value not in ([], ())
     }
+    for key, value in given.items():
+        if isinstance(value, str) and value.startswith("~/"):  # a shell leaves it alone behind "="
+            given[key] = str(Path(value).expanduser())
     if given.get("train.precision") == "no":  # as accelerate and diffusers say it
         given["train.precision"] = "fp32"
     return given
