@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,10 +61,10 @@ def judged(wave: Float[Tensor, "n samples"], judge: str | Path, labels: dict[str
 def generate_clips(
     model: str | Path, prompts: list[str], *, steps: int | None, guidance_scale: float | None, seed: int
 ) -> Float[Tensor, "n samples"]:
-    """One clip per prompt; clip i starts from the noise of seed + i whatever the model, so that models can be paired."""
+    """One clip per prompt; clip i starts from the noise of seed + i whatever the model: models can be paired."""
     from gencontrol.pipelines import TextToAudioPipeline
 
-    pipe = TextToAudioPipeline.from_pretrained(model)
+    pipe: Any = TextToAudioPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
     parts = []
     for start in range(0, len(prompts), CHUNK):

@@ -134,13 +134,12 @@ def _draw_codec(pyplot: Any, model: Path, test: SoundDataset) -> Any:
 
 def _draw_text_to_audio(pyplot: Any, model: Path, test: SoundDataset) -> Any:
     """Spectrograms of six held-out captions, generated (top) and real (bottom)."""
+    from gencontrol.bench.generation_quality import generate_clips
     from gencontrol.models.codec import MelCodec
-    from gencontrol.pipelines import TextToAudioPipeline
 
-    codec, pipe = MelCodec.from_pretrained(model / "codec"), TextToAudioPipeline.from_pretrained(model)
-    pipe.set_progress_bar_config(disable=True)
+    codec = MelCodec.from_pretrained(model / "codec")
     prompts = [test.captions[i][0] for i in range(6)]
-    made = pipe(prompts, seed=list(range(6)), output_type="pt").audios.reshape(6, -1)
+    made = generate_clips(model, prompts, steps=None, guidance_scale=None, seed=0)
     figure, axes = pyplot.subplots(2, 6, figsize=(24, 6))
     for row, wave in enumerate((made, test.waveforms(range(6)))):
         for column, mel in enumerate(codec.log_mel(wave)):
