@@ -32,6 +32,7 @@ TOP = {
     "rewards": {*FIRST, "rewards"},
     "train": {*FIRST, "train", "algorithms.base"},
     "pipelines": {*BELOW, "sampling", "algorithms.task", "pipelines"},
+    "robotics": {*BELOW, "sampling", "algorithms", "rewards", "robotics"},
     "cli": {*FIRST, "cli"},
     "bench": {*BELOW, "sampling", "algorithms", "rewards", "pipelines", "train", "bench"},
     "__main__": {"cli"},

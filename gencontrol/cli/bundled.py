@@ -21,13 +21,14 @@ def sha256(path: Path) -> str:
 
 
 def _files(root: Path) -> Iterator[Path]:
+    """Weights and what is needed to load them; cards and measurements may change without harm."""
     for path in sorted(root.rglob("*")):
-        if path.is_file() and path.name != MANIFEST and "__pycache__" not in path.parts:
+        if path.suffix in (".safetensors", ".json", ".txt") and path.name not in (MANIFEST, "measured.json"):
             yield path
 
 
 def write_manifest(root: Path = BUNDLED) -> Path:
-    """Write `manifest.json` (file → size in bytes, sha256) for everything under the folder; return its path."""
+    """Write `manifest.json` (file → size in bytes, sha256) for the weights and configurations; return its path."""
     table = {p.relative_to(root).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in _files(root)}
     path = root / MANIFEST
     path.write_text(json.dumps({"version": 1, "files": table}, indent=1) + "\n", encoding="utf-8")

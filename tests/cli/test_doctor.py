@@ -84,3 +84,8 @@ def test_manifest_covers_every_file(tmp_path: Path) -> None:
     table = json.loads((folder / "manifest.json").read_text())["files"]
     assert sorted(table) == [f"{name}/model.safetensors" for name in ("attributes", "clap", "text_to_audio")]
     assert check_manifest(folder) == []
+
+
+def test_the_weights_of_this_checkout_are_those_of_the_manifest() -> None:
+    remedy = 'after a change made on purpose: python -c "from gencontrol.cli.bundled import write_manifest as w; w()"'
+    assert check_manifest() == [], remedy
