@@ -41,7 +41,7 @@ types: $(VENV)/.dev
 test-extras: constraints-numpy1.txt
 	$(PYTHON) -m venv .venv-extras
 	.venv-extras/bin/pip install -q $(TORCH) "numpy<2"
-	.venv-extras/bin/pip install -q -e ".[audio,clap,robomimic,dev]" -c constraints-numpy1.txt
+	.venv-extras/bin/pip install -q -e ".[audio,clap,dev]" -c constraints-numpy1.txt
 	.venv-extras/bin/python -m pytest -m extras tests/extras
 
 bench: $(VENV)/.dev
