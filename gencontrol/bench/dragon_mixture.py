@@ -68,12 +68,16 @@ def make_world(seed: int, *, base_steps: int, measured: int) -> World:
 
 
 def measure(world: World, denoiser: Denoiser) -> tuple[dict[str, float], Tensor]:
-    """Return Fréchet distance, mode shares, Vendi and distance to the nearest mode of fresh samples, and features."""
+    """Measure fresh samples of a flow; see `describe`."""
     count = world.measured
     ctx = StepContext(seed=world.seed, step=0, micro_batch=count)
     generators = item_generators(world.seed, "mixture/measure", range(count))
-    x = generate(toy_task(denoiser, 2), None, generators, Sampling(STEPS, "euler", 1.0), ctx)
-    frames = world.reward.embed(x)
+    return describe(world, generate(toy_task(denoiser, 2), None, generators, Sampling(STEPS, "euler", 1.0), ctx))
+
+
+def describe(world: World, x: Float[Tensor, "n 2"]) -> tuple[dict[str, float], Tensor]:
+    """Return Fréchet distance, mode shares, Vendi and distance to the nearest mode of points, and their features."""
+    frames, count = world.reward.embed(x), len(x)
     nearest = torch.cdist(x, CENTRES).min(1)
     shares = torch.bincount(nearest.indices, minlength=4) / count
     result = {
@@ -150,11 +154,13 @@ def run(
 ) -> dict[str, Any]:
     """Run all rows on all seeds; returns rows, checks and the printed table."""
     rows: dict[str, list[dict[str, float]]] = {variant.name: [] for variant in VARIANTS}
-    base_rows, sets = [], []
+    base_rows, law_rows, sets = [], [], []
     for seed in range(seeds):
         world = make_world(seed, base_steps=base_steps, measured=measured)
         start, before = measure(world, world.base)
         base_rows.append(start)
+        law = mixture(measured, torch.full((4,), 0.25), stream(seed, "mixture/law"))
+        law_rows.append(describe(world, law)[0])
         for variant in VARIANTS:
             result, records = tune(world, variant, before, rounds=rounds, pairs=pairs, lr=lr)
             result["seconds"] = sum(record["time/step"] for record in records)
@@ -162,7 +168,11 @@ def run(
             if variant is VARIANTS[0]:
                 sets.append({key: -records[0][f"reward/{key}"] for key in ("model", "positive", "negative")})
             say(f"6a seed {seed} {variant.name}: FD {result['fd']:.3f} Vendi {result['vendi']:.2f}")
-    held = {"base": over_seeds(base_rows), **{name: over_seeds(found) for name, found in rows.items()}}
+    held = {
+        "reference law": over_seeds(law_rows),
+        "base": over_seeds(base_rows),
+        **{name: over_seeds(found) for name, found in rows.items()},
+    }
     keys = ("fd", "least_share", "largest_share", "vendi", "off_mode", "win_rate", "seconds")
     printed = table(
         f"6a. 2-D mixture, {seeds} seeds (mean ± half the 95 % t interval); lower FD is better",
@@ -171,28 +181,28 @@ def run(
     )
     return {
         "rows": held,
-        "per_seed": rows | {"base": base_rows},
+        "per_seed": rows | {"base": base_rows, "reference law": law_rows},
         "first_sets": sets,
-        "checks": _checks(base_rows, rows, sets),
+        "checks": _checks(base_rows, law_rows, rows, sets),
         "table": printed,
     }
 
 
-def _checks(
-    base: list[dict[str, float]], rows: dict[str, list[dict[str, float]]], sets: list[dict[str, float]]
-) -> list[Check]:
-    def worst(name: str, key: str, pick: Callable[..., float]) -> float:
-        return pick(row[key] for row in rows[name])
+Rows = list[dict[str, float]]
 
+
+def _checks(base: Rows, law: Rows, rows: dict[str, Rows], sets: Rows) -> list[Check]:
+    """The claims of methods/dragon.md 6a; its Vendi threshold of 4.2 is 97 % of what its reference law has."""
     dragon, instance, control = VARIANTS[0].name, VARIANTS[6].name, VARIANTS[7].name
-    ratio = max(s["positive"] / s["model"] for s in sets)
+    fd = max(row["fd"] for row in rows[dragon])
+    vendi = min(row["vendi"] / other["vendi"] for row, other in zip(rows[dragon], law, strict=True))
+    ratio = max(found["positive"] / found["model"] for found in sets)
     gaps = {
         name: min(row["fd"] - b["fd"] for row, b in zip(rows[name], base, strict=True)) for name in (instance, control)
     }
-    fd, vendi = worst(dragon, "fd", max), worst(dragon, "vendi", min)
     return [
         Check("final FD ≤ 0.1 on every seed", f"{fd:.3f} (worst seed)", fd <= 0.1),
-        Check("final Vendi ≥ 4.2 on every seed", f"{vendi:.2f} (worst seed)", vendi >= 4.2),
+        Check("final Vendi ≥ 97 % of the reference law's on every seed", f"{vendi:.1%} (worst seed)", vendi >= 0.97),
         Check("instance reward ends at FD ≥ base", f"{gaps[instance]:+.2f} (least seed)", gaps[instance] >= 0),
         Check("random-split KTO ends at FD ≥ base", f"{gaps[control]:+.2f} (least seed)", gaps[control] >= 0),
         Check("FD(D+) ≤ 0.5 FD(model) in round 0", f"ratio {ratio:.2f} (worst seed)", ratio <= 0.5),
