@@ -79,7 +79,8 @@ def _sound(options: argparse.Namespace) -> dict[str, Any]:
     )
     pipeline = TextToAudioPipeline.from_pretrained(options.model).to(options.device)
     rewards = dragon_sound.load_targets(names, options.device)
-    task = pipeline.task(sample_captions(512, 0, "train"), sample_captions(budget.eval_items, 0, "test"))
+    # The settings were chosen on the test captions of seed 0; these of seed 1 were never looked at before.
+    task = pipeline.task(sample_captions(512, 0, "train"), sample_captions(budget.eval_items, 1, "test"))
     return dragon_sound.run(task, rewards, budget, seed=0, say=_say, folder=Path(options.output) / "sounds")
 
 
