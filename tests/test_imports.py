@@ -27,7 +27,7 @@ TOP = {
     "kernels": {*FIRST, "process", "kernels"},
     "models": BELOW,
     "data": BELOW,
-    "sampling": {*BELOW, "sampling"},
+    "sampling": {*BELOW, "sampling", "rewards.base", "rewards.loading"},
     "algorithms": {*BELOW, "sampling", "algorithms", "rewards"},
     "rewards": {*FIRST, "rewards"},
     "train": {*FIRST, "train", "algorithms.base"},

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gencontrol.process.convert import combine
 from gencontrol.process.schedule import Coeffs, Scalar, Schedule, column
-from gencontrol.rng import randn
+from gencontrol.rng import Keyed, randn
 
 #: A time: a float in [0, 1] for the whole batch, or one value per item.
 Time = float | Tensor
@@ -51,7 +51,7 @@ class GaussianProcess:
     def prior(
         self,
         shape: Sequence[int],
-        generator: torch.Generator | Sequence[torch.Generator] | None,
+        generator: torch.Generator | Sequence[torch.Generator] | Keyed | None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Float[Tensor, "b *d"]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gencontrol.process.gaussian import Time
 from gencontrol.process.schedule import Scalar
+from gencontrol.rng import Keyed
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,12 @@ class MaskedProcess:
     def prior(
         self,
         shape: Sequence[int],
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | Keyed | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.int64,
     ) -> Int[Tensor, "b n"]:
         """Return x at t = 1, all masks; the law is a point, so a given generator is only checked for its length."""
-        if isinstance(generator, Sequence) and len(generator) != shape[0]:
+        if isinstance(generator, Sequence | Keyed) and len(generator) != shape[0]:
             raise ValueError(
                 f"{len(generator)} generators for a batch of {shape[0]}; give one per sample or a single one"
             )
@@ -87,7 +88,7 @@ class MaskedProcess:
         self,
         x0: Int[Tensor, "b n"],
         t: Time,
-        generator: torch.Generator | Sequence[torch.Generator] | None,
+        generator: torch.Generator | Sequence[torch.Generator] | Keyed | None,
     ) -> Int[Tensor, "b n"]:
         """Return x_t: every token of x0 replaced by the mask with probability 1 - a(t), t a float or [b]."""
         visible = self.visible(t)
@@ -110,7 +111,7 @@ class MaskedProcess:
 
 def uniform(
     shape: Sequence[int],
-    generator: torch.Generator | Sequence[torch.Generator] | None,
+    generator: torch.Generator | Sequence[torch.Generator] | Keyed | None,
     device: torch.device | str = "cpu",
 ) -> Float[Tensor, "b *d"]:
     """Draw uniform float64 numbers in [0, 1) on the generator's device and move them; a list gives one row each.
@@ -118,6 +119,8 @@ def uniform(
     Raises:
         ValueError: the list's length is not the batch size.
     """
+    if isinstance(generator, Keyed):
+        return generator.uniform(shape, device)
     if generator is None or isinstance(generator, torch.Generator):
         source = torch.device("cpu") if generator is None else generator.device
         return torch.rand(tuple(shape), generator=generator, device=source, dtype=torch.float64).to(device)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gencontrol.errors import UsageError, nearest
 from gencontrol.process.gaussian import GaussianProcess
 from gencontrol.process.masked import MaskedProcess
+from gencontrol.rng import Keyed
 from gencontrol.sampling.grids import make_grid
 from gencontrol.sampling.masked_steps import Ancestral, Blocks, Confidence
 from gencontrol.sampling.state import Generators, State, Step
@@ -156,7 +157,7 @@ def sample(
     for index, (t, t_next) in enumerate(zip(grid, grid[1:])):
         with torch.set_grad_enabled(graph and index >= len(grid) - 1 - grad_steps):
             noise = None
-            if chosen.stochastic and (t_next > 0 or chosen.kind == "masked"):
+            if chosen.stochastic_at(t_next):
                 noise = chosen.draw(state.x, generator)
             state = chosen(model, state, t, t_next, cond, noise)
             if callback is not None:
@@ -187,14 +188,16 @@ def _start(
         if tuple(x_init.shape) != shape:
             raise UsageError(f"x_init has shape {tuple(x_init.shape)} but {shape} was asked for; make them equal")
         return x_init if device is None else x_init.to(device)
-    return model.process.prior(shape, generator, _device(model, generator) if device is None else device)
+    return model.process.prior(shape, generator, model_device(model, generator) if device is None else device)
 
 
-def _device(model: Any, generator: Generators) -> torch.device:
+def model_device(model: Any, generator: Generators) -> torch.device:
     """Device of the model's first parameter or buffer, else of the generator, else the CPU."""
     if isinstance(model, nn.Module):
         for tensors in (model.parameters(), model.buffers()):
             for tensor in tensors:
                 return tensor.device
+    if isinstance(generator, Keyed):
+        return generator.keys.device
     first = generator if generator is None or isinstance(generator, torch.Generator) else generator[0]
     return torch.device("cpu") if first is None else first.device

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from gencontrol.process.gaussian import Time
 from gencontrol.process.schedule import Scalar
+from gencontrol.rng import Keyed
 from gencontrol.types import Cond, map_cond
 
-Generators = torch.Generator | Sequence[torch.Generator] | None
+Generators = torch.Generator | Sequence[torch.Generator] | Keyed | None
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ class Step(ABC):
     @abstractmethod
     def stochastic(self) -> bool:
         """Whether the step needs noise; a Gaussian step to t = 0 is deterministic all the same."""
+
+    def stochastic_at(self, t_next: float) -> bool:
+        """Whether the step to t_next draws anything: a Gaussian step to clean data does not."""
+        return self.stochastic and (t_next > 0 or self.kind == "masked")
 
     @abstractmethod
     def draw(self, x: Tensor, generator: Generators) -> Tensor | None:
