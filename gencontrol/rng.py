@@ -96,6 +96,14 @@ def stream_seed(seed: int, name: str, *indices: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") & (2**63 - 1)
 
 
+def seed_of(generator: torch.Generator | int | None) -> int:
+    """Return a seed: the number itself, or one drawn from the generator (None: torch's global one)."""
+    if isinstance(generator, int):
+        return generator
+    source = torch.device("cpu") if generator is None else generator.device
+    return int(torch.randint(2**62, (), generator=generator, device=source))
+
+
 def stream(seed: int, name: str, *indices: int | str) -> torch.Generator:
     """Return a fresh CPU generator for the stream (seed, name, *indices)."""
     return torch.Generator().manual_seed(stream_seed(seed, name, *indices))

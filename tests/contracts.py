@@ -28,7 +28,7 @@ from torch import Tensor
 from gencontrol.algorithms.base import Algorithm, LossOut, StepContext
 from gencontrol.errors import Preempted
 from gencontrol.train.checkpoint import read_verified, split_tensors
-from gencontrol.train.files import FileLayer
+from gencontrol.files import FileLayer
 from gencontrol.train.run_folder import is_wall_clock
 from gencontrol.train.trainer import TrainConfig, Trainer
 

@@ -20,6 +20,7 @@ _REWARDS = {
     "quality": "absence of clipping, silence and clicks",
     "loudness-range": "loudness range",
     "spectral-centroid": "brightness",
+    "digit-class": "log-probability of a digit by the bundled calibrated classifier",
 }
 
 
@@ -51,6 +52,12 @@ def loading(run: RunData) -> tuple[str, str]:
     if stage == "attributes":
         return (
             f'from gencontrol.models.attributes import AttributeNet\n\njudge = AttributeNet.from_pretrained("{final}")',
+            "gencontrol doctor",
+        )
+    if stage == "digits":
+        return (
+            "from gencontrol.pipelines import ClassToImagePipeline\n\n"
+            f'pipe = ClassToImagePipeline.from_pretrained("{final}")\nimage = pipe(3, seed=0).images[0]',
             "gencontrol doctor",
         )
     lines = [
@@ -204,12 +211,13 @@ def _provenance(run: RunData) -> list[str]:
 def _pretrain_card(run: RunData) -> str:
     stage = run.config.get("run", {}).get("stage", "model")
     losses = run.series("loss/total")[1]
+    data = "scikit-learn's 8x8 digits" if stage == "digits" else "rendered sound"
     measured = [f"| {name} | {_n(run.last(name))} |" for name in run.names() if name.startswith("eval/")]
     return "\n".join(
         [
             "---\nlibrary_name: gencontrol\nlicense: apache-2.0\ntags:\n- gencontrol\n---\n",
             f"# {run.path.resolve().name}\n",
-            f"Result of `gencontrol pretrain {stage}`, trained from nothing on rendered sound; {run.step} steps.\n",
+            f"Result of `gencontrol pretrain {stage}`, trained from nothing on {data}; {run.step} steps.\n",
             "## Measured\n",
             "| metric | value |",
             "|---|---|",

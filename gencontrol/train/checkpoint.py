@@ -27,7 +27,7 @@ import safetensors.torch
 from torch import Tensor
 
 from gencontrol.errors import CheckpointError, DiskError
-from gencontrol.train.files import FileLayer, disk_error
+from gencontrol.files import FileLayer, disk_error
 from gencontrol.train.optim import strip_prefix
 
 FORMAT = 1

@@ -12,7 +12,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from gencontrol.train.files import FileLayer
+from gencontrol.files import FileLayer
 
 #: At most this share of the last `WINDOW` updates may be non-finite.
 WINDOW, SHARE = 1000, 0.01

@@ -18,7 +18,7 @@ from typing import Any
 from gencontrol.config import dump_toml, load_toml
 from gencontrol.errors import UsageError
 from gencontrol.train.config import differences, flatten, is_harmless
-from gencontrol.train.files import FileLayer, disk_errors
+from gencontrol.files import FileLayer, disk_errors
 
 #: A lock of another machine counts as dead when it was not touched for this long.
 FOREIGN_LOCK_S = 600.0

@@ -28,7 +28,7 @@ from gencontrol.train.accounting import Sums, average, global_rng_untouched, pea
 from gencontrol.train.checkpoint import Checkpoints
 from gencontrol.train.config import TrainConfig
 from gencontrol.train.dist import Group, is_there, no_note, nothing
-from gencontrol.train.files import FileLayer, disk_errors
+from gencontrol.files import FileLayer, disk_errors
 from gencontrol.train.health import write_dump
 from gencontrol.train.optim import clip_gradients, learning_rate, scale_gradients
 from gencontrol.train.run_folder import Lock, MetricsFile, check_settings, clean_leftovers, write_samples

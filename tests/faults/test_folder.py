@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gencontrol.errors import DiskError, UsageError
-from gencontrol.train.files import FileLayer
+from gencontrol.files import FileLayer
 from gencontrol.train.run_folder import Lock, MetricsFile, write_samples
 from gencontrol.train.trainer import Trainer
 from tests.contracts import assert_same_run, metric_lines

@@ -14,7 +14,7 @@ import pytest
 
 from gencontrol.errors import UsageError
 from gencontrol.train.dist import Group
-from gencontrol.train.files import FileLayer
+from gencontrol.files import FileLayer
 from gencontrol.train.trainer import TrainConfig, Trainer
 from tests.contracts import metric_lines, state_hash
 from tests.faults.shim import Forked, Shim, kill_self, limit_s, newest, wait_for_line

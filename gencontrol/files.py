@@ -1,4 +1,4 @@
-"""The file layer of training: every change on disk passes here, so that tests can fail or kill at each call.
+"""The file layer: every durable change on disk passes here, so that tests can fail or kill at each call.
 
 Write protocol (reliability.md §4): files are written into a `.tmp_…` folder and synced, the folder is synced and
 renamed, its parent is synced; deletion renames to `.del_…` first.  A crash anywhere leaves the old or new state.

@@ -1,0 +1,311 @@
+"""A forest (one tree per prompt) and one round of its growth: select K leaves, denoise together, score, back up.
+
+Split from `tree`, which holds the public surface.  arXiv 2506.20701, §4 and its pseudocode; batching is dts.md §9.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gencontrol.errors import UsageError
+from gencontrol.rng import Keyed, row_keys
+from gencontrol.sampling.chain import Chain, Twist
+from gencontrol.sampling.scoring import Scorer
+from gencontrol.sampling.tree_nodes import Floats, Ints, Nodes, StatePool, Table
+from gencontrol.sampling.tree_rules import Picks, Rule, Widening, select, undo
+
+
+@dataclass(frozen=True)
+class TreeConfig:
+    """The choices that make a tree; stored in its file.
+
+    Args:
+        temperature: τ > 0 of the target p(x)·exp(r(x)/τ); λ = 1/τ.
+        branch: indices into the time grid where the levels 1, 2, … lie; the last is the clean end.
+        select: rule while building.
+        hard: back the maximum up instead of the soft maximum.
+        widening: children per node.
+        leaf_batch: leaves per round and root, K.
+        seed: of everything drawn.
+        guidance, max_grad_norm: of the gradient proposal; 0 is none.
+    """
+
+    temperature: float
+    branch: tuple[int, ...]
+    select: Rule
+    hard: bool
+    widening: Widening
+    leaf_batch: int
+    seed: int
+    guidance: float = 0.0
+    max_grad_norm: float | None = None
+
+    @property
+    def inverse_temperature(self) -> float:
+        """λ."""
+        return 1.0 / self.temperature
+
+    @property
+    def last(self) -> int:
+        """Level of clean samples."""
+        return len(self.branch)
+
+
+@dataclass(frozen=True)
+class _Grown:
+    """New states of a round: per level the picks (rows), their states and log p/q; and the model calls of each pick."""
+
+    rows: list[Ints]
+    states: list[Tensor | None]
+    edges: list[Floats]
+    calls: Ints
+
+
+class Forest:
+    """What a tree holds, and how it grows by a round.
+
+    Args:
+        chain: the base law, with one condition per root.
+        scorer: of clean states.
+        config: the choices.
+        store: device of the stored states.
+    """
+
+    def __init__(self, chain: Chain, scorer: Scorer, config: TreeConfig, store: torch.device) -> None:
+        self.chain, self.scorer, self.config, self.store = chain, scorer, config, store
+        roots = chain.roots
+        self.nodes = Nodes(roots)
+        self.rollouts = Table({"leaf": np.int32, "log_ratio": np.float32, "start": np.uint8})
+        self.pools = [StatePool(store) for _ in range(config.last)]
+        self.counts = Table(
+            {
+                "made": np.int64,
+                "nfe": np.int64,
+                "valid": np.int64,
+                "mean": np.float64,
+                "m2": np.float64,
+                "best": np.float64,
+            }
+        )
+        self.counts.add(roots, best=math.nan)
+        self.seeds = {config.seed}
+        self.rounds = 0
+        self.excluded: list[int] = []
+
+    @property
+    def roots(self) -> int:
+        """Number of prompts."""
+        return self.chain.roots
+
+    @property
+    def nfe(self) -> int:
+        """Model calls so far, one per row and step, all roots together; a guided call (two network rows) counts one."""
+        return int(self.counts["nfe"].sum())
+
+    @property
+    def reward_calls(self) -> int:
+        """Samples scored so far."""
+        return self.scorer.calls
+
+    def grow(self, width: Ints, poll: Callable[[], None] | None) -> None:
+        """Select width[r] leaves of each root, denoise them together, score, back up."""
+        config = self.config
+        roots = np.repeat(np.arange(self.roots), width)
+        number = np.concatenate([self.counts["made"][r] + np.arange(n) for r, n in enumerate(width)])
+        keys = row_keys(config.seed, "tree", torch.from_numpy(roots), torch.from_numpy(number))
+        draws = Keyed(row_keys(config.seed, "tree/select", torch.from_numpy(roots), torch.from_numpy(number)))
+        picks = select(
+            self.nodes,
+            roots,
+            draws.uniform((len(roots), config.last)).numpy(),
+            rule=config.select,
+            widening=config.widening,
+            inverse_temperature=config.inverse_temperature,
+            scale=self.reward_scale()[roots],
+            last=config.last,
+        )
+        try:
+            grown = self._denoise(picks, roots, keys, poll)
+            scores = self._score(picks, grown, roots)
+        except BaseException:
+            undo(self.nodes, picks, config.last)
+            raise
+        self._commit(picks, grown, scores, roots)
+        np.add.at(self.counts["made"], roots, 1)
+        np.add.at(self.counts["nfe"], roots, grown.calls)
+        self.rounds += 1
+
+    def _denoise(self, picks: Picks, roots: Ints, keys: Tensor, poll: Callable[[], None] | None) -> _Grown:
+        """Run all rollouts level by level, so that a step is one batch of those that are there."""
+        config, chain = self.config, self.chain
+        grown = _Grown([], [], [], np.zeros(len(roots), np.int64))
+        rows = np.zeros(0, np.int64)
+        x: Tensor | None = None
+        for level in range(config.last):
+            joining = np.flatnonzero(picks.start == level)
+            if len(joining):
+                if level == 0:
+                    fresh = chain.prior(keys[torch.from_numpy(joining)])
+                else:
+                    ids = picks.path[joining, level]
+                    fresh = self.pools[level - 1].take(self.nodes["row"][ids], chain.device)
+                x = fresh if x is None else torch.cat([x, fresh])
+                rows = np.concatenate([rows, joining])
+            if x is not None:
+                index = torch.from_numpy(rows)
+                span = (config.branch[level - 1] if level else 0, config.branch[level])
+                walk = chain.advance(x, torch.from_numpy(roots)[index], keys[index], span, poll)
+                x = walk.x
+                grown.calls[rows] += walk.calls.numpy()
+                grown.edges.append(walk.log_ratio.numpy())
+            else:
+                grown.edges.append(np.zeros(0))
+            grown.rows.append(rows)
+            grown.states.append(x)
+        return grown
+
+    def _score(self, picks: Picks, grown: _Grown, roots: Ints) -> tuple[Floats, NDArray[np.bool_]]:
+        """Rewards [m] and validity of the new leaves (rows of the last level)."""
+        rows, x = grown.rows[-1], grown.states[-1]
+        if x is None:
+            return np.zeros(0), np.zeros(0, np.bool_)
+        index = torch.from_numpy(roots[rows])
+        if not self.chain.masked:
+            scores = self.scorer(x, index)
+            return scores.values.numpy(), scores.valid.numpy()
+        # equal sequences of one prompt are scored once
+        marked = torch.cat([index.to(x.device)[:, None], x], dim=1)
+        unique, back = torch.unique(marked, dim=0, return_inverse=True)
+        scores = self.scorer(unique[:, 1:], unique[:, 0].cpu())
+        return scores.values.numpy()[back.cpu().numpy()], scores.valid.numpy()[back.cpu().numpy()]
+
+    def _commit(self, picks: Picks, grown: _Grown, scores: tuple[Floats, NDArray[np.bool_]], roots: Ints) -> None:
+        """Put the round's states into the tree and back their rewards up; nothing here can fail."""
+        nodes, last = self.nodes, self.config.last
+        path = picks.path
+        for level in range(last):
+            rows, states = grown.rows[level], grown.states[level]
+            if states is None:
+                continue
+            parents = path[rows, level]
+            continued = picks.start[rows] < level
+            np.add.at(nodes["drawn"], parents[continued], 1)
+            path[rows, level + 1] = self._attach(level + 1, parents, states, grown.edges[level])
+            if level + 1 < last:
+                np.add.at(nodes["visits"], path[rows, level + 1], 1)
+        rows = grown.rows[-1]
+        leaves = path[rows, last]
+        self.enter_rewards(leaves, roots[rows], *scores)
+        for level in range(last - 1, -1, -1):
+            touched = np.unique(path[:, level])
+            nodes.back_up(touched[touched >= 0], self.config.inverse_temperature, hard=self.config.hard)
+        ratio = picks.log_ratio + nodes["edge"][path[:, 1:]].sum(1)
+        self.rollouts.add(len(path), leaf=path[:, last], log_ratio=ratio, start=picks.start)
+
+    def _attach(self, level: int, parents: Ints, states: Tensor, edges: Floats) -> Ints:
+        """Add children and return their nodes; equal siblings become one node of larger multiplicity."""
+        nodes = self.nodes
+        twin = self._twins(level, parents, states)
+        first = np.flatnonzero(twin == -1 - np.arange(len(twin)))
+        place = np.zeros(len(twin), np.int64)
+        rows = self.pools[level - 1].add(states[torch.from_numpy(first).to(states.device)])
+        place[first] = nodes.add(len(first), parent=parents[first], level=level, visits=1, row=rows, edge=edges[first])
+        for parent, child in zip(parents[first].tolist(), place[first].tolist(), strict=True):
+            nodes.link(parent, child)
+        ids = np.where(twin >= 0, twin, place[-1 - np.minimum(twin, -1)])
+        np.add.at(nodes["multiplicity"], ids, 1)
+        return ids
+
+    def _twins(self, level: int, parents: Ints, states: Tensor) -> Ints:
+        """For each new child: the node of an equal sibling, or −1 − (the first new child equal to it).
+
+        Gaussian states are never equal.  Token states are compared by a 64-bit hash of (parent, tokens).
+        """
+        if not self.chain.masked:
+            return -1 - np.arange(len(parents))
+        old = self.nodes.children(np.unique(parents)).ids
+        known = np.zeros(0, np.int64)
+        if len(old):
+            stored = self.pools[level - 1].take(self.nodes["row"][old], states.device)
+            known = _hashes(self.nodes["parent"][old], stored)
+        _, first, back = np.unique(
+            np.concatenate([known, _hashes(parents, states)]), return_index=True, return_inverse=True
+        )
+        found = first[back[len(old) :]]
+        return np.where(
+            found < len(old), old[np.minimum(found, len(old) - 1)] if len(old) else -1, -1 - (found - len(old))
+        )
+
+    def enter_rewards(self, leaves: Ints, roots: Ints, values: Floats, valid: NDArray[np.bool_]) -> None:
+        """Write rewards into leaves; best, mean and spread of each root follow (Chan et al. 1979)."""
+        self.nodes["value"][leaves] = np.where(valid, values, 0.0)
+        self.nodes["ready"][leaves] = valid
+        self.excluded += np.unique(leaves[~valid]).tolist()
+        counts = self.counts
+        for root in np.unique(roots[valid]):
+            new = values[valid & (roots == root)]
+            n, mean = counts["valid"][root], counts["mean"][root]
+            gap = new.mean() - mean
+            counts["m2"][root] += ((new - new.mean()) ** 2).sum() + gap**2 * n * len(new) / (n + len(new))
+            counts["mean"][root] = mean + gap * len(new) / (n + len(new))
+            counts["valid"][root] = n + len(new)
+            counts["best"][root] = np.fmax(counts["best"][root], new.max())
+
+    def reward_scale(self) -> Floats:
+        """Standard deviation of the leaf rewards of each root; 1 where there is none yet."""
+        spread = np.sqrt(self.counts["m2"] / np.maximum(self.counts["valid"], 1))
+        return np.where(spread > 0, spread, 1.0)
+
+
+def reward_twist(scorer: Scorer, strength: float, max_norm: float | None) -> Twist | None:
+    """Return the proposal that climbs the reward with `strength` (guidance/temperature); None for 0."""
+    return Twist(scorer.differentiable, lambda t: strength, max_norm) if strength > 0 else None
+
+
+def branch_indices(chain: Chain, branch: int | str | Sequence[float]) -> tuple[int, ...]:
+    """Return where in the time grid the levels lie; the last is the clean end.
+
+    Raises:
+        UsageError: a time that is not in the grid, or the one before a last step without noise, where siblings would be
+            equal; a number of segments outside 1 … steps.
+    """
+    grid, steps = chain.grid, chain.steps
+    equal = None if chain.step.stochastic_at(0.0) else steps - 1
+    if branch == "all":
+        return tuple(i for i in range(1, steps + 1) if i != equal)
+    if isinstance(branch, int):
+        if not 1 <= branch <= steps:
+            raise UsageError(f"branch is {branch} segments, but the path has {steps} steps; give 1 to {steps}.")
+        even = {round(i * steps / branch) for i in range(1, branch + 1)} - {0}
+        return tuple(sorted(i for i in even if i != equal))
+    if isinstance(branch, str):
+        raise UsageError(f"unknown branch '{branch}'; give a number of segments, a list of times, or \"all\".")
+    found = {steps}
+    for time in branch:
+        nearby = min(range(len(grid)), key=lambda i: abs(grid[i] - time))
+        if abs(grid[nearby] - time) > 1e-6:
+            raise UsageError(
+                f"branch time {time:g} is not in the time grid; the nearest are {grid[nearby]:.6g} and "
+                f"{grid[nearby + 1 if nearby < steps else nearby - 1]:.6g}."
+            )
+        if nearby == equal:
+            raise UsageError(
+                f"branch time {time:g} lies before the last step, which draws nothing: siblings there would be equal. "
+                f"Take {grid[nearby - 1]:.6g} or leave it out."
+            )
+        found.add(nearby)
+    return tuple(sorted(found))
+
+
+def _hashes(parents: Ints, tokens: Int64[Tensor, "b n"]) -> Ints:
+    """64-bit hashes of (parent, tokens)."""
+    columns = tokens.long().cpu().unbind(1)
+    return row_keys(0, "tree/twins", torch.from_numpy(np.asarray(parents, np.int64)), *columns).numpy()
