@@ -15,6 +15,7 @@ PRETRAIN = {
     "flow": "gencontrol.algorithms.pretrain_flow:FlowPretrain",
     "clap": "gencontrol.algorithms.pretrain_clap:ClapPretrain",
     "attributes": "gencontrol.algorithms.pretrain_attributes:AttributePretrain",
+    "digits": "gencontrol.algorithms.pretrain_digits:DigitsPretrain",
 }
 REWARDS = {
     "clap": "gencontrol.rewards.clap:ClapReward",
@@ -24,6 +25,7 @@ REWARDS = {
     "quality": "gencontrol.rewards.quality:QualityReward",
     "loudness-range": "gencontrol.rewards.signal:LoudnessRange",
     "spectral-centroid": "gencontrol.rewards.signal:SpectralCentroid",
+    "digit-class": "gencontrol.rewards.classifier:DigitClassReward",
 }
 BENCHES = {
     "overhead": "gencontrol.bench.overhead:main",

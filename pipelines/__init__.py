@@ -8,13 +8,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gencontrol.pipelines.backend import ProcessSpec
     from gencontrol.pipelines.base import Pipeline
-    from gencontrol.pipelines.outputs import AudioPipelineOutput
+    from gencontrol.pipelines.class_to_image import ClassToImagePipeline
+    from gencontrol.pipelines.outputs import AudioPipelineOutput, ImagePipelineOutput
     from gencontrol.pipelines.text_to_audio import TextToAudioPipeline
 
-__all__ = ["AudioPipelineOutput", "Pipeline", "ProcessSpec", "TextToAudioPipeline"]
+__all__ = [
+    "AudioPipelineOutput",
+    "ClassToImagePipeline",
+    "ImagePipelineOutput",
+    "Pipeline",
+    "ProcessSpec",
+    "TextToAudioPipeline",
+]
 
 _WHERE = {
     "AudioPipelineOutput": "outputs",
+    "ClassToImagePipeline": "class_to_image",
+    "ImagePipelineOutput": "outputs",
     "Pipeline": "base",
     "ProcessSpec": "backend",
     "TextToAudioPipeline": "text_to_audio",

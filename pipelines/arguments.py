@@ -73,7 +73,7 @@ def negatives(value: str | Sequence[str] | None, prompts: int, repeats: int, sca
 def sources(
     generator: torch.Generator | Sequence[torch.Generator] | None, seed: int | Sequence[int] | None, count: int
 ) -> Generators:
-    """Return the noise sources of `count` sounds; a seed gives each sound a stream of its own.
+    """Return the noise sources of `count` samples; a seed gives each a stream of its own.
 
     Raises:
         UsageError: generator and seed, or a list of another length.
@@ -84,12 +84,12 @@ def sources(
         return item_generators(seed, "pipeline", range(count))
     if seed is not None:
         if len(seed) != count:
-            raise UsageError(f"{len(seed)} seeds for {count} sounds; give one for each, or a single one.")
+            raise UsageError(f"{len(seed)} seeds for {count} samples; give one for each, or a single one.")
         return [stream(item, "pipeline", 0) for item in seed]
     if generator is None or isinstance(generator, torch.Generator):
         return generator
     if len(generator) != count:
-        raise UsageError(f"{len(generator)} generators for {count} sounds; give one for each, or a single one.")
+        raise UsageError(f"{len(generator)} generators for {count} samples; give one for each, or a single one.")
     return list(generator)
 
 

@@ -95,9 +95,9 @@ def locate(source: str | Path, options: LoadOptions, bundled: str) -> tuple[dict
 
     Raises:
         UsageError: neither a folder of a pipeline nor a reachable hub repository.
-        EnvironmentMissing: "bundled" was asked for and is not installed.
+        EnvironmentMissing: "bundled" (or "bundled-" and the model's name) was asked for and is not installed.
     """
-    if str(source) == "bundled":
+    if str(source) in ("bundled", f"bundled-{bundled}"):
         folder = bundled_folder(bundled)
         return read_index(folder), folder
     path = Path(source).expanduser()

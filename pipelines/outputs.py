@@ -59,3 +59,15 @@ class AudioPipelineOutput(PipelineOutput):
 
     audios: Tensor | np.ndarray
     sampling_rate: int
+
+
+@dataclass(frozen=True)
+class ImagePipelineOutput(PipelineOutput):
+    """Images of one call.
+
+    Args:
+        images: PIL images; or [b c h w] (tensor) or [b h w c] (array, as diffusers has it), in [0, 1]; or, for
+            `output_type="latent"`, the model's own clean samples.
+    """
+
+    images: list[Any] | Tensor | np.ndarray

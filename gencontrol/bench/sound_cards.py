@@ -67,7 +67,7 @@ def write_card(
     _picture(kind, model, SoundDataset.load(data, "test"))
 
 
-def origin_of_run(run: Path) -> list[str]:
+def origin_of_run(run: Path, machine: str = "shared with other work") -> list[str]:
     """Lines that say by which command, where and how long a run folder's model was trained, as the run recorded it."""
     start = json.loads((run / "run.json").read_text())["starts"][0]
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
@@ -75,7 +75,7 @@ def origin_of_run(run: Path) -> list[str]:
     return [
         f"    {start['command']}",
         "",
-        f"{last['step']} steps in {last['time/wall']:.0f} s of wall time ({start['device']}, shared with other work; "
+        f"{last['step']} steps in {last['time/wall']:.0f} s of wall time ({start['device']}, {machine}; "
         f"{versions}; commit {start['commit']}).",
     ]
 

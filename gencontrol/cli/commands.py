@@ -117,7 +117,7 @@ def finetune(
 
 def pretrain(
     ctx: typer.Context,
-    what: Annotated[str, typer.Argument(metavar="sound-data|clap|attributes|flow", help="What to make.")],
+    what: Annotated[str, typer.Argument(metavar="sound-data|clap|attributes|flow|digits", help="What to make.")],
     overrides: Overrides = None,
     data: Annotated[Text, _option("--data", "Folder of the sound data.", WHAT, "FOLDER")] = None,
     steps: Steps = None,

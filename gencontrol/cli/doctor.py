@@ -128,6 +128,7 @@ def _bundled() -> Iterator[Check]:
         ("text_to_audio", "--model bundled"),
         ("clap", "--reward clap"),
         ("attributes", "quality checks"),
+        ("digits", "ClassToImagePipeline and --reward digit-class"),
     ):
         present = any((BUNDLED / name).rglob("*.safetensors"))
         detail = (

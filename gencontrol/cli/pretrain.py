@@ -1,4 +1,4 @@
-"""`gencontrol pretrain`: sound-data, clap, attributes and flow, which together make everything that is bundled."""
+"""`gencontrol pretrain`: sound-data, clap, attributes, flow and digits, which together make all that is bundled."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from gencontrol.cli.environment import choose_device, prepare
+from gencontrol.cli.pretrain_digits import DigitsRun
+from gencontrol.cli.pretrain_digits import train_defaults as digits_defaults
 from gencontrol.cli.runs import RunFolder, fit, open_run
 from gencontrol.cli.settings import describe, given_flags, merge, run_mode
 from gencontrol.config import build, dump_toml
 from gencontrol.errors import UsageError, nearest
 
-STAGES = ("sound-data", "clap", "attributes", "flow")
+STAGES = ("sound-data", "clap", "attributes", "flow", "digits")
 SECTIONS = ("run", "train", "algorithm", "model", "process")
 
 ROUTES = {
@@ -32,7 +34,7 @@ ROUTES = {
 
 @dataclass(frozen=True)
 class PretrainRun:
-    """The [run] section of a pretraining.
+    """The [run] section of a pretraining on sound.
 
     Args:
         stage: clap, attributes or flow.
@@ -107,26 +109,38 @@ def _train(stage: str, table: dict[str, dict[str, Any]], parameters: Mapping[str
 
     table["run"]["stage"] = stage
     table["run"].setdefault("output", f"runs/{stage}")
-    run = build(PretrainRun, table["run"], "run")
-    train = build(TrainConfig, {**_train_defaults(table["train"]), **table["train"]}, "train")
+    run = build(DigitsRun if stage == "digits" else PretrainRun, table["run"], "run")
+    defaults = digits_defaults if stage == "digits" else _train_defaults
+    train = build(TrainConfig, {**defaults(table["train"]), **table["train"]}, "train")
     prepare(threads=train.threads)
     algorithm = resolve(PRETRAIN, stage, "pretraining")
     options = build(algorithm.Config, table["algorithm"], "algorithm")
     sections: list[tuple[str, Any]] = [("run", run), ("train", train), ("algorithm", options)]
-    architecture: tuple[Any, Any] | None = None
-    if stage == "flow":
-        from gencontrol.cli.pretrain_flow import FlowModel, flow_process
-
-        architecture = build(FlowModel, table["model"], "model"), flow_process(table["process"])
+    architecture = _architecture(stage, table)
+    if architecture is not None:
         sections += [("model", architecture[0]), ("process", architecture[1])]
-    elif table["model"] or table["process"]:
-        raise UsageError(f"pretrain {stage} has no sections [model] and [process]; only flow has.")
-    _check_data(run.data)
+    if isinstance(run, PretrainRun):
+        _check_data(run.data)
     folder = open_run(run.output, describe(sections), mode=run_mode(parameters), allow=parameters["allow_change"] or ())
     if parameters["dry_run"]:
         print(dump_toml(folder.table), end="")
         return
     _fit(stage, algorithm, run, options, train, architecture, folder)
+
+
+def _architecture(stage: str, table: Mapping[str, Mapping[str, Any]]) -> tuple[Any, Any] | None:
+    """Sizes of the network and the process of a denoiser's stage; None for the others, which have neither."""
+    if stage not in ("flow", "digits"):
+        if table["model"] or table["process"]:
+            raise UsageError(f"pretrain {stage} has no sections [model] and [process]; only flow and digits have.")
+        return None
+    from gencontrol.cli import pretrain_digits, pretrain_flow
+
+    if stage == "flow":
+        sizes: Any = build(pretrain_flow.FlowModel, table["model"], "model")
+        return sizes, pretrain_flow.flow_process(table["process"])
+    sizes = build(pretrain_digits.DigitsModel, table["model"], "model")
+    return sizes, pretrain_flow.flow_process({**pretrain_digits.PROCESS, **table["process"]})
 
 
 def _train_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,14 +156,19 @@ def _check_data(folder: str) -> None:
 def _fit(
     stage: str,
     algorithm: Any,
-    run: PretrainRun,
+    run: PretrainRun | DigitsRun,
     options: Any,
     train: Any,
     architecture: tuple[Any, Any] | None,
     folder: RunFolder,
 ) -> None:
     device = choose_device(train.device)
-    if architecture is not None:
+    if not isinstance(run, PretrainRun):
+        from gencontrol.cli.pretrain_digits import make_digits
+
+        assert architecture is not None  # of `_architecture`
+        made = make_digits(algorithm, options, *architecture, seed=train.seed, device=device)
+    elif architecture is not None:
         from gencontrol.cli.pretrain_flow import make_flow
 
         made = make_flow(algorithm, run, options, architecture[0], architecture[1], seed=train.seed, device=device)
