@@ -1,5 +1,8 @@
 """Sampling: stateless steps, the loop, time grids and the controls (Model → Model)."""
 
+from importlib import import_module
+from typing import Any
+
 from gencontrol.sampling.guidance import cfg, compose, inpaint, retime, score_shift
 from gencontrol.sampling.loop import STEPS, Callback, Path, make_step, sample
 from gencontrol.sampling.masked_steps import Ancestral as ancestral
@@ -12,26 +15,54 @@ from gencontrol.sampling.steps import Euler as euler
 from gencontrol.sampling.steps import Heun as heun
 from gencontrol.sampling.steps import Sde as sde
 
+#: Found on first use: they load rewards, which plain sampling does not need.
+_LATER = {
+    "best_of_n": "particles",
+    "importance_sampling": "particles",
+    "smc": "particles",
+    "beam": "particles",
+    "tds": "guided",
+    "das": "guided",
+    "dps": "guided",
+    "Particles": "population",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a particle sampler."""
+    if name not in _LATER:
+        raise AttributeError(f"module 'gencontrol.sampling' has no attribute '{name}'")
+    return getattr(import_module(f"gencontrol.sampling.{_LATER[name]}"), name)
+
+
 __all__ = [
     "STEPS",
     "Callback",
+    "Particles",
     "Path",
     "State",
     "Step",
     "ancestral",
+    "beam",
+    "best_of_n",
     "blocks",
     "cfg",
     "compose",
     "confidence",
+    "das",
     "ddim",
     "dpmpp2m",
+    "dps",
     "euler",
     "gaussian_log_prob",
     "heun",
+    "importance_sampling",
     "inpaint",
     "make_step",
     "retime",
     "sample",
     "score_shift",
     "sde",
+    "smc",
+    "tds",
 ]

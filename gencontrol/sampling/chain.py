@@ -20,13 +20,13 @@ from gencontrol.errors import UsageError
 from gencontrol.models.denoiser import Pred, TokenPred
 from gencontrol.process.gaussian import GaussianProcess
 from gencontrol.process.masked import MaskedProcess
-from gencontrol.rng import Keyed
+from gencontrol.rng import Keyed, randn
 from gencontrol.sampling.grids import make_grid
 from gencontrol.sampling.loop import make_step, model_device
 from gencontrol.sampling.masked_steps import Ancestral, MaskedStep, inverse_cdf
-from gencontrol.sampling.state import State, Step, gaussian_log_prob
+from gencontrol.sampling.state import State, Step
 from gencontrol.sampling.steps import Sde, StochasticStep
-from gencontrol.types import Cond, index_cond
+from gencontrol.types import Cond, index_cond, map_cond
 
 #: (x0 estimate [b *d], root of every row [b]) → a differentiable value [b] to climb
 Value = Callable[[Tensor, Tensor], Tensor]
@@ -141,10 +141,10 @@ class Chain:
 
     def _move(self, x: Tensor, roots: Tensor, keys: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
         """One step of all rows; also log p/q [b] where a twist changes the law."""
-        if self.twist is not None:
+        t, t_next = self.grid[index], self.grid[index + 1]
+        if self.twist is not None and self.step.stochastic_at(t_next):
             pred, gradient, _ = self.slope(x, roots, index)
             return self.twisted(pred, gradient, index, keys)
-        t, t_next = self.grid[index], self.grid[index + 1]
         noise = self.step.draw(x, Keyed(keys, index + 1)) if self.step.stochastic_at(t_next) else None
         with self.autocast():
             state = self.step(self.model, State(x), t, t_next, self.condition(roots), noise)
@@ -185,7 +185,7 @@ class Chain:
         self, x: Float[Tensor, "b *d"], roots: Int64[Tensor, " b"], index: int
     ) -> tuple[Pred, Float[Tensor, "b *d"], Float[Tensor, " b"]]:
         """Call the model at x_t and return (prediction, gradient of the twist's value in x_t, value); one call, one
-        backward pass.
+        backward pass.  A gradient that is not finite is 0; the value is NaN where it could not be computed.
 
         Raises:
             UsageError: there is no twist, or the value carries no gradient.
@@ -199,7 +199,7 @@ class Chain:
             if not value.requires_grad:
                 raise UsageError("the reward gives no gradient; choose a sampler that needs none (smc, dts, beam).")
             (gradient,) = torch.autograd.grad(value.sum(), leaf)
-        gradient = torch.nan_to_num(gradient.detach())
+        gradient = torch.nan_to_num(gradient.detach(), 0.0, 0.0, 0.0)
         if self.twist.max_norm is not None:
             norm = gradient.flatten(1).norm(dim=1).clamp_min(1e-12)
             factor = (self.twist.max_norm / norm).clamp(max=1.0)
@@ -218,9 +218,11 @@ class Chain:
         if not self.step.stochastic_at(t_next):
             return pred.x0, x.new_zeros(len(x))
         mean = Pred(pred.raw, x, pred.coeffs, pred.prediction, pred.sigma_data).mix(w0, w1)
-        moved = mean + self.twist.scale(t) * std * std * gradient
-        x_next = moved + std * self.step.draw(x, Keyed(keys, index + 1))
-        ratio = gaussian_log_prob(x_next, mean, std) - gaussian_log_prob(x_next, moved, std)
+        noise = randn(x.shape, Keyed(keys, index + 1), x.device, x.dtype)
+        push = self.twist.scale(t) * std * gradient  # in units of the noise
+        x_next = mean + std * (push + noise)
+        # log N(z + u; 0, 1) − log N(z; 0, 1); the difference of two log-densities would cancel in high dimensions
+        ratio = -(push * (noise + 0.5 * push)).flatten(1).double().sum(1)
         return x_next.to(x.dtype), ratio
 
 
@@ -271,12 +273,22 @@ def make_chain(
         raise UsageError(f"the time grid ends at {grid[-1]:g}; rewards need clean samples, so it must end at 0.")
     if not item_shape:
         raise UsageError("the shape has no data axis; give (number of prompts, *shape of one sample).")
+    rows = {leaf.shape[0] for leaf in cond_leaves(cond)}
+    if rows - {roots}:
+        raise UsageError(f"the condition has {max(rows - {roots})} rows; give one per prompt, {roots}.")
     if twist is not None and not isinstance(chosen, StochasticStep):
         raise UsageError("gradient proposals need a Gaussian model with sde or ddim (eta > 0).")
     if not masked:
         model.process.schedule.prepare(grid)
     place = torch.device(device) if device is not None else model_device(model, None)
     return Chain(model, chosen, tuple(grid), tuple(item_shape), roots, cond, place, autocast, twist)
+
+
+def cond_leaves(cond: Cond) -> list[Tensor]:
+    """All tensors of a condition."""
+    found: list[Tensor] = []
+    map_cond(lambda leaf: found.append(leaf) or leaf, cond)  # type: ignore[func-returns-value]  # append returns None
+    return found
 
 
 def token_step(chain: Chain) -> None:

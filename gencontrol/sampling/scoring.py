@@ -8,7 +8,7 @@ number of values) is an error at once.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -74,6 +74,7 @@ class Scorer:
     batch: int = 64
     repeats: int = 1
     calls: int = 0
+    scored: int = 0
     excluded: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
 
@@ -84,7 +85,7 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, x0: Shaped[Tensor, "b *d"], roots: Int64[Tensor, " b"]) -> Scores:
-        """Score clean states; `calls` grows by b·repeats, `excluded` by the invalid ones.
+        """Score clean states; `calls` grows by b·repeats, `scored` by the valid ones, `excluded` by the others.
 
         Raises:
             RewardError: the reward breaks its contract, or nothing valid came in the first `PATIENCE` samples.
@@ -94,14 +95,32 @@ class Scorer:
             return Scores(torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.bool))
         values = torch.cat([part.values for part in parts])
         valid = torch.cat([part.valid for part in parts])
+        self.scored += int(valid.sum())
         self.excluded += int((~valid).sum())
-        if self.excluded >= PATIENCE and self.excluded * self.repeats >= self.calls:
+        if self.excluded >= PATIENCE and not self.scored:
             why = "; ".join(f"{reason} ({count})" for reason, count in self.reasons.items())
             raise RewardError(f"reward '{self.reward.name}' scored none of the first {self.excluded} samples: {why}")
         return Scores(values, valid)
 
+    def counters(self) -> dict[str, Any]:
+        """What was counted so far, for `set_counters` and files."""
+        return {"calls": self.calls, "scored": self.scored, "excluded": self.excluded, "reasons": dict(self.reasons)}
+
+    def set_counters(self, counters: Mapping[str, Any]) -> None:
+        """Count on from what `counters` returned."""
+        self.calls, self.scored, self.excluded = counters["calls"], counters["scored"], counters["excluded"]
+        self.reasons = dict(counters["reasons"])
+
+    def add_counters(self, counters: Mapping[str, Any]) -> None:
+        """Add what another scorer counted."""
+        self.calls += counters["calls"]
+        self.scored += counters["scored"]
+        self.excluded += counters["excluded"]
+        for reason, count in counters["reasons"].items():
+            self._reason(reason, count)
+
     def differentiable(self, x0: Float[Tensor, "b *d"], roots: Int64[Tensor, " b"]) -> Float[Tensor, " b"]:
-        """Values with their graph, 0 where invalid; for gradient proposals.  Counts calls like any other.
+        """Values with their graph, NaN where invalid; for gradient proposals.  Counts calls like any other.
 
         Raises:
             UsageError: the reward is not differentiable.
@@ -113,8 +132,7 @@ class Scorer:
             )
         self.calls += len(x0)
         samples = x0 if self.decode is None else self.decode(x0)
-        out = checked(self.reward.name, self.reward(samples, self._context(roots)), len(x0))
-        return torch.where(out.valid, out.values, torch.zeros_like(out.values))
+        return checked(self.reward.name, self.reward(samples, self._context(roots)), len(x0)).values
 
     def _context(self, roots: Int64[Tensor, " b"]) -> RewardContext:
         """The context's entries of the rows."""
