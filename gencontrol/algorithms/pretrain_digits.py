@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -206,7 +207,8 @@ class DigitsPretrain(FlowPretrain):
                 self._calibration.images.to(self._device), self._calibration.labels.to(self._device)
             )
             if self.save is None:
-                self.denoiser.network.save_pretrained(folder / "transformer")
+                network: Any = self.denoiser.network
+                network.save_pretrained(folder / "transformer")
                 self.classifier.save_pretrained(folder / "classifier")
                 return
         super().save_final(folder)

@@ -67,6 +67,13 @@ def nearest(x: Float[Tensor, "n *d"], to: DigitImages) -> tuple[Float[Tensor, " 
     return distance, to.labels[row]
 
 
+def generated(pipe: ClassToImagePipeline, labels: Sequence[Any], **call: Any) -> Float[Tensor, "n 1 8 8"]:
+    """Images in [0, 1] of a call of the pipeline with these labels and keywords."""
+    output: Any = pipe(labels, output_type="pt", **call)
+    images: Tensor = output.images
+    return images
+
+
 @torch.no_grad()
 def classifier_quality(classifier: ImageClassifier, test: DigitImages) -> dict[str, float]:
     """Accuracy, calibration and size of the classifier on images that it never saw."""
@@ -87,7 +94,7 @@ def conditional_quality(
 ) -> dict[str, float]:
     """How often generated digits show their label, judged twice, and the worst digit; `call` goes to the pipeline."""
     labels = torch.arange(10).repeat_interleave(per_label)
-    made = pipe(list(range(10)), per_label, output_type="pt", seed=0, **call).images * 2 - 1
+    made = generated(pipe, list(range(10)), num_images_per_label=per_label, seed=0, **call) * 2 - 1
     right = (classifier(made).argmax(1) == labels).double()
     return {
         "images": len(made),
@@ -103,7 +110,7 @@ def unconditional_quality(
     pipe: ClassToImagePipeline, classifier: ImageClassifier, train: DigitImages, test: DigitImages, *, count: int
 ) -> dict[str, float]:
     """Distance of the unconditional law to the data's, evenness over the digits, and distance to training images."""
-    made = pipe([None] * count, output_type="pt", seed=1).images * 2 - 1
+    made = generated(pipe, [None] * count, seed=1) * 2 - 1
     shares = classifier(made).argmax(1).bincount(minlength=10) / count
     return {
         "images": count,
@@ -183,7 +190,7 @@ def write_card(model: Path, sections: Mapping[str, Mapping[str, float]], origin:
         "",
         *origin,
         "",
-        "Data: scikit-learn's `load_digits` (UCI Optical Recognition of Handwritten Digits, its test set of 1797 images "
+        "Data: scikit-learn's `load_digits` (UCI Optical Recognition of Handwritten Digits, test set: 1797 images "
         "by 13 writers, CC BY 4.0), pixels scaled to [-1, 1]. Split by `gencontrol.data.digits` (36 images of each "
         "digit test, by a hash of the index): 1437 train the flow, 1257 of them the classifier, the other 180 chose "
         "its temperature; 360 are test images.",
@@ -215,7 +222,7 @@ def write_card(model: Path, sections: Mapping[str, Mapping[str, float]], origin:
 def _picture(model: Path) -> bytes:
     """Ten generated images of each label beside ten test images, one row per label."""
     pipe, test = ClassToImagePipeline.from_pretrained(model), load_digit_images("test")
-    made = pipe(list(range(10)), 10, num_inference_steps=20, output_type="pt", seed=0).images
+    made = generated(pipe, list(range(10)), num_images_per_label=10, num_inference_steps=20, seed=0)
     gap = torch.full((1, 1, 8, 8), 0.5)
     rows = []
     for label in range(10):

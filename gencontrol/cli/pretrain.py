@@ -109,9 +109,12 @@ def _train(stage: str, table: dict[str, dict[str, Any]], parameters: Mapping[str
 
     table["run"]["stage"] = stage
     table["run"].setdefault("output", f"runs/{stage}")
-    run = build(DigitsRun if stage == "digits" else PretrainRun, table["run"], "run")
-    defaults = digits_defaults if stage == "digits" else _train_defaults
-    train = build(TrainConfig, {**defaults(table["train"]), **table["train"]}, "train")
+    run: PretrainRun | DigitsRun
+    if stage == "digits":
+        run, defaults = build(DigitsRun, table["run"], "run"), digits_defaults(table["train"])
+    else:
+        run, defaults = build(PretrainRun, table["run"], "run"), _train_defaults(table["train"])
+    train = build(TrainConfig, {**defaults, **table["train"]}, "train")
     prepare(threads=train.threads)
     algorithm = resolve(PRETRAIN, stage, "pretraining")
     options = build(algorithm.Config, table["algorithm"], "algorithm")

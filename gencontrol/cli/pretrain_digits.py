@@ -22,8 +22,8 @@ class DigitsRun:
 class DigitsModel:
     """The [model] section: patch size in pixels and sizes of the transformer (see `TransformerConfig`)."""
 
-    patch: int = 2
-    dim: int = 64
+    patch: int = 4
+    dim: int = 128
     depth: int = 3
     heads: int = 4
     mlp_ratio: float = 4.0

@@ -1,12 +1,13 @@
 """A small calibrated classifier of small images: log p(class | image), smooth in the pixels.
 
 Convolutions with group norm and GELU (no batch statistics, no dropout: the same function in training and in use), one
-temperature that divides the logits, chosen on held-out images (Guo et al. 2017), kept in config.json.
+temperature that divides the logits, chosen on held-out images (Guo et al. 2017; Platt's targets), kept in config.json.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -138,24 +139,27 @@ def _stage(inside: int, outside: int, stride: int) -> list[nn.Module]:
 
 
 def fit_temperature(logits: Float[Tensor, "n classes"], labels: Int64[Tensor, " n"]) -> float:
-    """Return the temperature in [0.05, 20] of least negative log-likelihood, by golden sections in its logarithm.
+    """Return the temperature in [0.02, 50] of least cross-entropy, by golden sections in its logarithm.
 
-    The likelihood is concave in 1/T, so it has one maximum over log T (Guo et al. 2017, §4.2).  The lower bound is
-    reached where every item is right, and the likelihood has no maximum.
+    The targets give 1/(n + 2) of each item's mass to the other classes (Platt 1999, §2.2): without it, n items that are
+    all right would ask for certainty.  The loss is convex in 1/T, so it has one minimum over log T (Guo et al. 2017).
     """
-    wide = logits.detach().double()
+    wide, (n, classes) = logits.detach().double(), logits.shape
+    spread = 1.0 / (n + 2)
+    # F.cross_entropy's smoothing gives e/classes to every class, the true one too
+    smoothing = spread * classes / (classes - 1)
 
     def loss(log_t: float) -> float:
-        return float(F.cross_entropy(wide / torch.tensor(log_t).exp(), labels))
+        return float(F.cross_entropy(wide / math.exp(log_t), labels, label_smoothing=smoothing))
 
-    low, high, ratio = torch.tensor(0.05).log().item(), torch.tensor(20.0).log().item(), (5**0.5 - 1) / 2
+    low, high, ratio = math.log(0.02), math.log(50.0), (5**0.5 - 1) / 2
     for _ in range(60):
         left, right = high - ratio * (high - low), low + ratio * (high - low)
         if loss(left) <= loss(right):
             high = right
         else:
             low = left
-    return float(torch.tensor((low + high) / 2, dtype=torch.float64).exp())
+    return math.exp((low + high) / 2)
 
 
 def calibration_error(log_probs: Float[Tensor, "n classes"], labels: Int64[Tensor, " n"], bins: int = 10) -> float:

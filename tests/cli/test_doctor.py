@@ -13,7 +13,7 @@ from gencontrol.cli.bundled import check_manifest, write_manifest
 
 
 def _healthy_bundle(folder: Path) -> Path:
-    for name in ("text_to_audio", "clap", "attributes"):
+    for name in ("text_to_audio", "clap", "attributes", "digits"):
         (folder / name).mkdir(parents=True)
         (folder / name / "model.safetensors").write_bytes(name.encode())
     write_manifest(folder)
@@ -82,7 +82,7 @@ def test_a_folder_that_cannot_be_written(
 def test_manifest_covers_every_file(tmp_path: Path) -> None:
     folder = _healthy_bundle(tmp_path / "bundled")
     table = json.loads((folder / "manifest.json").read_text())["files"]
-    assert sorted(table) == [f"{name}/model.safetensors" for name in ("attributes", "clap", "text_to_audio")]
+    assert sorted(table) == [f"{name}/model.safetensors" for name in ("attributes", "clap", "digits", "text_to_audio")]
     assert check_manifest(folder) == []
 
 

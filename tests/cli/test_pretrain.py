@@ -77,6 +77,7 @@ def test_dry_run_writes_nothing(data: Path, tmp_path: Path, capsys: pytest.Captu
         (["clap", "model.dim=3"], "only flow"),
         (["clap", "run.clapp=x"], "Did you mean 'clap'?"),
         (["attributes", "algorithm.batch=0"], "batch"),
+        (["digits"], "no option 'data'"),
         (["sound-data", "--lr", "1.0"], "train.lr"),
         (["sound-data", "run.train=0"], "at least 1"),
     ],
@@ -85,6 +86,29 @@ def test_refusals(options: list[str], text: str, data: Path, capsys: pytest.Capt
     assert main(["pretrain", *options, "--data", str(data), "--dry-run"]) == 2
     error = capsys.readouterr().err
     assert text in error and error.count("\n") == 1
+
+
+def test_digits_make_a_loadable_pipeline(tmp_path: Path) -> None:
+    from gencontrol.pipelines import ClassToImagePipeline
+
+    run = tmp_path / "run"
+    sizes = ["model.dim=16", "model.depth=1", "model.heads=2", "model.patch=4", "process.steps=2"]
+    evaluation = ["algorithm.eval_items=2", "algorithm.eval_samples=10", "algorithm.eval_steps=1"]
+    command = ["pretrain", "digits", "--output", str(run), "--threads", "1", "--steps", "2", "--batch", "4"]
+    assert main([*command, "algorithm.teach=2", *sizes, *evaluation]) == 0
+    pipe = ClassToImagePipeline.from_pretrained(run / "final")
+    assert pipe.transformer.config.patch == 4 and pipe.spec.steps == 2
+    assert len(pipe([3, None], seed=0).images) == 2
+    assert (run / "samples" / "step_00000002" / "samples.png").exists()
+    assert "ClassToImagePipeline" in (run / "final" / "README.md").read_text()
+    table = load_toml(run / "config.toml")
+    assert table["train"]["lr_schedule"] == "cosine" and table["model"]["dim"] == 16
+
+
+def test_digits_refuse_sizes_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for option, text in (("model.patch=3", "divide"), ("model.heads=5", "2·heads")):
+        assert main(["pretrain", "digits", "--output", str(tmp_path / "run"), option]) == 2
+        assert text in capsys.readouterr().err
 
 
 def test_sound_data_goes_to_the_builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -37,8 +38,9 @@ def test_temperature_undoes_a_scale(scale: float) -> None:
     assert fit_temperature(*sampled(scale=scale)) == pytest.approx(scale, rel=0.03)
 
 
-def test_temperature_of_perfect_answers_is_the_bound() -> None:
-    assert fit_temperature(torch.eye(3), torch.arange(3)) == pytest.approx(0.05, rel=1e-3)
+def test_perfect_answers_do_not_make_certain() -> None:
+    """Three items, all right with margin 1: p(right) = 4/5 by Platt's rule, so exp(1/T) = 8."""
+    assert fit_temperature(torch.eye(3), torch.arange(3)) == pytest.approx(1 / math.log(8), rel=1e-6)
 
 
 def test_calibration_error_sees_overconfidence() -> None:
