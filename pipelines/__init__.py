@@ -10,24 +10,32 @@ if TYPE_CHECKING:
     from gencontrol.pipelines.base import Pipeline
     from gencontrol.pipelines.class_to_image import ClassToImagePipeline
     from gencontrol.pipelines.outputs import AudioPipelineOutput, ImagePipelineOutput
+    from gencontrol.pipelines.search_outputs import AudioSearchOutput, ImageSearchOutput
     from gencontrol.pipelines.text_to_audio import TextToAudioPipeline
+    from gencontrol.pipelines.tree_search import TreeSearchPipeline
 
 __all__ = [
     "AudioPipelineOutput",
+    "AudioSearchOutput",
     "ClassToImagePipeline",
     "ImagePipelineOutput",
+    "ImageSearchOutput",
     "Pipeline",
     "ProcessSpec",
     "TextToAudioPipeline",
+    "TreeSearchPipeline",
 ]
 
 _WHERE = {
     "AudioPipelineOutput": "outputs",
+    "AudioSearchOutput": "search_outputs",
     "ClassToImagePipeline": "class_to_image",
     "ImagePipelineOutput": "outputs",
+    "ImageSearchOutput": "search_outputs",
     "Pipeline": "base",
     "ProcessSpec": "backend",
     "TextToAudioPipeline": "text_to_audio",
+    "TreeSearchPipeline": "tree_search",
 }
 
 

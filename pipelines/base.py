@@ -21,7 +21,33 @@ from gencontrol.pipelines.hub import LoadOptions, locate, pick_dtype
 T = TypeVar("T")
 
 
-class Pipeline:
+class WithProgress:
+    """A progress bar that the user configures once."""
+
+    def __init__(self) -> None:
+        self._progress: dict[str, Any] = {}
+
+    def set_progress_bar_config(self, *, disable: bool | None = None, desc: str | None = None) -> None:
+        """Choose whether the progress bar shows (None: on a terminal only) and what stands before it."""
+        self._progress = {"disable": disable, "desc": desc}
+
+    def progress_bar(self, iterable: Iterable[T] | None = None, total: int | None = None) -> Any:
+        """Return a tqdm bar over an iterable or for a total; silent when stderr is not a terminal.
+
+        Raises:
+            UsageError: neither or both are given.
+        """
+        from tqdm.auto import tqdm
+
+        if (iterable is None) == (total is None):
+            raise UsageError("progress_bar takes either an iterable or a total.")
+        config = {"disable": None, **self._progress}
+        if config["disable"] is None:
+            config["disable"] = not sys.stderr.isatty()
+        return tqdm(iterable, total=total, **config)
+
+
+class Pipeline(WithProgress):
     """Base of all pipelines; a subclass gives `_load`, `_save`, `network_name` and `__call__`."""
 
     #: name of the folder under gencontrol/bundled that `from_pretrained("bundled")` loads
@@ -30,10 +56,10 @@ class Pipeline:
     fixed_precision: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, components: Mapping[str, Any], network_name: str) -> None:
+        super().__init__()
         self._components = dict(components)
         self.network_name = network_name
         self._interrupt = False
-        self._progress: dict[str, Any] = {}
         self._hooks: list[Any] = []
         self._execution_device: torch.device | None = None
 
@@ -233,27 +259,6 @@ class Pipeline:
         self._hooks = []
         self._execution_device = None
         self.to("cpu")
-
-    # ---- progress -------------------------------------------------------------------------------------------------
-
-    def set_progress_bar_config(self, *, disable: bool | None = None, desc: str | None = None) -> None:
-        """Choose whether the progress bar shows (None: on a terminal only) and what stands before it."""
-        self._progress = {"disable": disable, "desc": desc}
-
-    def progress_bar(self, iterable: Iterable[T] | None = None, total: int | None = None) -> Any:
-        """Return a tqdm bar over an iterable or for a total; silent when stderr is not a terminal.
-
-        Raises:
-            UsageError: neither or both are given.
-        """
-        from tqdm.auto import tqdm
-
-        if (iterable is None) == (total is None):
-            raise UsageError("progress_bar takes either an iterable or a total.")
-        config = {"disable": None, **self._progress}
-        if config["disable"] is None:
-            config["disable"] = not sys.stderr.isatty()
-        return tqdm(iterable, total=total, **config)
 
     def __repr__(self) -> str:
         parts = ", ".join(f"{name}: {type(part).__name__}" for name, part in self._components.items())

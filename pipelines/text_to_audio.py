@@ -140,6 +140,11 @@ class TextToAudioPipeline(LoraPipeline):
     # ---- the parts ------------------------------------------------------------------------------------------------
 
     @property
+    def backend(self) -> AudioBackend:
+        """The model taken apart, with what depends on a sound's length; searches work on it."""
+        return self._backend
+
+    @property
     def denoiser(self) -> Denoiser:
         """Network, process and prediction; its network is the very component that training changes."""
         return self._backend.denoiser
@@ -285,7 +290,7 @@ class TextToAudioPipeline(LoraPipeline):
         model = self._guided(scale, negative, seconds)
         cond = self.encode_prompt(texts, seconds)
         result = self._sample(model, noise, steps, step or defaults.step, generators, cond, callback_on_step_end)
-        audios: Any = result if output_type == "latent" else self._cropped(self.decode(result), seconds)
+        audios: Any = result if output_type == "latent" else self.crop(self.decode(result), seconds)
         self.maybe_free_model_hooks()
         output = AudioPipelineOutput(audios.cpu().numpy() if output_type == "np" else audios, self.sampling_rate)
         return output if return_dict else output.to_tuple()
@@ -364,6 +369,7 @@ class TextToAudioPipeline(LoraPipeline):
             raise _Interrupted(latents)
         return latents
 
-    def _cropped(self, audio: Tensor, seconds: float | None) -> Tensor:
+    def crop(self, audio: Float[Tensor, "*b n"], seconds: float | None) -> Float[Tensor, "*b m"]:
+        """Return the first `seconds` of decoded sounds (None: `max_audio_length_in_s`)."""
         length = self.max_audio_length_in_s if seconds is None else seconds
         return audio[..., : math.floor(length * self.sampling_rate + 1e-6)]

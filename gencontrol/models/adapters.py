@@ -19,7 +19,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -116,7 +116,12 @@ def _cosine_law(config: Any) -> Law:
 
 
 def scheduler_times(
-    scheduler: Any, denoiser: Denoiser, steps: int, sequence_length: int | None = None
+    scheduler: Any,
+    denoiser: Denoiser,
+    steps: int,
+    sequence_length: int | None = None,
+    *,
+    spacing: Literal["scheduler", "even"] | None = None,
 ) -> Float[Tensor, " k"]:
     """Return the times, from noise to data, of the scheduler's own grid: what its pipeline would step through.
 
@@ -125,6 +130,8 @@ def scheduler_times(
         denoiser: made by `from_diffusers` with this scheduler.
         steps: number of inference steps; the result has one time more (two for Heun count as one).
         sequence_length: tokens of one latent, where the shift depends on it (`use_dynamic_shifting`, as in FLUX).
+        spacing: of flow-matching noise levels before the shift: the scheduler's own (Stable Diffusion 3's pipeline), or
+            "even", 1 − i/steps (FLUX's); None is even where the shift is dynamic.
 
     Raises:
         UsageError: the scheduler shifts dynamically and no `sequence_length` is given, or has no adapter.
@@ -143,10 +150,13 @@ def scheduler_times(
         )
         times = torch.cat([schedule.time_of_index(index), torch.tensor([last])])
         return _decreasing(times)
-    if name in _FLOW and config.get("use_dynamic_shifting", False):
-        own.set_timesteps(sigmas=[1 - i / steps for i in range(steps)], mu=_shift_of(config, sequence_length))
+    euler = name == _FLOW[0]  # the Heun twin takes neither
+    dynamic = euler and config.get("use_dynamic_shifting", False)
+    shift = {"mu": _shift_of(config, sequence_length)} if dynamic else {}
+    if euler and (spacing == "even" or (spacing is None and dynamic)):
+        own.set_timesteps(sigmas=[1 - i / steps for i in range(steps)], **shift)
     else:
-        own.set_timesteps(steps)
+        own.set_timesteps(steps, **shift)
     sigmas = own.sigmas.double()
     if isinstance(schedule, Linear):
         return _decreasing(sigmas)
