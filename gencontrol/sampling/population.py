@@ -1,8 +1,7 @@
 """A population of particles on one chain: what every particle sampler takes, returns, and does in micro-batches.
 
-Noise is a pure function of (seed, row, branch): branch 0 is the start, branch i ≥ 1 a population that was resampled at
-grid index i, or child i of a beam.  So a row draws the same numbers in any micro-batch, and copies of one particle
-diverge.
+Noise is a pure function of (seed, row, child, step), where only a beam has children other than 0.  So a row draws the
+same numbers in any micro-batch, and particles that resampling copied to several rows diverge.
 """
 
 from __future__ import annotations
@@ -59,9 +58,9 @@ class Search:
         """λ."""
         return 1.0 / self.temperature
 
-    def keys(self, rows: Int64[Tensor, " n"], branch: int | Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:
-        """Noise keys of rows on a branch."""
-        return row_keys(self.seed, "particles", rows, torch.as_tensor(branch).expand_as(rows))
+    def keys(self, rows: Int64[Tensor, " n"], children: Int64[Tensor, " n"] | None = None) -> Int64[Tensor, " n"]:
+        """Noise keys of rows, and of children of them (None: child 0)."""
+        return row_keys(self.seed, "particles", rows, torch.zeros_like(rows) if children is None else children)
 
     def slices(self, n: int, rows_each: int = 1) -> list[slice]:
         """Micro-batches of n items that make `rows_each` model rows each."""
@@ -140,7 +139,7 @@ def base_samples(search: Search, n: int) -> tuple[Walk, Scores]:
     """
     if n < 1:
         raise UsageError(f"{n} particles; give at least 1.")
-    keys = search.keys(torch.arange(n), 0)
+    keys = search.keys(torch.arange(n))
     found = walk(search, search.chain.prior(keys), keys, (0, search.chain.steps))
     return found, search.scorer(found.x, roots_of(n))
 

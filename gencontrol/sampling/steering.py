@@ -122,8 +122,8 @@ def run_das(
     """
     share = {t: das_tempering(index, search.chain.steps) for index, t in enumerate(search.chain.grid)}
     climbing = _twisted(search, "das", lambda t: search.inverse_temperature * share[t], max_norm)
-    fade = partial_tempering(search.chain.steps)
-    return _run(climbing, n, resample_at, ess_threshold, POTENTIALS["diff"], fade)
+    steps = search.chain.steps
+    return _run(climbing, n, resample_at, ess_threshold, POTENTIALS["diff"], lambda index: das_tempering(index, steps))
 
 
 def run_dps(
@@ -154,11 +154,6 @@ def das_tempering(index: int, steps: int) -> float:
     i counts steps of a 100-step path, so that another number of steps sees the same curve (ours).
     """
     return min((1.0 + DAS_GAMMA) ** (index * DAS_STEPS / steps) - 1.0, 1.0)
-
-
-def partial_tempering(steps: int) -> Callable[[int], float]:
-    """`das_tempering` for a path of `steps`."""
-    return lambda index: das_tempering(index, steps)
 
 
 def _twisted(search: Search, name: str, scale: Callable[[float], float], max_norm: float | None) -> Search:
@@ -218,7 +213,10 @@ class _Cloud:
         self.log_z += total
 
     def select(self, index: Int64[Tensor, " n"]) -> None:
-        """Keep the particles `index`, with everything that belongs to them, at equal weights."""
+        """Keep the particles `index`, with everything that belongs to them, at equal weights.
+
+        Keys belong to the places, and a place has not drawn its later noise yet: copies diverge.
+        """
         self.x = self.x[index.to(self.x.device)]
         self.memory, self.credit = self.memory[index], self.credit[index]
         self.pending, self.origin = self.pending[index], self.origin[index]
@@ -254,7 +252,6 @@ def _run(
         cloud.trace[level] = effective_size(cloud.log_weights)
         if cloud.trace[level] < ess_threshold * n:
             cloud.select(_ancestors(search, cloud.log_weights, level, rule))
-            cloud.keys = search.keys(torch.arange(n), level)
             cloud.resampled.append(level)
     cloud.advance(search, (place, steps))
     scores = search.scorer(cloud.x, roots_of(n))
@@ -264,7 +261,7 @@ def _run(
 def _start(search: Search, n: int, rule: Potential) -> _Cloud:
     """Particles at the first time, equally weighted."""
     rows = torch.arange(n)
-    keys = search.keys(rows, 0)
+    keys = search.keys(rows)
     zeros = torch.zeros(n, dtype=torch.float64)
     equal = torch.full_like(zeros, -math.log(n))
     return _Cloud(search.chain.prior(keys), keys, zeros + rule.start, equal, zeros, zeros, rows)

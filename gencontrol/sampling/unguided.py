@@ -64,7 +64,7 @@ def beam_calls(steps: int, children: int) -> int:
 def _beam(search: Search, rows: Int64[Tensor, " b"], children: int) -> tuple[Shaped[Tensor, "b *d"], int]:
     """The survivors of the rows, and the model calls."""
     chain, last = search.chain, search.chain.steps - 1
-    x = chain.prior(search.keys(rows, 0))
+    x = chain.prior(search.keys(rows))
     pred, calls = chain.predict(x, roots_of(len(rows)), 0), len(rows)
     for index in range(chain.steps):
         if search.poll is not None:

@@ -189,6 +189,13 @@ def test_forgotten_weights_are_measurably_wrong() -> None:
     assert torch.allclose(runs["fk-published"].weights, torch.full((2000,), 1 / 2000).double())
 
 
+@pytest.mark.parametrize("call", [smc, tds])
+def test_values_move_with_their_particles(call: Callable[..., Particles]) -> None:
+    """DAS issue 1: the law survives values that stay behind in resampling, but the weights collapse to 1-3 of 200."""
+    found = call(one_gaussian(), linear(2.0), (200, 1), steps=12, resample_at="all", ess_threshold=1.0, generator=0)
+    assert found.ess > (100 if call is smc else 190)
+
+
 def test_copies_diverge_and_origins_are_counted() -> None:
     found = smc(one_gaussian(), linear(2.0), (200, 1), steps=6, resample_at="all", ess_threshold=1.0, generator=0)
     assert len(found.samples.unique()) == 200
