@@ -123,14 +123,12 @@ class DiffusionTree(Forest):
         )
         rule = select if not isinstance(select, str) else named(RULES, select, "selection rule")
         if isinstance(widening, str):
-            widening = named(WIDENINGS, widening, "widening")
-        elif not isinstance(widening, Widening):
-            widening = Widening(*widening)
+            room = named(WIDENINGS, widening, "widening")
+        else:
+            room = widening if isinstance(widening, Widening) else Widening(*widening)
         levels = branch_indices(chain, branch)
         seed = seed_of(generator)
-        config = TreeConfig(
-            temperature, levels, rule, backup == "max", widening, leaf_batch, seed, guidance, max_grad_norm
-        )
+        config = TreeConfig(temperature, levels, rule, backup == "max", room, leaf_batch, seed, guidance, max_grad_norm)
         super().__init__(chain, scorer, config, torch.device(store) if store is not None else chain.device)
 
     def build(self, nfe: int, *, poll: Callable[[], None] | None = None) -> Iterator[Progress]:
@@ -151,6 +149,10 @@ class DiffusionTree(Forest):
             raise UsageError(
                 f"nfe is {nfe}, less than the {self.chain.steps} model calls of one path; give at least that many."
             )
+        return self._rounds(nfe, poll)
+
+    def _rounds(self, nfe: int, poll: Callable[[], None] | None) -> Iterator[Progress]:
+        """The rounds of `build`."""
         limit = self.counts["nfe"] + nfe
         idle = 0
         while True:

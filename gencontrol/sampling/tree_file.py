@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,47 +22,51 @@ from torch import Tensor, nn
 
 from gencontrol.errors import UsageError
 from gencontrol.files import FileLayer, disk_errors
-from gencontrol.sampling.chain import make_chain
+from gencontrol.sampling.chain import cond_leaves, make_chain
 from gencontrol.sampling.loop import STEPS
 from gencontrol.sampling.scoring import Scorer
 from gencontrol.sampling.state import Step
 from gencontrol.sampling.tree_growth import Forest, TreeConfig, reward_twist
 from gencontrol.sampling.tree_rules import Boltzmann, Rule, Uct, Widening
-from gencontrol.types import Cond, map_cond
+from gencontrol.types import Cond
 
 FORMAT = "gencontrol-tree-1"
 _SAMPLES = 64  # numbers per tensor that enter a model's fingerprint
+_PART = 1024  # leaves that are moved to the device together
 
 
 def retilt(tree: Forest, temperature: float | None, reward: Any) -> None:
     """Set a temperature or reward and back all values up again; see `DiffusionTree.retilt`."""
-    if temperature is not None:
-        if not math.isfinite(temperature) or temperature <= 0:
-            raise UsageError(f"temperature is {temperature}; it must be > 0.")
-        tree.config = replace(tree.config, temperature=temperature)
+    if temperature is not None and (not math.isfinite(temperature) or temperature <= 0):
+        raise UsageError(f"temperature is {temperature}; it must be > 0.")
     if reward is not None:
         if tree.config.guidance > 0:
             raise UsageError("this tree was grown along its reward's gradient; build a new one for another.")
-        old = tree.scorer
-        tree.scorer = Scorer(reward, old.decode, old.context, old.batch, old.repeats, calls=old.calls)
-        _score_again(tree)
-    for level in range(tree.config.last - 1, -1, -1):
-        tree.nodes.back_up(tree.nodes.at_level(level), tree.config.inverse_temperature, hard=tree.config.hard)
+        _score_again(tree, reward)
+    if temperature is not None:
+        tree.config = replace(tree.config, temperature=temperature)
+        twist = reward_twist(tree.scorer, tree.config.guidance / temperature, tree.config.max_grad_norm)
+        tree.chain = replace(tree.chain, twist=twist)
+    tree.back_up_all()
 
 
-def _score_again(tree: Forest) -> None:
-    """Score every stored leaf by the present reward."""
-    nodes, counts = tree.nodes, tree.counts
-    leaves = nodes.at_level(tree.config.last)
+def _score_again(tree: Forest, reward: Any) -> None:
+    """Score every stored leaf by a new reward; the tree changes only when all are scored."""
+    nodes, old = tree.nodes, tree.scorer
+    scorer = Scorer(reward, old.decode, old.context, old.batch, old.repeats, calls=old.calls)
+    leaves = tree.leaves
     roots = nodes.root_of(leaves)
-    for name, value in {"valid": 0, "mean": 0.0, "m2": 0.0, "best": math.nan}.items():
-        counts[name][:] = value
-    tree.excluded = []
-    for first in range(0, len(leaves), 1024):
-        part = slice(first, first + 1024)
+    found = []
+    for first in range(0, len(leaves), _PART):
+        part = slice(first, first + _PART)
         x = tree.pools[-1].take(nodes["row"][leaves[part]], tree.chain.device)
-        scores = tree.scorer(x, torch.from_numpy(roots[part]))
-        tree.enter_rewards(leaves[part], roots[part], scores.values.numpy(), scores.valid.numpy())
+        found.append(scorer(x, torch.from_numpy(roots[part])))
+    tree.scorer = scorer
+    for name, value in {"valid": 0, "mean": 0.0, "m2": 0.0, "best": math.nan}.items():
+        tree.counts[name][:] = value
+    if found:
+        values, valid = torch.cat([part.values for part in found]), torch.cat([part.valid for part in found])
+        tree.enter_rewards(leaves, roots, values.numpy(), valid.numpy())
 
 
 def merge(tree: Forest, other: Forest) -> None:
@@ -82,18 +86,17 @@ def merge(tree: Forest, other: Forest) -> None:
             rows[added["level"] == level] += tree.pools[level - 1].add(states)[0] if len(states) else 0
     columns = {name: column[roots:] for name, column in added.arrays().items()}
     parent = np.where(columns["parent"] < roots, columns["parent"], columns["parent"] + shift)
-    columns |= {"parent": parent, "row": rows[roots:], "start": 0, "count": 0}
-    ids = nodes.add(added.size - roots, **columns)
-    for above, child in zip(parent.tolist(), ids.tolist(), strict=True):
-        nodes.link(above, child)
+    ids = nodes.add(added.size - roots, **(columns | {"parent": parent, "row": rows[roots:]}))
+    nodes["start"][ids] = nodes["count"][ids] = 0
+    nodes.link(parent, ids)
     nodes["drawn"][:roots] += added["drawn"][:roots]
     nodes["visits"][:roots] += added["visits"][:roots] - 1
     columns = other.rollouts.arrays()
     tree.rollouts.add(other.rollouts.size, **(columns | {"leaf": columns["leaf"] + shift}))
-    tree.excluded += [node + shift for node in other.excluded]
     _merge_counts(tree, other)
     tree.seeds |= other.seeds
-    nodes.back_up(np.arange(roots), tree.config.inverse_temperature, hard=tree.config.hard)
+    tree.remember_tokens()
+    tree.back_up_all()
 
 
 def _merge_counts(tree: Forest, other: Forest) -> None:
@@ -108,8 +111,7 @@ def _merge_counts(tree: Forest, other: Forest) -> None:
     a["valid"][:] = total
     a["nfe"][:] += b["nfe"]
     tree.rounds += other.rounds
-    tree.scorer.calls += other.scorer.calls
-    tree.scorer.excluded += other.scorer.excluded
+    tree.scorer.add_counters(other.scorer.counters())
 
 
 def save(tree: Forest, path: str | Path) -> None:
@@ -131,9 +133,8 @@ def save(tree: Forest, path: str | Path) -> None:
         "roots": tree.roots,
         "rounds": tree.rounds,
         "seeds": sorted(tree.seeds),
-        "excluded": tree.excluded,
         "repeats": tree.scorer.repeats,
-        "scorer": {"calls": tree.scorer.calls, "excluded": tree.scorer.excluded, "reasons": tree.scorer.reasons},
+        "scorer": tree.scorer.counters(),
     }
     tensors = {f"nodes.{name}": column for name, column in tree.nodes.arrays().items()}
     tensors |= {f"rollouts.{name}": column for name, column in tree.rollouts.arrays().items()}
@@ -142,7 +143,7 @@ def save(tree: Forest, path: str | Path) -> None:
     found = {name: torch.from_numpy(np.ascontiguousarray(value).copy()) for name, value in tensors.items()}
     for level, pool in enumerate(tree.pools):
         if (states := pool.all()) is not None:
-            found[f"states.{level}"] = states.cpu().contiguous().clone()
+            found[f"states.{level}"] = states.cpu()
     target = Path(path)
     with disk_errors("the tree", target.parent):
         files = FileLayer()
@@ -216,9 +217,9 @@ def restore(
     for level, pool in enumerate(tree.pools):
         if f"states.{level}" in tensors:
             pool.add(tensors[f"states.{level}"])
-    tree.rounds, tree.seeds, tree.excluded = plain["rounds"], set(plain["seeds"]), list(plain["excluded"])
-    scorer.calls, scorer.excluded = plain["scorer"]["calls"], plain["scorer"]["excluded"]
-    scorer.reasons = dict(plain["scorer"]["reasons"])
+    tree.remember_tokens()
+    tree.rounds, tree.seeds = plain["rounds"], set(plain["seeds"])
+    scorer.set_counters(plain["scorer"])
 
 
 def _stored(value: Rule | Step, known: set[str]) -> dict[str, Any]:
@@ -249,7 +250,7 @@ def _identity(tree: Forest) -> dict[str, str]:
     law = [chain.grid, chain.item_shape, repr(chain.step), tree.config.branch, tree.config.guidance]
     return {
         "model": fingerprint(chain.model),
-        "condition": _digest(_tensors(chain.cond)),
+        "condition": _digest(cond_leaves(chain.cond)),
         "prompt": _digest([json.dumps(list(context.prompts or []))]),
         "reward": tree.scorer.reward.name,
         "time grid, step or branch": _digest([repr(law)]),
@@ -260,24 +261,34 @@ def _identity(tree: Forest) -> dict[str, str]:
 def fingerprint(model: Any) -> str:
     """Return a short digest of a model: classes, plain settings, and up to 64 numbers of every tensor."""
     parts: list[Any] = [repr(model.process)]
-    if isinstance(model, nn.Module):
-        for name, module in model.named_modules():
-            plain = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str) and k != "training"}
-            parts.append(f"{name} {type(module).__name__} {sorted(plain.items())}")
-        for name, tensor in sorted(model.state_dict().items()):
-            flat = tensor.detach().flatten()
-            places = torch.linspace(0, max(0, flat.numel() - 1), min(_SAMPLES, flat.numel())).long()
-            parts += [f"{name} {tuple(tensor.shape)}", flat[places.to(flat.device)]]
-    else:
-        parts.append(type(model).__name__)
+    if not isinstance(model, nn.Module):
+        return _digest([*parts, type(model).__name__, *_settings(vars(model))])
+    for name, module in model.named_modules():
+        parts += [f"{name} {type(module).__name__}", *_settings(vars(module))]
+    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
+        parts += [name, *_few(tensor)]
     return _digest(parts)
 
 
-def _tensors(cond: Cond) -> list[Tensor]:
-    """All tensors of a condition."""
-    found: list[Tensor] = []
-    map_cond(lambda leaf: found.append(leaf) or leaf, cond)  # type: ignore[func-returns-value]  # append returns None
-    return found
+def _settings(attributes: dict[str, Any]) -> list[Any]:
+    """Numbers, texts, lists of them and tensors among an object's attributes (such as the scale of a control)."""
+    parts: list[Any] = []
+    for name, value in sorted(attributes.items()):
+        numbers = isinstance(value, list | tuple) and all(isinstance(each, int | float | str) for each in value)
+        if name != "training" and (numbers or isinstance(value, int | float | str)):
+            parts.append(f"{name} {value}")
+        elif isinstance(value, Tensor):
+            parts += [name, *_few(value)]
+        elif isinstance(value, Mapping) and value and all(isinstance(each, Tensor) for each in value.values()):
+            parts += [name, *(part for each in value.values() for part in _few(each))]
+    return parts
+
+
+def _few(tensor: Tensor) -> list[Any]:
+    """Shape and up to 64 numbers of a tensor."""
+    flat = tensor.detach().flatten()
+    places = torch.linspace(0, max(0, flat.numel() - 1), min(_SAMPLES, flat.numel())).long()
+    return [tuple(tensor.shape), flat[places.to(flat.device)]]
 
 
 def _digest(parts: list[Any]) -> str:

@@ -19,7 +19,7 @@ from gencontrol.errors import UsageError
 from gencontrol.rng import Keyed, row_keys
 from gencontrol.sampling.chain import Chain, Twist
 from gencontrol.sampling.scoring import Scorer
-from gencontrol.sampling.tree_nodes import Floats, Ints, Nodes, StatePool, Table
+from gencontrol.sampling.tree_nodes import Floats, Ints, Lookup, Nodes, StatePool, Table
 from gencontrol.sampling.tree_rules import Picks, Rule, Widening, select, undo
 
 
@@ -82,8 +82,11 @@ class Forest:
     def __init__(self, chain: Chain, scorer: Scorer, config: TreeConfig, store: torch.device) -> None:
         self.chain, self.scorer, self.config, self.store = chain, scorer, config, store
         roots = chain.roots
+        for name, entries in {"prompts": scorer.context.prompts, **scorer.context.metadata}.items():
+            if entries is not None and len(entries) != roots:
+                raise UsageError(f"the context has {len(entries)} {name}; give one per prompt, {roots}.")
         self.nodes = Nodes(roots)
-        self.rollouts = Table({"leaf": np.int32, "log_ratio": np.float32, "start": np.uint8})
+        self.rollouts = Table({"leaf": np.int32, "log_ratio": np.float32, "start": np.int16})
         self.pools = [StatePool(store) for _ in range(config.last)]
         self.counts = Table(
             {
@@ -93,12 +96,15 @@ class Forest:
                 "mean": np.float64,
                 "m2": np.float64,
                 "best": np.float64,
+                "base": np.int64,
+                "log_w": np.float64,
+                "log_w2": np.float64,
             }
         )
-        self.counts.add(roots, best=math.nan)
+        self.counts.add(roots, best=math.nan, log_w=-math.inf, log_w2=-math.inf)
+        self.siblings, self.sequences = Lookup(), Lookup()
         self.seeds = {config.seed}
         self.rounds = 0
-        self.excluded: list[int] = []
 
     @property
     def roots(self) -> int:
@@ -114,6 +120,16 @@ class Forest:
     def reward_calls(self) -> int:
         """Samples scored so far."""
         return self.scorer.calls
+
+    @property
+    def leaves(self) -> Ints:
+        """Clean nodes, those whose reward failed too."""
+        return self.nodes.at_level(self.config.last)
+
+    def bytes(self) -> int:
+        """Host memory in use, states left out."""
+        rollouts = self.rollouts.size * self.rollouts.bytes_per_row()
+        return self.nodes.bytes() + rollouts + self.siblings.bytes() + self.sequences.bytes()
 
     def grow(self, width: Ints, poll: Callable[[], None] | None) -> None:
         """Select width[r] leaves of each root, denoise them together, score, back up."""
@@ -132,11 +148,16 @@ class Forest:
             scale=self.reward_scale()[roots],
             last=config.last,
         )
+        counters = self.scorer.counters()
         try:
             grown = self._denoise(picks, roots, keys, poll)
-            scores = self._score(picks, grown, roots)
+            scores = self._score(grown, roots)
+            for pool, states in zip(self.pools, grown.states, strict=True):
+                if states is not None:
+                    pool.reserve(states)
         except BaseException:
             undo(self.nodes, picks, config.last)
+            self.scorer.set_counters(counters)
             raise
         self._commit(picks, grown, scores, roots)
         np.add.at(self.counts["made"], roots, 1)
@@ -172,20 +193,23 @@ class Forest:
             grown.states.append(x)
         return grown
 
-    def _score(self, picks: Picks, grown: _Grown, roots: Ints) -> tuple[Floats, NDArray[np.bool_]]:
-        """Rewards [m] and validity of the new leaves (rows of the last level)."""
-        rows, x = grown.rows[-1], grown.states[-1]
+    def _score(self, grown: _Grown, roots: Ints) -> tuple[Floats, NDArray[np.bool_]]:
+        """Rewards and validity of the new leaves (rows of the last level); a sequence of tokens is scored once."""
+        x, owners = grown.states[-1], roots[grown.rows[-1]]
         if x is None:
             return np.zeros(0), np.zeros(0, np.bool_)
-        index = torch.from_numpy(roots[rows])
         if not self.chain.masked:
-            scores = self.scorer(x, index)
+            scores = self.scorer(x, torch.from_numpy(owners))
             return scores.values.numpy(), scores.valid.numpy()
-        # equal sequences of one prompt are scored once
-        marked = torch.cat([index.to(x.device)[:, None], x], dim=1)
-        unique, back = torch.unique(marked, dim=0, return_inverse=True)
-        scores = self.scorer(unique[:, 1:], unique[:, 0].cpu())
-        return scores.values.numpy()[back.cpu().numpy()], scores.valid.numpy()[back.cpu().numpy()]
+        keys = hashes(owners, x)
+        known = self.sequences.find(keys)
+        values, valid = self.nodes["value"][known], self.nodes["ready"][known]
+        unseen = np.flatnonzero(known < 0)
+        _, first, back = np.unique(keys[unseen], return_index=True, return_inverse=True)
+        fresh = torch.from_numpy(unseen[first])
+        scores = self.scorer(x[fresh.to(x.device)], torch.from_numpy(owners)[fresh])
+        values[unseen], valid[unseen] = scores.values.numpy()[back], scores.valid.numpy()[back]
+        return values, valid
 
     def _commit(self, picks: Picks, grown: _Grown, scores: tuple[Floats, NDArray[np.bool_]], roots: Ints) -> None:
         """Put the round's states into the tree and back their rewards up; nothing here can fail."""
@@ -202,53 +226,57 @@ class Forest:
             if level + 1 < last:
                 np.add.at(nodes["visits"], path[rows, level + 1], 1)
         rows = grown.rows[-1]
-        leaves = path[rows, last]
-        self.enter_rewards(leaves, roots[rows], *scores)
+        self.enter_rewards(path[rows, last], roots[rows], *scores)
+        if self.chain.masked and grown.states[-1] is not None:
+            self.sequences.add(hashes(roots[rows], grown.states[-1]), path[rows, last])
         for level in range(last - 1, -1, -1):
             touched = np.unique(path[:, level])
             nodes.back_up(touched[touched >= 0], self.config.inverse_temperature, hard=self.config.hard)
         ratio = picks.log_ratio + nodes["edge"][path[:, 1:]].sum(1)
         self.rollouts.add(len(path), leaf=path[:, last], log_ratio=ratio, start=picks.start)
+        self._tally(slice(-len(path), None), roots)
 
     def _attach(self, level: int, parents: Ints, states: Tensor, edges: Floats) -> Ints:
-        """Add children and return their nodes; equal siblings become one node of larger multiplicity."""
+        """Add children and return their nodes; equal siblings become one node of larger multiplicity.
+
+        Gaussian states are never equal; token states are compared by a 64-bit hash of (parent, tokens).
+        """
         nodes = self.nodes
-        twin = self._twins(level, parents, states)
-        first = np.flatnonzero(twin == -1 - np.arange(len(twin)))
-        place = np.zeros(len(twin), np.int64)
-        rows = self.pools[level - 1].add(states[torch.from_numpy(first).to(states.device)])
-        place[first] = nodes.add(len(first), parent=parents[first], level=level, visits=1, row=rows, edge=edges[first])
-        for parent, child in zip(parents[first].tolist(), place[first].tolist(), strict=True):
-            nodes.link(parent, child)
-        ids = np.where(twin >= 0, twin, place[-1 - np.minimum(twin, -1)])
+        order = np.arange(len(parents))
+        ids, twin = np.full(len(parents), -1), order
+        if self.chain.masked:
+            keys = hashes(parents, states)
+            ids = self.siblings.find(keys)
+            _, first, back = np.unique(keys, return_index=True, return_inverse=True)
+            twin = first[back]
+        new = np.flatnonzero((ids < 0) & (twin == order))
+        rows = self.pools[level - 1].add(states[torch.from_numpy(new).to(states.device)])
+        ids[new] = nodes.add(len(new), parent=parents[new], level=level, visits=1, row=rows, edge=edges[new])
+        nodes.link(parents[new], ids[new])
+        ids = ids[twin]
         np.add.at(nodes["multiplicity"], ids, 1)
+        if self.chain.masked:
+            self.siblings.add(keys, ids)
         return ids
 
-    def _twins(self, level: int, parents: Ints, states: Tensor) -> Ints:
-        """For each new child: the node of an equal sibling, or −1 − (the first new child equal to it).
-
-        Gaussian states are never equal.  Token states are compared by a 64-bit hash of (parent, tokens).
-        """
+    def remember_tokens(self) -> None:
+        """Find equal siblings and scored sequences anew, after nodes came from elsewhere."""
+        self.siblings, self.sequences = Lookup(), Lookup()
         if not self.chain.masked:
-            return -1 - np.arange(len(parents))
-        old = self.nodes.children(np.unique(parents)).ids
-        known = np.zeros(0, np.int64)
-        if len(old):
-            stored = self.pools[level - 1].take(self.nodes["row"][old], states.device)
-            known = _hashes(self.nodes["parent"][old], stored)
-        _, first, back = np.unique(
-            np.concatenate([known, _hashes(parents, states)]), return_index=True, return_inverse=True
-        )
-        found = first[back[len(old) :]]
-        return np.where(
-            found < len(old), old[np.minimum(found, len(old) - 1)] if len(old) else -1, -1 - (found - len(old))
-        )
+            return
+        for level, pool in enumerate(self.pools, 1):
+            ids, states = self.nodes.at_level(level), pool.all()
+            if states is None:
+                continue
+            states = states[torch.from_numpy(self.nodes["row"][ids].astype(np.int64)).to(states.device)]
+            self.siblings.add(hashes(self.nodes["parent"][ids], states), ids)
+            if level == self.config.last:
+                self.sequences.add(hashes(self.nodes.root_of(ids), states), ids)
 
     def enter_rewards(self, leaves: Ints, roots: Ints, values: Floats, valid: NDArray[np.bool_]) -> None:
         """Write rewards into leaves; best, mean and spread of each root follow (Chan et al. 1979)."""
         self.nodes["value"][leaves] = np.where(valid, values, 0.0)
         self.nodes["ready"][leaves] = valid
-        self.excluded += np.unique(leaves[~valid]).tolist()
         counts = self.counts
         for root in np.unique(roots[valid]):
             new = values[valid & (roots == root)]
@@ -259,10 +287,36 @@ class Forest:
             counts["valid"][root] = n + len(new)
             counts["best"][root] = np.fmax(counts["best"][root], new.max())
 
+    def back_up_all(self) -> None:
+        """Recompute every value from the leaves, and what is counted of the rollouts that started at the roots."""
+        for level in range(self.config.last - 1, -1, -1):
+            self.nodes.back_up(self.nodes.at_level(level), self.config.inverse_temperature, hard=self.config.hard)
+        self.counts["base"][:] = 0
+        self.counts["log_w"][:] = self.counts["log_w2"][:] = -math.inf
+        self._tally(slice(None), self.nodes.root_of(self.rollouts["leaf"].astype(np.int64)))
+
+    def log_weights(self, rollouts: slice | NDArray[np.bool_] = slice(None)) -> Floats:
+        """log w of rollouts: λ·r + log p/q of the path − Σ log(probability/share of its choices).
+
+        −inf for an invalid leaf, NaN for a descent by UCT.  mean(w) estimates Z, and {(leaf, w)} is a weighted sample
+        of the target (dts.md §8, derived).
+        """
+        leaf = self.rollouts["leaf"][rollouts]
+        log_w = self.config.inverse_temperature * self.nodes["value"][leaf] + self.rollouts["log_ratio"][rollouts]
+        return np.where(self.nodes["ready"][leaf], log_w, -np.inf)
+
+    def _tally(self, rollouts: slice, roots: Ints) -> None:
+        """Add rollouts that started at a root (plain samples of the base law) to the sums of w and w² of their root."""
+        base = self.rollouts["start"][rollouts] == 0
+        log_w, roots = self.log_weights(rollouts)[base], roots[base]
+        np.add.at(self.counts["base"], roots, 1)
+        np.logaddexp.at(self.counts["log_w"], roots, log_w)
+        np.logaddexp.at(self.counts["log_w2"], roots, 2 * log_w)
+
     def reward_scale(self) -> Floats:
-        """Standard deviation of the leaf rewards of each root; 1 where there is none yet."""
+        """Standard deviation of the leaf rewards of each root; 1 where there is none beyond rounding."""
         spread = np.sqrt(self.counts["m2"] / np.maximum(self.counts["valid"], 1))
-        return np.where(spread > 0, spread, 1.0)
+        return np.where(spread > 1e-9 * np.abs(self.counts["mean"]), spread, 1.0)
 
 
 def reward_twist(scorer: Scorer, strength: float, max_norm: float | None) -> Twist | None:
@@ -305,7 +359,9 @@ def branch_indices(chain: Chain, branch: int | str | Sequence[float]) -> tuple[i
     return tuple(sorted(found))
 
 
-def _hashes(parents: Ints, tokens: Int64[Tensor, "b n"]) -> Ints:
-    """64-bit hashes of (parent, tokens)."""
-    columns = tokens.long().cpu().unbind(1)
-    return row_keys(0, "tree/twins", torch.from_numpy(np.asarray(parents, np.int64)), *columns).numpy()
+def hashes(owners: Ints, tokens: Int64[Tensor, "b n"]) -> Ints:
+    """64-bit hashes of (owner, tokens): a sum of hashes of (position, token), hashed with the owner."""
+    places = torch.arange(tokens.shape[1]).expand(tokens.shape)
+    each = row_keys(0, "tree/token", places.flatten(), tokens.cpu().flatten())
+    whole = each.reshape(tokens.shape).sum(1)
+    return row_keys(0, "tree/sequence", torch.from_numpy(np.asarray(owners, np.int64)), whole).numpy()

@@ -16,8 +16,8 @@ from jaxtyping import Int64, Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
+Ints = NDArray[np.integer[Any]]
+Floats = NDArray[np.floating[Any]]
 
 
 class Table:
@@ -116,19 +116,22 @@ class Nodes(Table):
         self._used = 0
         self.add(roots, parent=-1, multiplicity=1, visits=1)
 
-    def link(self, parent: int, child: int) -> None:
-        """Append a child to its parent's list; amortised O(1)."""
-        count = int(self["count"][parent])
-        if count & (count - 1) == 0:  # 0 or a power of two: the block is full
-            start = self._block(max(1, 2 * count))
-            old = int(self["start"][parent])
-            self._slots[start : start + count] = self._slots[old : old + count]
-            self["start"][parent] = start
-        self._slots[self["start"][parent] + count] = child
-        self["count"][parent] = count + 1
+    def link(self, parents: Ints, children: Ints) -> None:
+        """Append children to their parents' lists, in the order given; amortised O(1) each."""
+        unique, added = np.unique(parents, return_counts=True)
+        total = self["count"][unique] + added
+        full = total > _capacity(self["count"][unique])
+        movers, sizes = unique[full], _capacity(total[full])
+        old = self.children(movers)
+        start = self._reserve(int(sizes.sum())) + np.cumsum(sizes) - sizes
+        self._slots[old.spread(start - old.offsets[:-1]) + np.arange(len(old.ids))] = old.ids
+        self["start"][movers] = start
+        rank, _ = ranks(parents)
+        self._slots[self["start"][parents] + self["count"][parents] + rank] = children
+        self["count"][unique] = total
 
-    def _block(self, size: int) -> int:
-        """Reserve places for children."""
+    def _reserve(self, size: int) -> int:
+        """Reserve places for children; returns the first."""
         start, self._used = self._used, self._used + size
         if self._used > len(self._slots):
             grown = np.zeros(max(self._used, 2 * len(self._slots)), np.int32)
@@ -160,25 +163,29 @@ class Nodes(Table):
         return np.where(self["ready"][ids], scores, -np.inf)
 
     def weights(self, ids: Ints) -> Floats:
-        """Multiplicity of ready nodes, 0 of others: the Monte-Carlo weight of a child in its parent's mean."""
+        """Multiplicity of ready nodes, 0 of others."""
         return np.where(self["ready"][ids], self["multiplicity"][ids], 0).astype(np.float64)
 
     def back_up(self, ids: Ints, inverse_temperature: float, *, hard: bool) -> None:
-        """Recompute v̂ of nodes from their children: soft (1/λ)·log mean exp(λ·v̂), hard the maximum (DTS §4)."""
+        """Recompute v̂ of nodes from their children: soft (1/λ)·log mean exp(λ·v̂), hard the maximum (DTS §4).
+
+        A child without a valid leaf counts in the mean with exp(−∞) = 0: the target lives on the valid samples.
+        """
         ids = ids[self["count"][ids] > 0]
         if not len(ids):
             return
         children = self.children(ids)
         weights = self.weights(children.ids)
-        total = children.sum(weights)
+        ready = children.max(weights) > 0
         if hard:
             value = children.max(np.where(weights > 0, self["value"][children.ids], -np.inf))
         else:
-            with np.errstate(divide="ignore", invalid="ignore"):
+            with np.errstate(divide="ignore"):
                 scores = self.scores(children.ids, inverse_temperature) + np.log(weights)
-                value = (children.logsumexp(scores) - np.log(total)) / inverse_temperature
-        self["ready"][ids] = total > 0
-        self["value"][ids] = np.where(total > 0, value, 0.0)
+            total = children.sum(self["multiplicity"][children.ids])
+            value = (children.logsumexp(scores) - np.log(total)) / inverse_temperature
+        self["ready"][ids] = ready
+        self["value"][ids] = np.where(ready, value, 0.0)
 
     def slots(self) -> NDArray[np.int32]:
         """The array of children, without spare room."""
@@ -193,6 +200,48 @@ class Nodes(Table):
         return self.size * self.bytes_per_row() + self._used * self._slots.itemsize
 
 
+def ranks(nodes: Ints) -> tuple[Ints, Ints]:
+    """Return, for each entry, how many earlier entries name its node, and how many do in all."""
+    _, group, sizes = np.unique(nodes, return_inverse=True, return_counts=True)
+    order = np.argsort(group, kind="stable")
+    rank = np.empty(len(nodes), np.int64)
+    rank[order] = np.arange(len(nodes)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return rank, sizes[group]
+
+
+def _capacity(counts: Ints) -> Ints:
+    """Places in the block of a node with so many children: the next power of two, 0 for none."""
+    return np.where(counts > 0, 1 << np.frexp(np.maximum(counts - 1, 0).astype(np.float64))[1].astype(np.int64), 0)
+
+
+class Lookup:
+    """Integers → integers as two sorted columns, 12 bytes an entry."""
+
+    def __init__(self) -> None:
+        self._keys = np.zeros(0, np.int64)
+        self._values = np.zeros(0, np.int32)
+
+    def find(self, keys: Ints) -> Ints:
+        """Value of each key; −1 where there is none."""
+        if not len(self._keys):
+            return np.full(len(keys), -1)
+        place = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        return np.where(self._keys[place] == keys, self._values[place], -1)
+
+    def add(self, keys: Ints, values: Ints) -> None:
+        """Enter keys; where one is there already, or given twice, the first value stays."""
+        fresh, first = np.unique(keys, return_index=True)
+        absent = self.find(fresh) < 0
+        fresh, first = fresh[absent], first[absent]
+        place = np.searchsorted(self._keys, fresh)
+        self._keys = np.insert(self._keys, place, fresh)
+        self._values = np.insert(self._values, place, values[first])
+
+    def bytes(self) -> int:
+        """Bytes in use."""
+        return self._keys.nbytes + self._values.nbytes
+
+
 class StatePool:
     """States of the nodes of one level, [size *d], growing by doubling on one device."""
 
@@ -203,15 +252,21 @@ class StatePool:
 
     def add(self, x: Shaped[Tensor, "b *d"]) -> Ints:
         """Append states and return their rows."""
+        states = self.reserve(x)
         first, self.size = self.size, self.size + len(x)
-        if self._states is None:
-            self._states = torch.empty((max(16, len(x)), *x.shape[1:]), dtype=x.dtype, device=self._device)
-        if self.size > len(self._states):
-            grown = self._states.new_empty((max(self.size, 2 * len(self._states)), *x.shape[1:]))
-            grown[:first] = self._states[:first]
-            self._states = grown
-        self._states[first : self.size] = x.to(self._device)
+        states[first : self.size] = x
         return np.arange(first, self.size)
+
+    def reserve(self, x: Shaped[Tensor, "b *d"]) -> Shaped[Tensor, "n *d"]:
+        """Make room for states like x, so that adding them cannot run out of memory; returns the whole pool."""
+        size = self.size + len(x)
+        if self._states is None:
+            self._states = torch.empty((max(16, size), *x.shape[1:]), dtype=x.dtype, device=self._device)
+        if size > len(self._states):
+            grown = self._states.new_empty((max(size, 2 * len(self._states)), *x.shape[1:]))
+            grown[: self.size] = self._states[: self.size]
+            self._states = grown
+        return self._states
 
     def take(self, rows: Ints, device: torch.device) -> Shaped[Tensor, "b *d"]:
         """Return states of the given rows on a device.

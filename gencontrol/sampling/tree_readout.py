@@ -64,29 +64,35 @@ def progress(tree: Forest) -> Progress:
         tree.reward_calls,
         tuple(tree.counts["best"].tolist()),
         tuple(log_z_tree(tree, root) for root in roots),
-        tuple(_share(base_weights(tree, root)) for root in roots),
+        tuple(_base_share(tree, root) for root in roots),
         tree.rounds,
     )
 
 
 def leaf_law(tree: Forest, root: int = 0) -> tuple[Ints, Floats]:
     """Return (valid leaves, probabilities) of the law that reading out by Boltzmann draws has."""
-    nodes, last = tree.nodes, tree.config.last
-    mass = np.zeros(nodes.size)
-    mass[root] = 1.0
-    for level in range(last):
-        ids = nodes.at_level(level)
-        ids = ids[(mass[ids] > 0) & nodes["ready"][ids]]
+    leaves, log_law = _log_law(tree, root)
+    law = np.exp(log_law)
+    return leaves, law / law.sum()
+
+
+def _log_law(tree: Forest, root: int) -> tuple[Ints, Floats]:
+    """`leaf_law` in logarithms, which keep leaves apart whose probabilities round to 0."""
+    nodes = tree.nodes
+    mass = np.full(nodes.size, -np.inf)
+    ids = np.array([root])
+    mass[root] = 0.0
+    for _ in range(tree.config.last):
+        ids = ids[nodes["ready"][ids]]
         if not len(ids):
             break
         children = nodes.children(ids)
         with np.errstate(divide="ignore"):
             logits = nodes.scores(children.ids, tree.config.inverse_temperature) + np.log(nodes.weights(children.ids))
-        chance = np.exp(logits - children.spread(children.logsumexp(logits)))
-        mass[children.ids] = children.spread(mass[ids]) * chance
-    leaves = nodes.at_level(last)
-    leaves = leaves[mass[leaves] > 0]
-    return leaves, mass[leaves] / mass[leaves].sum()
+        mass[children.ids] = logits + children.spread(mass[ids] - children.logsumexp(logits))
+        ids = children.ids
+    ids = ids[nodes["ready"][ids]]
+    return ids, mass[ids]
 
 
 def greedy_leaf(tree: Forest, root: int = 0) -> int:
@@ -116,29 +122,33 @@ def sample(
         UsageError: unknown rule, no valid leaf, fewer than n leaves without replacement, or no such root.
     """
     _check_root(tree, root)
+    if n < 1:
+        raise UsageError(f"{n} samples were asked for; give at least 1.")
     rule = rule or ("argmax" if tree.config.select.greedy else "boltzmann")
     if rule not in ("boltzmann", "argmax"):
         raise UsageError(f"unknown rule '{rule}'.{nearest(rule, ('boltzmann', 'argmax'))} Known: boltzmann, argmax.")
-    leaves, law = leaf_law(tree, root)
+    leaves, law = _log_law(tree, root)
     if not len(leaves):
         raise UsageError("the tree holds no valid leaf yet; build it first: for _ in tree.build(nfe=...): pass")
     if rule == "argmax":
+        if n > 1 and not replace:
+            raise UsageError("argmax reads out one leaf; for distinct samples take rule='boltzmann' or best(k).")
         return gather(tree, np.full(n, greedy_leaf(tree, root)))
     seed = stream_seed(tree.config.seed, "tree/readout", root) if generator is None else seed_of(generator)
     draw = np.random.default_rng(seed)
     if not replace:
         if n > len(leaves):
             raise UsageError(f"{n} distinct samples were asked for, but the tree has {len(leaves)} valid leaves.")
-        keys = np.log(law) + draw.gumbel(size=len(law))
+        keys = law + draw.gumbel(size=len(law))
         return gather(tree, leaves[np.argsort(-keys)[:n]])
-    return gather(tree, leaves[draw.choice(len(leaves), size=n, p=law)])
+    chance = np.exp(law)
+    return gather(tree, leaves[draw.choice(len(leaves), size=n, p=chance / chance.sum())])
 
 
 def best(tree: Forest, k: int = 1, *, root: int = 0) -> Leaves:
     """Return the valid leaves with the largest rewards, best first; fewer than k if there are fewer."""
     _check_root(tree, root)
-    leaves = tree.nodes.at_level(tree.config.last)
-    leaves = leaves[tree.nodes["ready"][leaves]]
+    leaves = tree.leaves[tree.nodes["ready"][tree.leaves]]
     leaves = leaves[tree.nodes.root_of(leaves) == root]
     order = np.argsort(-tree.nodes["value"][leaves], kind="stable")[:k]
     return gather(tree, leaves[order])
@@ -164,23 +174,8 @@ def log_z_tree(tree: Forest, root: int = 0) -> float:
 
 
 def rollout_weights(tree: Forest, root: int = 0) -> Floats:
-    """log w of every rollout of a root: λ·r + log p/q of the path − Σ log(probability/share of its choices).
-
-    −inf for an invalid leaf, NaN for a descent by UCT.  mean(w) estimates Z, and {(leaf, w)} is a weighted sample of
-    the target (dts.md §8, derived).
-    """
-    leaf = tree.rollouts["leaf"]
-    mine = tree.nodes.root_of(leaf.astype(np.int64)) == root
-    leaf = leaf[mine]
-    log_w = tree.config.inverse_temperature * tree.nodes["value"][leaf] + tree.rollouts["log_ratio"][mine]
-    return np.where(tree.nodes["ready"][leaf], log_w, -np.inf)
-
-
-def base_weights(tree: Forest, root: int = 0) -> Floats:
-    """log w of the rollouts that started at the root: plain base samples (corrected where a twist moved them)."""
-    mine = tree.rollouts["start"] == 0
-    log_w = rollout_weights(tree, root)
-    return log_w[mine[tree.nodes.root_of(tree.rollouts["leaf"].astype(np.int64)) == root]]
+    """log w of every rollout of a root; see `Forest.log_weights`."""
+    return tree.log_weights(tree.nodes.root_of(tree.rollouts["leaf"].astype(np.int64)) == root)
 
 
 def stats(tree: Forest, root: int = 0) -> dict[str, float]:
@@ -191,21 +186,22 @@ def stats(tree: Forest, root: int = 0) -> dict[str, float]:
     """
     _check_root(tree, root)
     leaves, law = leaf_law(tree, root)
-    base, weights = base_weights(tree, root), rollout_weights(tree, root)
+    weights, failed = rollout_weights(tree, root), tree.leaves[~tree.nodes["ready"][tree.leaves]]
+    base, share = float(tree.counts["base"][root]), _base_share(tree, root)
     found = {
         "nfe": float(tree.counts["nfe"][root]),
         "rollouts": float(len(weights)),
         "leaves": float(len(leaves)),
-        "excluded": float(sum(tree.nodes.root_of(np.array(tree.excluded, np.int64)) == root)),
+        "excluded": float((tree.nodes.root_of(failed) == root).sum()),
         "best": float(tree.counts["best"][root]),
-        "base_ess": _share(base) * len(base),
-        "base_ess_share": _share(base),
+        "base_ess": share * base,
+        "base_ess_share": share,
         "tree_ess": float(1.0 / (law**2).sum()) if len(law) else math.nan,
         "iw_ess": _share(weights) * len(weights),
         "log_z_tree": log_z_tree(tree, root),
         "log_z_iw": _log_mean(weights),
-        "log_z_base": _log_mean(base),
-        "bytes_per_node": (tree.nodes.bytes() + tree.rollouts.size * tree.rollouts.bytes_per_row()) / tree.nodes.size,
+        "log_z_base": float(tree.counts["log_w"][root] - math.log(base)) if base else math.nan,
+        "bytes_per_node": tree.bytes() / tree.nodes.size,
     }
     gap = abs(found["log_z_tree"] - found["log_z_iw"])
     if gap > DISAGREEMENT:
@@ -231,6 +227,12 @@ def _share(log_w: Floats) -> float:
         return math.nan
     w = np.exp(log_w - log_w.max())
     return float(w.sum() ** 2 / (w**2).sum() / len(w))
+
+
+def _base_share(tree: Forest, root: int) -> float:
+    """Effective share of the rollouts that started at the root; NaN without a positive weight."""
+    log_w, log_w2, base = (float(tree.counts[name][root]) for name in ("log_w", "log_w2", "base"))
+    return math.exp(2 * log_w - log_w2) / base if math.isfinite(log_w) else math.nan
 
 
 def _check_root(tree: Forest, root: int) -> None:

@@ -9,15 +9,16 @@ by one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gencontrol.errors import UsageError, nearest
-from gencontrol.sampling.tree_nodes import Floats, Ints, Nodes
+from gencontrol.sampling.tree_nodes import Floats, Ints, Nodes, ranks
 
 _BELOW_ONE = 1.0 - 1e-12
+Choice = TypeVar("Choice")
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Standing:
     scale: Floats
 
 
+@runtime_checkable
 class Rule(Protocol):
     """Chooses a ready child for each pick and adds the pick's visit to it."""
 
@@ -105,12 +107,13 @@ class Boltzmann:
         """Return (children, offsets, probabilities, shares) of nodes: share is a child's weight in the plain mean."""
         children = nodes.children(ids)
         weights = nodes.weights(children.ids)
-        share = weights / children.spread(children.sum(weights))
         with np.errstate(divide="ignore", invalid="ignore"):
             logits = self.power * nodes.scores(children.ids, inverse_temperature) + np.log(weights)
         logits = np.where(weights > 0, logits, -np.inf)
         chance = np.exp(logits - children.spread(children.logsumexp(logits)))
-        return children.ids, children.offsets, (1 - self.floor) * chance + self.floor * share, share
+        chance = (1 - self.floor) * chance + self.floor * weights / children.spread(children.sum(weights))
+        total = children.sum(nodes["multiplicity"][children.ids])  # those without a valid leaf count in the mean
+        return children.ids, children.offsets, chance, weights / children.spread(total)
 
     def choose(self, nodes: Nodes, at: Standing) -> tuple[Ints, Floats]:
         """Draw by the inverse distribution function, all picks at once."""
@@ -170,15 +173,6 @@ RULES: dict[str, Rule] = {
     "uniform": Boltzmann(power=0.0),
     "uct": Uct(),
 }
-
-
-def ranks(nodes: Ints) -> tuple[Ints, Ints]:
-    """Return, for each pick, how many earlier picks stand at its node, and how many stand there in all."""
-    _, group, sizes = np.unique(nodes, return_inverse=True, return_counts=True)
-    order = np.argsort(group, kind="stable")
-    rank = np.empty(len(nodes), np.int64)
-    rank[order] = np.arange(len(nodes)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return rank, sizes[group]
 
 
 @dataclass(frozen=True)
@@ -260,7 +254,7 @@ def undo(nodes: Nodes, picks: Picks, last: int) -> None:
     np.subtract.at(nodes["drawn"], picks.path[expanding, picks.start[expanding]], 1)
 
 
-def named(table: dict[str, Rule] | dict[str, Widening], name: str, what: str) -> Rule | Widening:
+def named(table: dict[str, Choice], name: str, what: str) -> Choice:
     """Return an entry of a table by name.
 
     Raises:
