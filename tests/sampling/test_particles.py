@@ -81,8 +81,8 @@ def weighted_mean(particles: Particles) -> float:
 EXACT: dict[str, tuple[Callable[..., Particles], dict[str, Any]]] = {
     "snis": (importance_sampling, {}),
     "smc": (smc, {}),
-    "smc-max": (smc, {"potential": "max", "resample_at": 3}),
-    "smc-add": (smc, {"potential": "add", "resample_at": 2}),
+    "smc-max": (smc, {"potential": "max", "ess_threshold": 1.0}),
+    "smc-add": (smc, {"potential": "add", "ess_threshold": 1.0, "resample_at": 3}),
     "smc-always": (smc, {"ess_threshold": 1.0}),
     "tds": (tds, {}),
     "tds-all": (tds, {"resample_at": "all", "ess_threshold": 1.0}),
@@ -105,6 +105,7 @@ def test_law_and_evidence_of_a_gaussian_chain(name: str, fenced_rng: None) -> No
     # relative variance of one weight is at most exp(a²·v)·few; the standard error of log Z is 1/sqrt(ess) at most
     tolerance = 4 / math.sqrt(found.ess)
     assert found.ess > 300
+    assert bool(found.extras.get("resampled")) == (options.get("ess_threshold") == 1.0)
     assert abs(found.log_z - (GENTLE * mean + GENTLE**2 * variance / 2)) < tolerance
     assert abs(weighted_mean(found) - (mean + GENTLE * variance)) < tolerance
     spread = found.samples[:, 0].double() - weighted_mean(found)
