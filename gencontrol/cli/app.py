@@ -18,7 +18,7 @@ from gencontrol.errors import GencontrolError
 
 app = typer.Typer(
     name="gencontrol",
-    help="Steer a pretrained generative model towards a reward: fine-tune, sample, measure.",
+    help="Steer a pretrained generative model towards a reward: fine-tune, search, sample, measure.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -38,7 +38,7 @@ def _root(
         bool | None, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
     ] = None,
 ) -> None:
-    """Steer a pretrained generative model towards a reward: fine-tune, sample, measure."""
+    """Steer a pretrained generative model towards a reward: fine-tune, search, sample, measure."""
 
 
 for _name, (_function, _panel) in commands.TABLE.items():
@@ -57,7 +57,7 @@ def run(arguments: Sequence[str] | None) -> int:
     except BaseException as error:  # the boundary of the process: every error becomes a line and a code
         return _explain(error)
     if result == 130:
-        return _say("interrupted; run the same command again (a training goes on from its last checkpoint).", 130)
+        return _say("interrupted; run the same command again (a training or search goes on from its last save).", 130)
     return result if isinstance(result, int) else 0
 
 
@@ -76,7 +76,7 @@ def _explain(error: BaseException) -> int:
     if isinstance(error, GencontrolError):
         return _say(str(error), error.exit_code)
     if isinstance(error, KeyboardInterrupt):
-        return _say("interrupted; run the same command again (a training goes on from its last checkpoint).", 130)
+        return _say("interrupted; run the same command again (a training or search goes on from its last save).", 130)
     if isinstance(error, typer.Abort):
         return _say("aborted at a question; run again and answer it.", 130)
     if isinstance(error, SystemExit):

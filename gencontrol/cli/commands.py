@@ -7,7 +7,8 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
-WHAT, TRAINING, RUN = "Model, prompts, rewards", "Training", "Run"
+WHAT, TRAINING, SEARCH, RUN = "Model, prompts, rewards", "Training", "Search", "Run"
+SEARCHERS = "dts|dts-star|best-of-n|snis|smc|tds|das|beam|dps"
 
 
 def _option(flag: str, text: str, panel: str, metavar: str | None = None) -> Any:
@@ -184,11 +185,61 @@ def sample(
     command(ctx.params)
 
 
+def search(
+    ctx: typer.Context,
+    overrides: Overrides = None,
+    reward: Reward = None,
+    model: Model = None,
+    prompt: Annotated[Many, _option("--prompt", "A prompt; may be repeated.", WHAT, "TEXT")] = None,
+    prompts: Annotated[Text, _option("--prompts", "Prompts in a txt, jsonl or csv file.", WHAT, "FILE")] = None,
+    reward_model: RewardModel = None,
+    reference: Reference = None,
+    sampler: Annotated[Text, _option("--sampler", "The method (default: dts-star).", SEARCH, SEARCHERS)] = None,
+    nfe: Annotated[Number, _option("--nfe", "Model calls per prompt (default: 4000).", SEARCH)] = None,
+    temperature: Annotated[
+        Real, _option("--temperature", "Of exp(reward/temperature); smaller follows the reward more.", SEARCH)
+    ] = None,
+    steps: Annotated[Number, _option("--steps", "Sampler steps of a path (default: the model's own).", SEARCH)] = None,
+    branch: Annotated[
+        Text, _option("--branch", "Segments between levels, or their times (default: 5).", SEARCH, "N|all|T1,T2,…")
+    ] = None,
+    leaf_batch: Annotated[Number, _option("--leaf-batch", "Leaves per round and prompt.", SEARCH)] = None,
+    widening: Annotated[
+        Text, _option("--widening", "Children of a node of N visits: C·N^alpha.", SEARCH, "paper|text|small|C,ALPHA")
+    ] = None,
+    select: Annotated[Text, _option("--select", "How a tree grows.", SEARCH, "boltzmann|uct|tempered|uniform")] = None,
+    backup: Annotated[Text, _option("--backup", "How values go up the tree.", SEARCH, "soft|max")] = None,
+    guidance_scale: Annotated[
+        Real, _option("--guidance-scale", "Classifier-free guidance (default: the model's own).", SEARCH)
+    ] = None,
+    count: Annotated[Number, _option("--count", "Samples written per prompt (default: 4).", RUN)] = None,
+    precision: Annotated[Text, _option("--precision", "Precision of the network.", RUN, "fp32|bf16")] = None,
+    seed: Annotated[Number, _option("--seed", "Seed of everything that is random.", RUN)] = None,
+    device: Annotated[Text, _option("--device", "Where it runs.", RUN, "auto|cpu|cuda")] = None,
+    threads: Annotated[Number, _option("--threads", "CPU threads; 0 leaves it to the library.", RUN)] = None,
+    output: Output = None,
+    save_every: Annotated[Real, _option("--save-every", "Seconds between saves of the tree (30).", RUN)] = None,
+    fresh: Fresh = None,
+    allow_change: AllowChange = None,
+    online: Online = None,
+    config: Annotated[Text, _option("--config", "Sections run and search.", RUN, "FILE.toml")] = None,
+    set_: Set = None,
+    dry_run: DryRun = None,
+) -> None:
+    """Search for the samples that a reward likes best, without training: tree search, particles, best of n.
+
+    Example: gencontrol search --reward clap --prompt "a slow sad violin melody" --nfe 4000 --output runs/search
+    """
+    from gencontrol.cli.search import command
+
+    command(ctx.params)
+
+
 def report(
     run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="The run folder.")],
     open_: Annotated[bool, typer.Option("--open/--no-open", help="Show it in a browser.")] = False,
 ) -> None:
-    """Write report.html of a run: curves, sound before and after, configuration.
+    """Write report.html of a run: curves, samples before and after, trees, configuration.
 
     Example: gencontrol report runs/a
     """
@@ -226,6 +277,7 @@ def bench(
 TABLE: dict[str, tuple[Callable[..., Any], str]] = {
     "finetune": (finetune, "Work"),
     "sample": (sample, "Work"),
+    "search": (search, "Work"),
     "pretrain": (pretrain, "Work"),
     "report": (report, "Look"),
     "bench": (bench, "Look"),

@@ -35,7 +35,8 @@ ALIASES = {
     "num-waveforms-per-prompt": "num",
     "num-inference-steps": "steps",
 }
-ONLY_IN = {"num-inference-steps": "sample"}  # elsewhere --steps counts training steps
+#: commands whose --steps are sampler steps; elsewhere they are training steps
+ONLY_IN = {"num-inference-steps": ("sample", "search")}
 
 #: names of other trainers that have no twin here, with what to do instead
 HINTS = {
@@ -110,7 +111,7 @@ def _canonical(typed: str, known: dict[str, bool], command: str) -> str:
         return name
     if name == "resume-from-checkpoint" and "resume" in known:
         return "resume"
-    if ALIASES.get(name) in known and ONLY_IN.get(name, command) == command:
+    if ALIASES.get(name) in known and command in ONLY_IN.get(name, (command,)):
         return ALIASES[name]
     if name in HINTS:
         raise UsageError(f"'{command}' has no option --{typed}: {HINTS[name]}.")

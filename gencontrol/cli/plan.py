@@ -158,8 +158,8 @@ def _memory(job: Job) -> Iterator[str]:
     yield f"  network        {_millions(sizes.network)}, trained {_millions(sizes.trainable)} ({kind})"
     yield f"  frozen parts   {_millions(sizes.rest)}"
     yield (
-        f"  memory         {_bytes(weights)} weights + {_bytes(training)} gradients, optimizer and averages "
-        f"= {_bytes(weights + training)}"
+        f"  memory         {human_bytes(weights)} weights + {human_bytes(training)} gradients, optimizer and averages "
+        f"= {human_bytes(weights + training)}"
     )
     yield "                 and activations, which grow with --micro-batch; the reward's network comes on top"
 
@@ -178,5 +178,8 @@ def _millions(count: int) -> str:
     return f"{count / 1e6:.2f} M" if count < 1e9 else f"{count / 1e9:.2f} B"
 
 
-def _bytes(count: int) -> str:
+def human_bytes(count: int) -> str:
+    """Write a size for people."""
+    if count < 2**20:
+        return f"{count / 2**10:.1f} KiB"
     return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"

@@ -11,7 +11,8 @@ from html import escape
 from pathlib import Path
 
 from gencontrol.train.report_data import RunData, read_run
-from gencontrol.train.report_sections import curves, headline, listening, tables
+from gencontrol.train.report_parts import tables
+from gencontrol.train.report_sections import curves, headline, listening
 from gencontrol.train.report_style import page
 
 
@@ -31,7 +32,15 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def render(run: RunData) -> str:
-    """Return the page."""
+    """Return the page: of a search, or of a training."""
+    if run.record.get("kind") == "search":
+        from gencontrol.train import report_search
+
+        head = _heading("gencontrol search report", run, report_search.title(run))
+        about = f"{run.path.resolve().name}: {report_search.title(run)}"
+        return page(
+            about, head, report_search.body(run), f"{_version(run)} This page is one file and loads nothing else."
+        )
     body = [headline(run), _state(run), "<h2>Curves</h2>", curves(run)]
     if run.pairs:
         body.insert(2, listening(run))
@@ -50,12 +59,17 @@ def _what(run: RunData) -> str:
 
 
 def _header(run: RunData) -> str:
+    return _heading("gencontrol run report", run, _what(run))
+
+
+def _heading(eyebrow: str, run: RunData, what: str) -> str:
+    """Name of the run and a line about it."""
     model = run.config.get("run", {}).get("model")
     subject = f" of the model <code>{escape(str(model))}</code>" if model else ""
     return (
-        '<p class="eyebrow">gencontrol run report</p>'
+        f'<p class="eyebrow">{eyebrow}</p>'
         f"<h1>{escape(run.path.resolve().name)}</h1>"
-        f'<p class="lead">{escape(_what(run)[:1].upper() + _what(run)[1:])}{subject}.</p>'
+        f'<p class="lead">{escape(what[:1].upper() + what[1:])}{subject}.</p>'
     )
 
 
@@ -87,10 +101,14 @@ def _use(run: RunData) -> str:
     return "<h2>Use the result</h2>" + "".join(f"<pre>{escape(text)}</pre>" for text in loading(run))
 
 
-def _footer(run: RunData) -> str:
+def _version(run: RunData) -> str:
     starts = run.record.get("starts") or [{}]
     version = starts[-1].get("versions", {}).get("gencontrol", "") if isinstance(starts[-1], dict) else ""
+    return f"Made by gencontrol {escape(str(version))}."
+
+
+def _footer(run: RunData) -> str:
     return (
-        f"Made by gencontrol {escape(str(version))}. Win rates carry Wilson intervals, gains of item rewards paired "
+        f"{_version(run)} Win rates carry Wilson intervals, gains of item rewards paired "
         "Student t intervals, gains of set rewards bootstrap intervals. This page is one file and loads nothing else."
     )

@@ -23,6 +23,7 @@ class Line:
         x, y: points with finite coordinates, x rising.
         style: CSS class: "tuned", "base", "train" or "faint".
         low, high: the interval at each point; empty for none.
+        marked: whether the points are marked where there are few.
     """
 
     label: str
@@ -31,6 +32,7 @@ class Line:
     style: str = "tuned"
     low: Sequence[float] = ()
     high: Sequence[float] = ()
+    marked: bool = True
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ SMALL, WIDE = Size(480, 270), Size(1000, 380)
 
 
 @dataclass(frozen=True)
-class _Frame:
+class Frame:
     """Maps data to the drawing."""
 
     x0: float
@@ -146,21 +148,21 @@ def line_chart(
         return f'<figure class="chart"><figcaption>{escape(title)}</figcaption><p>No values yet.</p></figure>'
     frame = _frame(drawn, size)
     parts = [
-        _axes(frame, x_label, y_label),
+        axes(frame, x_label, y_label),
         *(_band(line, frame) for line in drawn),
-        *(_curve(line, frame) for line in drawn),
+        *(_curve(line, frame, x_label) for line in drawn),
     ]
     summary = "; ".join(
         f"{line.label or title} from {line.y[0]:.4g} to {line.y[-1]:.4g}" for line in drawn if line.style != "faint"
     )
     return (
-        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>{_legend(drawn)}'
+        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>{legend(drawn)}'
         f'<svg viewBox="0 0 {size.width} {size.height}" role="img" aria-label="{escape(f"{title}: {summary}")}">'
         f"{''.join(parts)}</svg></figure>"
     )
 
 
-def _frame(lines: Sequence[Line], size: Size) -> _Frame:
+def _frame(lines: Sequence[Line], size: Size) -> Frame:
     xs = [value for line in lines for value in line.x]
     ys = [value for line in lines for value in (*line.y, *line.low, *line.high) if math.isfinite(value)]
     x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
@@ -170,10 +172,11 @@ def _frame(lines: Sequence[Line], size: Size) -> _Frame:
         y0, y1 = (y0 - abs(y0) * 0.05, y1 + abs(y1) * 0.05) if y0 else (-1.0, 1.0)
     pad = 0.06 * (y1 - y0)
     floor = 0.0 if y0 >= 0 and y0 - pad < 0 else y0 - pad
-    return _Frame(x0, x1, floor, y1 + pad, size)
+    return Frame(x0, x1, floor, y1 + pad, size)
 
 
-def _axes(frame: _Frame, x_label: str, y_label: str) -> str:
+def axes(frame: Frame, x_label: str, y_label: str, *, whole: bool = True) -> str:
+    """Draw grid, ticks and names of both axes; `whole` keeps the horizontal ticks to whole numbers."""
     right, base = frame.size.width - RIGHT, frame.size.height - BOTTOM
     left, power = frame.left, frame.power
     out = []
@@ -181,11 +184,13 @@ def _axes(frame: _Frame, x_label: str, y_label: str) -> str:
         y = frame.y(value)
         out.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         out.append(f'<text class="tick" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
-    horizontal = [value for value in ticks(frame.x0, frame.x1) if value == int(value)] or [frame.x0]
+    marks = ticks(frame.x0, frame.x1)
+    horizontal = [value for value in marks if not whole or value == int(value)] or [frame.x0]
+    step = 1.0 if whole or len(marks) < 2 else marks[1] - marks[0]
     for value in horizontal:
         x = frame.x(value)
         out.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{base}" y2="{base + 4}"/>')
-        out.append(f'<text class="tick" x="{x:.1f}" y="{base + 18}" text-anchor="middle">{label(value, 1)}</text>')
+        out.append(f'<text class="tick" x="{x:.1f}" y="{base + 18}" text-anchor="middle">{label(value, step)}</text>')
     unit = f"{y_label}  (×10{superscript(power)})" if power else y_label
     middle, height = (left + right) / 2, (TOP + base) / 2
     out.append(f'<line class="axis" x1="{left}" x2="{right}" y1="{base}" y2="{base}"/>')
@@ -199,7 +204,7 @@ def _axes(frame: _Frame, x_label: str, y_label: str) -> str:
     return "".join(out)
 
 
-def _band(line: Line, frame: _Frame) -> str:
+def _band(line: Line, frame: Frame) -> str:
     """The interval as an area, over the points where it is finite."""
     if not line.low:
         return ""
@@ -219,20 +224,21 @@ def _band(line: Line, frame: _Frame) -> str:
     return f'<polygon class="band {line.style}" points="{points}"/>'
 
 
-def _curve(line: Line, frame: _Frame) -> str:
+def _curve(line: Line, frame: Frame, x_label: str) -> str:
     points = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in zip(line.x, line.y, strict=True))
     drawn = f'<polyline class="line {line.style}" points="{points}"/>'
-    if len(line.x) > _MARKED or line.style in ("faint", "base"):
+    if len(line.x) > _MARKED or line.style in ("faint", "base") or not line.marked:
         return drawn
-    name = escape(line.label)
+    name, x_label = escape(line.label), escape(x_label)
     return drawn + "".join(
         f'<circle class="dot {line.style}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3.2">'
-        f"<title>{name} at step {x:g}: {y:.5g}</title></circle>"
+        f"<title>{name} at {x_label} {x:g}: {y:.5g}</title></circle>"
         for x, y in zip(line.x, line.y, strict=True)
     )
 
 
-def _legend(lines: Sequence[Line]) -> str:
+def legend(lines: Sequence[Line]) -> str:
+    """The names of the lines; none for a single line without an interval."""
     named = [line for line in lines if line.label]
     if not named or (len(named) == 1 and not named[0].low):
         return ""

@@ -23,9 +23,9 @@ _STEP = re.compile(r"step_(\d{8})")
 
 @dataclass(frozen=True)
 class Sound:
-    """One sound: a wav, perhaps a picture, and its reward where it was scored alone."""
+    """One sample: a wav, perhaps its picture, or a picture alone; and its reward where it was scored alone."""
 
-    wav: bytes
+    wav: bytes | None
     png: bytes | None = None
     reward: float | None = None
 
@@ -185,9 +185,9 @@ def _sound(folder: Path, stem: str, reward: Any) -> Sound | None:
 def _within_budget(pairs: list[Pair]) -> tuple[list[Pair], float | None]:
     """Cut sounds to `SHORT_S` seconds where all together would exceed the page's budget."""
     sounds = [sound for pair in pairs for sound in (pair.base, pair.tuned) if sound is not None]
-    if sum(len(sound.wav) for sound in sounds) <= BUDGET_BYTES:
+    if sum(len(sound.wav or b"") for sound in sounds) <= BUDGET_BYTES:
         return pairs, None
-    short = {id(sound): Sound(cut_wav(sound.wav, SHORT_S), sound.png, sound.reward) for sound in sounds}
+    short = {id(sound): Sound(sound.wav and cut_wav(sound.wav, SHORT_S), sound.png, sound.reward) for sound in sounds}
     return [
         Pair(p.prompt, short[id(p.base)] if p.base else None, short[id(p.tuned)] if p.tuned else None) for p in pairs
     ], SHORT_S

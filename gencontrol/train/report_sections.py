@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from gencontrol.train.report_charts import WIDE, Line, line_chart, running_mean, superscript
-from gencontrol.train.report_data import Pair, RunData, Sound
+from gencontrol.train.report_charts import WIDE, Line, line_chart, running_mean
+from gencontrol.train.report_data import Pair, RunData
+from gencontrol.train.report_parts import duration, number, side, signed, tile
 
 #: metric → (title, name and unit of the vertical axis), in the order of the page
 KNOWN = {
@@ -26,22 +25,6 @@ _ELSEWHERE = ("step", "updates", "items", "time/wall", "reward/mean", "reward/mo
 _MEAN_WINDOW = 20
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """Write a number for people, with a true minus sign; a missing one is a dash."""
-    if value is None:
-        return "–"
-    if value != 0 and (abs(value) < 10**-digits or abs(value) >= 1e6):
-        mantissa, _, power = f"{value:.{digits - 1}e}".partition("e")
-        return f"{mantissa.replace('-', '−')}·10{superscript(int(power))}"
-    return f"{value:.{digits}f}".replace("-", "−")
-
-
-def signed(value: float | None, digits: int = 3) -> str:
-    """As `number`, with a plus sign."""
-    text = number(value, digits)
-    return text if value is None or value < 0 else f"+{text}"
-
-
 def headline(run: RunData) -> str:
     """The numbers that answer "did it work": gain and win rate with their intervals."""
     tiles = []
@@ -49,33 +32,26 @@ def headline(run: RunData) -> str:
     if gain is not None:
         low, high = run.last("eval/reward/gain_low"), run.last("eval/reward/gain_high")
         clear = "" if low is None or high is None else "good" if low > 0 else "bad" if high < 0 else ""
-        tiles.append(_tile("Reward gain over the base", signed(gain), _interval(low, high, signed), clear))
+        tiles.append(tile("Reward gain over the base", signed(gain), _interval(low, high, signed), clear))
     wins = run.last("eval/win_rate")
     if wins is not None:
         low, high = run.last("eval/win_rate_low"), run.last("eval/win_rate_high")
-        tiles.append(_tile("Win rate against the base", _percent(wins), _interval(low, high, _percent)))
+        tiles.append(tile("Win rate against the base", _percent(wins), _interval(low, high, _percent)))
     mean, base = run.last("eval/reward/mean"), run.last("eval/reward/base_mean")
     if mean is not None:
         items = run.last("eval/items")
         detail = f"base {number(base)}" + (f", {items:.0f} samples" if items else "")
-        tiles.append(_tile("Reward on evaluation prompts", number(mean), detail))
+        tiles.append(tile("Reward on evaluation prompts", number(mean), detail))
     elif run.series("eval/loss")[1]:
         values = run.series("eval/loss")[1]
         tiles.append(
-            _tile("Held-out loss", number(values[-1]), f"first {number(values[0])}, best {number(min(values))}")
+            tile("Held-out loss", number(values[-1]), f"first {number(values[0])}, best {number(min(values))}")
         )
     elif run.series("loss/total")[1]:
         values = run.series("loss/total")[1]
-        tiles.append(_tile("Training loss", number(values[-1]), f"first {number(values[0])}"))
-    tiles.append(_tile("Training steps", f"{run.step}", f"of {run.steps}, {_duration(run.last('time/wall'))}"))
+        tiles.append(tile("Training loss", number(values[-1]), f"first {number(values[0])}"))
+    tiles.append(tile("Training steps", f"{run.step}", f"of {run.steps}, {_training_time(run)}"))
     return f'<dl class="numbers">{"".join(tiles)}</dl>'
-
-
-def _tile(name: str, value: str, detail: str, kind: str = "") -> str:
-    return (
-        f'<div><dt>{escape(name)}</dt><dd><div class="value {kind}">{escape(value)}</div>'
-        f'<div class="range">{escape(detail)}</div></dd></div>'
-    )
 
 
 def _interval(low: float | None, high: float | None, write: Any) -> str:
@@ -86,12 +62,9 @@ def _percent(value: float) -> str:
     return f"{100 * value:.0f} %"
 
 
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "no time logged"
-    if seconds < 90:
-        return f"{seconds:.0f} s of training"
-    return f"{seconds / 60:.0f} min of training" if seconds < 5400 else f"{seconds / 3600:.1f} h of training"
+def _training_time(run: RunData) -> str:
+    seconds = run.last("time/wall")
+    return "no time logged" if seconds is None else f"{duration(seconds)} of training"
 
 
 def curves(run: RunData) -> str:
@@ -188,62 +161,13 @@ def listening(run: RunData) -> str:
 
 def _card(pair: Pair, *, compared: bool) -> str:
     sides = [
-        _side(name, css, sound, pair)
+        side(name, css, sound, pair.prompt, _base_reward(css, pair))
         for name, css, sound in (("Base", "base", pair.base), ("Tuned" if compared else "Sample", "tuned", pair.tuned))
         if sound is not None
     ]
     return f'<article class="pair"><h3>“{escape(pair.prompt)}”</h3><div class="sides">{"".join(sides)}</div></article>'
 
 
-def _side(name: str, css: str, sound: Sound, pair: Pair) -> str:
-    reward = ""
-    if sound.reward is not None:
-        reward = f"reward {number(sound.reward)}"
-        if css == "tuned" and pair.base is not None and pair.base.reward is not None:
-            change = sound.reward - pair.base.reward
-            reward += f' <b class="{"good" if change > 0 else "bad" if change < 0 else ""}">({signed(change)})</b>'
-    about = escape(f"{name}: {pair.prompt}")
-    picture = f'<img alt="Spectrogram, {about}" src="{_data(sound.png, "image/png")}">' if sound.png else ""
-    return (
-        f'<div class="side {css}"><div class="head"><strong>{name}</strong><span>{reward}</span></div>{picture}'
-        f'<audio controls preload="metadata" aria-label="{about}" src="{_data(sound.wav, "audio/wav")}"></audio></div>'
-    )
-
-
-def _data(content: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def tables(run: RunData) -> str:
-    """The configuration by section, the command lines, versions and devices."""
-    starts = [start for start in run.record.get("starts", []) if isinstance(start, dict)]
-    commands = "".join(f"<pre>{escape(str(start.get('command', '')))}</pre>" for start in _distinct(starts))
-    config = "".join(_table(f"[{section}]", values) for section, values in run.config.items())
-    machine: dict[str, Any] = {}
-    if starts:
-        newest = starts[-1]
-        machine = {**newest.get("versions", {}), "commit": newest.get("commit") or "an installed package"}
-        machine |= {"platform": newest.get("platform", ""), "device": newest.get("device", ""), "starts": len(starts)}
-    return (
-        f"<h2>Command</h2>{commands}" if commands else ""
-    ) + f'<h2>Configuration</h2><div class="tables">{config}{_table("Made with", machine)}</div>'
-
-
-def _distinct(starts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return list({str(start.get("command")): start for start in starts}.values())
-
-
-def _table(name: str, values: Any) -> str:
-    if not isinstance(values, dict) or not values:
-        return ""
-    rows = "".join(
-        f'<tr><th scope="row">{escape(str(key))}</th><td>{escape(_plain(value))}</td></tr>'
-        for key, value in values.items()
-    )
-    return f"<table><caption>{escape(name)}</caption>{rows}</table>"
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(str(item) for item in value) or "–"
-    return "–" if value == "" else str(value)
+def _base_reward(css: str, pair: Pair) -> float | None:
+    """What a tuned sound's reward is compared with."""
+    return pair.base.reward if css == "tuned" and pair.base is not None else None

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-STYLE = """
+#: Ten shades of a value, from the paper to the full colour.
+_SHADES = "".join(
+    f".v{i} {{ fill: {mix}; background: {mix}; }}\n"
+    for i, mix in enumerate(f"color-mix(in srgb, var(--tuned) {4 + 10 * i}%, var(--card))" for i in range(10))
+)
+
+STYLE = (
+    """
 :root { color-scheme: light dark;
   --paper: #fbfaf7; --card: #ffffff; --ink: #1d2327; --soft: #5b646b; --rule: #dfdcd3; --grid: #ece9e1;
   --tuned: #0b6e78; --base: #8a5a00; --train: #54606b; --good: #14713d; --bad: #a3312b; --wash: #eef5f4; }
@@ -73,6 +80,17 @@ pre { background: var(--card); border: 1px solid var(--rule); border-radius: 8px
 .side img { display: block; width: 100%; height: 128px; object-fit: fill; border-radius: 6px;
   background: #08060f; image-rendering: auto; }
 .side audio { width: 100%; margin-top: 8px; height: 40px; }
+.side img.picture { width: auto; max-width: min(100%, 320px); height: auto; object-fit: contain; }
+.column { fill: var(--c); opacity: .5; }
+.tree .note { margin: 2px 0 4px; }
+.edge { fill: none; stroke: var(--soft); opacity: .45; } .edge.best { stroke: var(--base); opacity: 1; }
+.node { stroke: var(--soft); stroke-width: .8; } .node.none { fill: var(--card); stroke: var(--bad); }
+.node.best { stroke: var(--base); stroke-width: 2.2; }
+.chart .mark { fill: var(--base); font-weight: 650; }
+.shades { white-space: nowrap; margin: 0 3px; }
+.shade { display: inline-block; width: 15px; height: 11px; vertical-align: -1px; }
+.legend .solid.key { border-top-style: solid; }
+.gap { margin: 30px 0 0; }
 .tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 28px;
   align-items: start; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
@@ -88,6 +106,8 @@ footer { padding-top: 36px; padding-bottom: 48px; font-size: .88rem; }
 :focus-visible { outline: 3px solid var(--tuned); outline-offset: 2px; border-radius: 4px; }
 @media print { body { background: #fff; } .pair, .chart { break-inside: avoid; } audio { display: none; } }
 """
+    + _SHADES
+)
 
 #: One sound at a time.
 SCRIPT = """

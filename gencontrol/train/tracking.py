@@ -9,7 +9,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -136,11 +136,25 @@ def headline(record: Mapping[str, Any]) -> str:
 
 
 class Progress:
-    """A bar on a terminal, else a line on stderr every few seconds; silent on ranks other than 0."""
+    """A bar on a terminal, else a line on stderr every few seconds; silent on ranks other than 0.
 
-    def __init__(self, steps: int, *, visible: bool) -> None:
+    Args:
+        steps: of the whole run.
+        visible: whether anything is shown.
+        unit: what a step is called.
+        describe: record → the numbers to show.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        *,
+        visible: bool,
+        unit: str = "step",
+        describe: Callable[[Mapping[str, Any]], str] = headline,
+    ) -> None:
         self.steps, self.first = steps, 0
-        self._visible = visible
+        self._visible, self._unit, self._describe = visible, unit, describe
         self._begin = time.monotonic()
         self._last = -LINE_EVERY_S
         self._bar: Any = None
@@ -169,14 +183,14 @@ class Progress:
         if not self._visible:
             return
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=headline(record))
+            self._bar.update(self._task, completed=step, description=self._describe(record))
             return
         now = time.monotonic()
         if now - self._last >= LINE_EVERY_S or step == self.steps:
             self._last = now
             taken = step - self.first
-            rate = f" ({taken / max(now - self._begin, 1e-9):.2f} steps/s)" if taken else ""
-            print(f"step {step}/{self.steps} {headline(record)}{rate}", file=sys.stderr, flush=True)
+            rate = f" ({taken / max(now - self._begin, 1e-9):.2f} {self._unit}s/s)" if taken else ""
+            print(f"{self._unit} {step}/{self.steps} {self._describe(record)}{rate}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leave the terminal as it was."""
