@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -15,13 +15,13 @@ from gencontrol.rng import item_generators, randn, stream
 Generators = torch.Generator | list[torch.Generator] | None
 
 
-def texts(value: str | Sequence[str], name: str) -> list[str]:
-    """Return prompts as a list.
+def texts(value: object, name: str) -> list[str]:
+    """Return one prompt or several as a list.
 
     Raises:
         UsageError: empty, or not text.
     """
-    items = [value] if isinstance(value, str) else list(value)
+    items = [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
     wrong = next((item for item in items if not isinstance(item, str)), None)
     if wrong is not None or not items:
         got = "an empty list" if not items else f"a {type(wrong).__name__}"

@@ -34,7 +34,7 @@ class Request:
     """The arguments of a call that decide which law is searched; None is the pipeline's own default.
 
     Args:
-        prompt: one or several.
+        prompt: one or several; of classes also their numbers.
         steps: sampler steps, ≥ 1.
         guidance_scale: of classifier-free guidance (FLUX: of its embedded guidance).
         negative_prompt: one for all prompts, or one for each.
@@ -42,7 +42,7 @@ class Request:
         seconds: length of a sound.
     """
 
-    prompt: str | Sequence[str]
+    prompt: int | str | Sequence[int | str]
     steps: int | None = None
     guidance_scale: float | None = None
     negative_prompt: str | Sequence[str] | None = None
@@ -161,14 +161,16 @@ def closed(times: Float[Tensor, " k"] | None) -> tuple[float, ...] | None:
     return (*grid[:-1], 0.0)
 
 
-def on_one_device(network: nn.Module, device: torch.device, owner: str) -> None:
-    """Raise UsageError if the network does not lie where its pipeline runs: it is offloaded."""
-    hooked = any("_hf_hook" in part.__dict__ or "_diffusers_hook" in part.__dict__ for part in network.modules())
-    if hooked or next(network.parameters()).device != device:
-        raise UsageError(
-            f"this {owner} is offloaded, and a search calls the network thousands of times; call its "
-            "remove_all_hooks() and to(device), or search on the CPU."
-        )
+def refuse_offloaded(network: nn.Module, owner: str) -> None:
+    """Raise UsageError if hooks move the network about: a search calls it thousands of times."""
+    for part in network.modules():
+        registry = part.__dict__.get("_diffusers_hook")
+        if "_hf_hook" in part.__dict__ or (registry is not None and "group_offloading" in registry.hooks):
+            raise UsageError(
+                f"this {owner} is offloaded, and a search calls its network thousands of times; load it again without "
+                "offloading, or call remove_all_hooks(), and move it with to(device) (its text encoders may stay on "
+                "the CPU)."
+            )
 
 
 @contextmanager
@@ -200,9 +202,10 @@ class AudioSearch:
     kind: Literal["image", "audio"] = "audio"
 
     def __init__(self, pipe: TextToAudioPipeline) -> None:
-        on_one_device(pipe.network, pipe.device, type(pipe).__name__)
+        refuse_offloaded(pipe.network, type(pipe).__name__)
         self.pipe = pipe
 
+    @torch.no_grad()
     def problem(self, ask: Request) -> Problem:
         """Encode prompts and length; sounds are decoded and cropped as the pipeline does."""
         pipe, backend = self.pipe, self.pipe.backend
@@ -243,14 +246,17 @@ class ClassSearch:
     kind: Literal["image", "audio"] = "image"
 
     def __init__(self, pipe: ClassToImagePipeline) -> None:
-        on_one_device(pipe.network, pipe.device, type(pipe).__name__)
+        refuse_offloaded(pipe.network, type(pipe).__name__)
         self.pipe = pipe
 
+    @torch.no_grad()
     def problem(self, ask: Request) -> Problem:
         """Encode the labels; a reward sees their names as prompts."""
         pipe, spec = self.pipe, self.pipe.spec
         without_effect("a class-to-image pipeline", height=ask.height, width=ask.width, audio_end_in_s=ask.seconds)
-        names = arguments.texts(ask.prompt, "prompt")
+        labels = [ask.prompt] if isinstance(ask.prompt, (int, str)) else list(ask.prompt)
+        known = range(len(pipe.class_names))
+        names = arguments.texts([pipe.class_names[x] if x in known else str(x) for x in labels], "prompt")
         scale = arguments.guidance(spec.guidance_scale if ask.guidance_scale is None else ask.guidance_scale)
         negative = arguments.negatives(ask.negative_prompt, len(names), 1, scale)
         free = None

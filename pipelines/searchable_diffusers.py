@@ -27,10 +27,10 @@ from gencontrol.pipelines.searchable import (
     both_sides,
     closed,
     frozen,
-    on_one_device,
+    refuse_offloaded,
     without_effect,
 )
-from gencontrol.types import Cond, cat_cond
+from gencontrol.types import Cond, cat_cond, cond_to
 
 Size = tuple[int, int]
 
@@ -42,7 +42,7 @@ class DiffusersImage(ABC):
         pipe: a loaded pipeline of diffusers.
 
     Raises:
-        UsageError: it is offloaded.
+        UsageError: it is offloaded, or of a kind without a stochastic chain.
     """
 
     kind: Literal["image", "audio"] = "image"
@@ -55,12 +55,19 @@ class DiffusersImage(ABC):
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
-        on_one_device(self.network, pipe.device, type(pipe).__name__)
+        refuse_offloaded(self.network, type(pipe).__name__)
 
     @property
     def network(self) -> Any:
         """The denoising network, a module of diffusers."""
         return self.pipe.components[self.network_name]
+
+    @property
+    def text_device(self) -> torch.device:
+        """Where the text encoders are; the network may be elsewhere."""
+        parts = self.pipe.components
+        found: torch.device = (parts.get("text_encoder") or parts["text_encoder_2"]).device
+        return found
 
     @abstractmethod
     def encode(self, prompt: str, negative: str | None, scale: float, size: Size) -> tuple[Cond, Cond | None]:
@@ -81,8 +88,8 @@ class DiffusersImage(ABC):
         return side, side
 
     def multiple(self) -> int:
-        """What height and width must be divisible by."""
-        return int(self.pipe.vae_scale_factor)
+        """What height and width must be divisible by: 8, whatever the VAE (the rule of the pipelines with a UNet)."""
+        return 8
 
     def rescale(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Latents in the VAE's own units: latents/scaling_factor + shift_factor."""
@@ -106,7 +113,7 @@ class DiffusersImage(ABC):
         assert grid is not None
         return Problem(
             Guided(denoiser, scale, grid[0]),
-            both_sides(cat_cond([side[0] for side in sides]), free),
+            cond_to(both_sides(cat_cond([side[0] for side in sides]), free), self.network.device),
             shape,
             len(grid) - 1,
             grid,
@@ -144,7 +151,7 @@ class DiffusersImage(ABC):
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
         """Images in [0, 1], float32, by the pipeline's VAE in its own precision."""
         vae = self.pipe.vae
-        image = vae.decode(self.rescale(latents).to(vae.dtype), return_dict=False)[0]
+        image = vae.decode(self.rescale(latents).to(vae.device, vae.dtype), return_dict=False)[0]
         return (image.float() / 2 + 0.5).clamp(0, 1)
 
     @contextmanager
@@ -180,7 +187,7 @@ class StableDiffusion(DiffusersImage):
 
     def encode(self, prompt: str, negative: str | None, scale: float, size: Size) -> tuple[Cond, Cond | None]:
         """CLIP states of the prompt, and of the negative or empty prompt."""
-        given, free = self.pipe.encode_prompt([prompt], self.pipe.device, 1, scale > 1, _listed(negative))
+        given, free = self.pipe.encode_prompt([prompt], self.text_device, 1, scale > 1, _listed(negative))
         return {"tokens": given}, {"tokens": free} if scale > 1 else None
 
 
@@ -197,7 +204,7 @@ class StableDiffusionXL(DiffusersImage):
     def encode(self, prompt: str, negative: str | None, scale: float, size: Size) -> tuple[Cond, Cond | None]:
         """States of both CLIP encoders; without a negative prompt the other side is zeros or the empty prompt."""
         given, free, pooled, pooled_free = self.pipe.encode_prompt(
-            [prompt], device=self.pipe.device, do_classifier_free_guidance=scale > 1, negative_prompt=_listed(negative)
+            [prompt], device=self.text_device, do_classifier_free_guidance=scale > 1, negative_prompt=_listed(negative)
         )
         sizes = torch.tensor([[*size, 0, 0, *size]], dtype=given.dtype, device=given.device)
         other = {"tokens": free, "pooled": pooled_free, "time_ids": sizes} if scale > 1 else None
@@ -232,7 +239,7 @@ class StableDiffusion3(DiffusersImage):
             [prompt],
             None,
             None,
-            device=self.pipe.device,
+            device=self.text_device,
             do_classifier_free_guidance=scale > 1,
             negative_prompt=_listed(negative),
         )
@@ -279,7 +286,7 @@ class Flux(DiffusersImage):
 
     def encode(self, prompt: str, negative: str | None, scale: float, size: Size) -> tuple[Cond, Cond | None]:
         """T5 states, pooled CLIP states, and the guidance scale where the network takes one."""
-        given, pooled, _ = self.pipe.encode_prompt([prompt], None, device=self.pipe.device)
+        given, pooled, _ = self.pipe.encode_prompt([prompt], None, device=self.text_device)
         cond = {"tokens": given, "pooled": pooled}
         if self._embeds:
             cond["guidance"] = torch.full((1,), scale, dtype=torch.float32, device=given.device)

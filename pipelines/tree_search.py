@@ -95,7 +95,7 @@ class TreeSearchPipeline(WithProgress):
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: int | str | Sequence[int | str],
         *,
         nfe: int,
         num_inference_steps: int | None = None,
@@ -125,7 +125,7 @@ class TreeSearchPipeline(WithProgress):
         """Search with `nfe` model calls per prompt; the prompts of a call share their batches.
 
         Args:
-            prompt: one or several; for digits, names of classes.
+            prompt: one or several; for digits, names or numbers of classes.
             nfe: budget per prompt of network calls, a guided one counting once; at least one path.
             num_inference_steps, guidance_scale, negative_prompt, height, width, audio_end_in_s: as in the pipeline's
                 own call, and with its defaults.
@@ -186,8 +186,7 @@ class TreeSearchPipeline(WithProgress):
         steps = None if num_inference_steps is None else arguments.positive(num_inference_steps, "num_inference_steps")
         ask = Request(prompt, steps, guidance_scale, negative_prompt, height, width, audio_end_in_s)
         with self._searchable.at_work():
-            with torch.no_grad():
-                problem = self._searchable.problem(ask)
+            problem = self._searchable.problem(ask)
             found = self._run(problem, plan, count, _readout(readout), tree, callback)
             output = self._output(problem, found, kind)
         return output if return_dict else output.to_tuple()
