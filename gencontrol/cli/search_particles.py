@@ -1,7 +1,7 @@
 """Particle samplers of a search, prompt by prompt.
 
-A finished prompt is kept, so a stopped search goes on with the next.  Within a prompt nothing is saved: started again, it
-draws the same numbers.
+A finished prompt is kept, so a stopped search goes on with the next.  Within a prompt nothing is saved: started again,
+it draws the same numbers.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ def run(job: SearchJob, model: SearchModel, reward: Any) -> None:
     with SignalGuard() as guard:
         try:
             for index in range(len(job.prompts)):
+                guard.poll()
                 file = path / f"particles_{index:03d}.safetensors"
                 found.append(_read(file, mark) if file.exists() else _search(job, model, reward, index, guard))
                 if not file.exists():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from gencontrol.errors import UsageError, nearest
 
@@ -70,9 +69,9 @@ class SourceConfig:
     encoder: str | None = None
     output: str = "runs/search"
     online: bool = False
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: str = "auto"
     threads: int = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: str = "fp32"
     prompts_hash: str | None = None
 
     def __post_init__(self) -> None:
@@ -120,7 +119,7 @@ class SearchConfig:
     leaf_batch: int = 8
     widening: str | None = None
     select: str | None = None
-    backup: Literal["soft", "max"] = "soft"
+    backup: str = "soft"
     guidance_scale: float | None = None
     gradient: float = 0.0
     max_grad_norm: float = 0.0
