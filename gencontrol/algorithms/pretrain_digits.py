@@ -34,6 +34,8 @@ from gencontrol.rng import Keyed, item_generators, row_keys
 class DigitsPretrainConfig(FlowPretrainConfig):
     """Options of `DigitsPretrain`: those of `FlowPretrainConfig`, and of the classifier.
 
+    More conditions are dropped than elsewhere, because the unconditional model is meant to be used by itself.
+
     Args:
         teach: items of each batch that the classifier learns from, 1 to `batch`.
         rotation: largest angle of the augmentation, degrees, in [0, 45].
@@ -43,6 +45,7 @@ class DigitsPretrainConfig(FlowPretrainConfig):
     """
 
     batch: int = 128
+    drop: float = 0.3
     eval_items: int = 360
     eval_samples: int = 100
     eval_guidance: float = 1.0
