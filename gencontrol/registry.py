@@ -31,6 +31,7 @@ BENCHES = {
     "overhead": "gencontrol.bench.overhead:main",
     "dragon": "gencontrol.bench.dragon:main",
     "faults": "gencontrol.bench.faults:main",
+    "dts": "gencontrol.bench.dts:main",
 }
 
 
