@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -21,8 +22,8 @@ from gencontrol.pipelines.hub import LoadOptions, locate, pick_dtype
 T = TypeVar("T")
 
 
-class Pipeline:
-    """Base of all pipelines; a subclass gives `_load`, `_save`, `network_name` and `__call__`."""
+class Pipeline(ABC):
+    """Base of all pipelines; a subclass gives `bundled`, `network_name`, `__call__` and the abstract methods."""
 
     #: name of the folder under gencontrol/bundled that `from_pretrained("bundled")` loads
     bundled: ClassVar[str]
@@ -77,21 +78,32 @@ class Pipeline:
             EnvironmentMissing: a package that the model needs, or the bundled weights, are not installed.
         """
         options = LoadOptions(revision, variant, pick_dtype(dtype, torch_dtype), cache_dir, local_files_only, token)
+        new = cls.__new__(cls)
         index, where = locate(pretrained_model_name_or_path, options, cls.bundled)
-        return cls._load(index, where, options)
+        new._load(index, where, options)
+        return new
+
+    @abstractmethod
+    def _load(self, index: Mapping[str, Any], where: str | Path, options: LoadOptions) -> None:
+        """Fill this empty pipeline from a folder or repository, whose model_index.json is `index`."""
 
     @classmethod
-    def _load(cls, index: Mapping[str, Any], where: str | Path, options: LoadOptions) -> Self:
-        raise NotImplementedError
-
-    @classmethod
-    def from_pipe(cls, pipeline: Pipeline) -> Self:
+    def from_pipe(cls, pipeline: Any) -> Self:
         """Return a new pipeline that shares the components (weights are never copied) of another one.
 
+        Args:
+            pipeline: one of this class, or of a library's class that it can wrap.
+
         Raises:
-            UsageError: the other pipeline is of a kind that this class cannot take.
+            UsageError: the other pipeline is of a kind that this class cannot take, or it is offloaded.
         """
-        raise NotImplementedError
+        new = cls.__new__(cls)
+        new._share(pipeline)
+        return new
+
+    @abstractmethod
+    def _share(self, pipeline: Any) -> None:
+        """Fill this empty pipeline with the components of another one."""
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write a folder that `from_pretrained` loads; active LoRA adapters are merged into the saved weights.
@@ -105,8 +117,9 @@ class Pipeline:
         folder.mkdir(parents=True, exist_ok=True)
         self._save(folder)
 
+    @abstractmethod
     def _save(self, folder: Path) -> None:
-        raise NotImplementedError
+        """Write into a folder that exists what `_load` reads."""
 
     # ---- components and devices -----------------------------------------------------------------------------------
 
@@ -128,8 +141,9 @@ class Pipeline:
                 )
         self._rebuild({**self._components, **components})
 
+    @abstractmethod
     def _rebuild(self, components: Mapping[str, Any]) -> None:
-        raise NotImplementedError
+        """Take other components under the same names."""
 
     @property
     def network(self) -> nn.Module:
@@ -176,6 +190,7 @@ class Pipeline:
         self._moved()
         return self
 
+    @abstractmethod
     def _moved(self) -> None:
         """Forget what was computed on the old device or in the old precision."""
 
@@ -215,9 +230,9 @@ class Pipeline:
         self._execution_device = target
         self._moved()
 
+    @abstractmethod
     def _offload_order(self) -> list[nn.Module]:
         """Modules to offload, in the order in which they run; the others stay on the accelerator."""
-        raise NotImplementedError
 
     def maybe_free_model_hooks(self) -> None:
         """Send the component that ran last back to the CPU, if the pipeline is offloaded."""

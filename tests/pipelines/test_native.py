@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gencontrol.errors import EnvironmentMissing, UsageError
-from gencontrol.pipelines import ProcessSpec, TextToAudioPipeline
+from gencontrol.pipelines import Pipeline, ProcessSpec, TextToAudioPipeline
 from tests.fixtures_models import tiny_text_to_audio
 from tests.pipelines.contract import PROMPTS, PipelineContract, call
 
@@ -192,3 +192,9 @@ class TestWhere:
         monkeypatch.setattr(gencontrol, "__file__", str(tmp_path / "__init__.py"))
         with pytest.raises(EnvironmentMissing, match="not in this installation"):
             TextToAudioPipeline.from_pretrained("bundled")
+
+
+def test_the_base_makes_no_pipeline() -> None:
+    for make in (lambda: Pipeline({}, "x"), lambda: Pipeline.from_pretrained("x"), lambda: Pipeline.from_pipe(None)):
+        with pytest.raises(TypeError, match="abstract class Pipeline"):
+            make()
