@@ -102,18 +102,7 @@ class AttributePretrain(AveragedPretraining):
         seed: int,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Build the model and the feature caches from the data.
-
-        Args:
-            data: folder of the sound data.
-            config: options.
-            codec: needed where `codec_share` > 0.
-            seed: of the initial weights and of every draw.
-            device: where the weights live.
-
-        Raises:
-            UsageError: `codec_share` > 0 without a codec.
-        """
+        """Build the model and the feature caches from the data; arguments and errors as for `ClapPretrain`."""
         self.config, self.seed = config, seed
         self.train, self.held_out = SoundDataset.load(data, "train"), SoundDataset.load(data, "val")
         net = build_attribute_net(seed, ATTRIBUTES)
