@@ -121,6 +121,48 @@ class Pipeline(ABC):
     def _save(self, folder: Path) -> None:
         """Write into a folder that exists what `_load` reads."""
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        commit_message: str = "Upload pipeline",
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Write the folder of `save_pretrained` to a hub repository (created if need be); returns the commit's address.
+
+        Args:
+            private: of a repository that is made now; None is the owner's default.
+            token: by default the logged-in one or that of the environment.
+
+        Raises:
+            EnvironmentMissing: huggingface_hub is not installed, or offline mode is on.
+        """
+        import tempfile
+
+        try:
+            from huggingface_hub import HfApi, constants
+        except ImportError as error:
+            raise EnvironmentMissing("push_to_hub needs huggingface_hub: pip install huggingface_hub") from error
+        if constants.HF_HUB_OFFLINE:
+            raise EnvironmentMissing("push_to_hub needs the network; unset HF_HUB_OFFLINE.")
+        api = HfApi(token=token)
+        repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            card = Path(folder, "README.md")
+            if not card.exists():
+                card.write_text(
+                    f"---\nlibrary_name: gencontrol\n---\n\n# {repo_id}\n\n```python\nfrom gencontrol.pipelines import "
+                    f'{type(self).__name__}\n\npipe = {type(self).__name__}.from_pretrained("{repository}")\n```\n',
+                    encoding="utf-8",
+                )
+            done = api.upload_folder(
+                repo_id=repository, folder_path=folder, commit_message=commit_message, revision=revision
+            )
+        return str(done.commit_url)
+
     # ---- components and devices -----------------------------------------------------------------------------------
 
     @property
