@@ -138,3 +138,12 @@ def test_refusals() -> None:
         ClapPretrainConfig(eval_items=19)
     with pytest.raises(ValueError, match="codec_share"):
         AttributePretrainConfig(codec_share=1.5)
+
+
+def test_another_codec_does_not_read_the_features_of_the_first() -> None:
+    config = ClapPretrainConfig(batch=8, codec_share=0.25, codec_clips=CODED, eval_items=HELD_OUT)
+    other = MelCodec()
+    other.basis.mul_(0.5)
+    first, second = (ClapPretrain(FOLDER, config, codec=codec, seed=1).features for codec in (MelCodec(), other))
+    assert first.coded is not None and second.coded is not None
+    assert not np.array_equal(first.coded, second.coded)

@@ -130,6 +130,7 @@ class SplitFeatures:
         def through_codec(wave: Waves) -> Tensor:
             return compute(codec.decode(codec.encode(wave)))
 
+        settings = f"{settings}|{_digest(codec)}"
         coded = cached_features(train, folder, f"{name}_coded", settings, through_codec, limit=options.codec_clips)
         return cls(clean, val, coded, options.codec_share * len(train) / len(coded))
 
@@ -142,3 +143,11 @@ class SplitFeatures:
         if bool(coded.any()):
             features[coded] = gather(self.coded, items[coded])
         return features
+
+
+def _digest(codec: MelCodec) -> str:
+    """What the codec's sound depends on: its settings and its fitted tensors."""
+    digest = hashlib.sha256(repr(codec.config).encode())
+    for name, tensor in sorted(codec.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
