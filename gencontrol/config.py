@@ -102,7 +102,8 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
 
 def to_table(config: Any) -> dict[str, Any]:
     """Return a config dataclass as a plain nested dictionary without None values (TOML and JSON can hold it)."""
-    table = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)  # type: ignore[arg-type]
+    instance = dataclasses.is_dataclass(config) and not isinstance(config, type)  # a class has fields but no values
+    table = dataclasses.asdict(config) if instance else dict(config)
     return {key: value for key, value in table.items() if value is not None}
 
 

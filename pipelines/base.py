@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -47,8 +48,8 @@ class WithProgress:
         return tqdm(iterable, total=total, **config)
 
 
-class Pipeline(WithProgress):
-    """Base of all pipelines; a subclass gives `_load`, `_save`, `network_name` and `__call__`."""
+class Pipeline(WithProgress, ABC):
+    """Base of all pipelines; a subclass gives `bundled`, `network_name`, `__call__` and the abstract methods."""
 
     #: name of the folder under gencontrol/bundled that `from_pretrained("bundled")` loads
     bundled: ClassVar[str]
@@ -103,21 +104,32 @@ class Pipeline(WithProgress):
             EnvironmentMissing: a package that the model needs, or the bundled weights, are not installed.
         """
         options = LoadOptions(revision, variant, pick_dtype(dtype, torch_dtype), cache_dir, local_files_only, token)
+        new = cls.__new__(cls)
         index, where = locate(pretrained_model_name_or_path, options, cls.bundled)
-        return cls._load(index, where, options)
+        new._load(index, where, options)
+        return new
+
+    @abstractmethod
+    def _load(self, index: Mapping[str, Any], where: str | Path, options: LoadOptions) -> None:
+        """Fill this empty pipeline from a folder or repository, whose model_index.json is `index`."""
 
     @classmethod
-    def _load(cls, index: Mapping[str, Any], where: str | Path, options: LoadOptions) -> Self:
-        raise NotImplementedError
-
-    @classmethod
-    def from_pipe(cls, pipeline: Pipeline) -> Self:
+    def from_pipe(cls, pipeline: Any) -> Self:
         """Return a new pipeline that shares the components (weights are never copied) of another one.
 
+        Args:
+            pipeline: one of this class, or of a library's class that it can wrap.
+
         Raises:
-            UsageError: the other pipeline is of a kind that this class cannot take.
+            UsageError: the other pipeline is of a kind that this class cannot take, or it is offloaded.
         """
-        raise NotImplementedError
+        new = cls.__new__(cls)
+        new._share(pipeline)
+        return new
+
+    @abstractmethod
+    def _share(self, pipeline: Any) -> None:
+        """Fill this empty pipeline with the components of another one."""
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write a folder that `from_pretrained` loads; active LoRA adapters are merged into the saved weights.
@@ -131,8 +143,51 @@ class Pipeline(WithProgress):
         folder.mkdir(parents=True, exist_ok=True)
         self._save(folder)
 
+    @abstractmethod
     def _save(self, folder: Path) -> None:
-        raise NotImplementedError
+        """Write into a folder that exists what `_load` reads."""
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        commit_message: str = "Upload pipeline",
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Write the folder of `save_pretrained` to a hub repository (created if need be); returns the commit's address.
+
+        Args:
+            private: of a repository that is made now; None is the owner's default.
+            token: by default the logged-in one or that of the environment.
+
+        Raises:
+            EnvironmentMissing: huggingface_hub is not installed, or offline mode is on.
+        """
+        import tempfile
+
+        try:
+            from huggingface_hub import HfApi, constants
+        except ImportError as error:
+            raise EnvironmentMissing("push_to_hub needs huggingface_hub: pip install huggingface_hub") from error
+        if constants.HF_HUB_OFFLINE:
+            raise EnvironmentMissing("push_to_hub needs the network; unset HF_HUB_OFFLINE.")
+        api = HfApi(token=token)
+        repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            card = Path(folder, "README.md")
+            if not card.exists():
+                card.write_text(
+                    f"---\nlibrary_name: gencontrol\n---\n\n# {repo_id}\n\n```python\nfrom gencontrol.pipelines import "
+                    f'{type(self).__name__}\n\npipe = {type(self).__name__}.from_pretrained("{repository}")\n```\n',
+                    encoding="utf-8",
+                )
+            done = api.upload_folder(
+                repo_id=repository, folder_path=folder, commit_message=commit_message, revision=revision
+            )
+        return str(done.commit_url)
 
     # ---- components and devices -----------------------------------------------------------------------------------
 
@@ -154,8 +209,9 @@ class Pipeline(WithProgress):
                 )
         self._rebuild({**self._components, **components})
 
+    @abstractmethod
     def _rebuild(self, components: Mapping[str, Any]) -> None:
-        raise NotImplementedError
+        """Take other components under the same names."""
 
     @property
     def network(self) -> nn.Module:
@@ -202,6 +258,7 @@ class Pipeline(WithProgress):
         self._moved()
         return self
 
+    @abstractmethod
     def _moved(self) -> None:
         """Forget what was computed on the old device or in the old precision."""
 
@@ -241,9 +298,9 @@ class Pipeline(WithProgress):
         self._execution_device = target
         self._moved()
 
+    @abstractmethod
     def _offload_order(self) -> list[nn.Module]:
         """Modules to offload, in the order in which they run; the others stay on the accelerator."""
-        raise NotImplementedError
 
     def maybe_free_model_hooks(self) -> None:
         """Send the component that ran last back to the CPU, if the pipeline is offloaded."""

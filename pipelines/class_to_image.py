@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -57,25 +57,24 @@ class ClassToImagePipeline(Pipeline):
 
     # ---- loading and saving ---------------------------------------------------------------------------------------
 
-    @classmethod
-    def _load(cls, index: Mapping[str, Any], where: str | Path, options: LoadOptions) -> Self:
-        check_pipeline_class(index, {cls.__name__: None}, where, cls.__name__)
+    def _load(self, index: Mapping[str, Any], where: str | Path, options: LoadOptions) -> None:
+        name = type(self).__name__
+        check_pipeline_class(index, {name: None}, where, name)
         if options.variant is not None:
             raise UsageError(f"'{where}' was saved by gencontrol and has no variants; drop variant= and use dtype=.")
         folder = where if isinstance(where, Path) else download_folder(where, options)
-        for name in _PARTS:
-            check_component(index, name, _PARTS, folder)
+        for part in _PARTS:
+            check_component(index, part, _PARTS, folder)
         transformer = PatchTransformer.from_pretrained(folder / "transformer", options.dtype).eval()
         own_memory(transformer)
         classifier = ImageClassifier.from_pretrained(folder / "classifier")
-        return cls(transformer=transformer, classifier=classifier, process=ProcessSpec.read(folder))
+        parts: dict[str, Any] = {"transformer": transformer, "classifier": classifier}
+        ClassToImagePipeline.__init__(self, **parts, process=ProcessSpec.read(folder))
 
-    @classmethod
-    def from_pipe(cls, pipeline: Pipeline) -> Self:
-        """Return a pipeline that shares the weights of another ClassToImagePipeline."""
+    def _share(self, pipeline: Any) -> None:
         if not isinstance(pipeline, ClassToImagePipeline):
             raise UsageError(f"a {type(pipeline).__name__} makes no images of classes; give a ClassToImagePipeline.")
-        return cls(**pipeline.components, process=pipeline.spec)
+        ClassToImagePipeline.__init__(self, **pipeline.components, process=pipeline.spec)
 
     def _rebuild(self, components: Mapping[str, Any]) -> None:
         parts: dict[str, Any] = dict(components)
@@ -89,6 +88,9 @@ class ClassToImagePipeline(Pipeline):
 
     def _offload_order(self) -> list[torch.nn.Module]:
         return [self.network]
+
+    def _moved(self) -> None:
+        pass  # no condition is cached
 
     # ---- the parts ------------------------------------------------------------------------------------------------
 

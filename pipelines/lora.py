@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -195,10 +194,16 @@ def inject(network: nn.Module, file: LoraFile, adapter: str) -> None:
     check_lora(file, network)
     modules = sorted({key.partition(".lora_")[0] for key in file.weights})
     config = peft.LoraConfig(**file.config, target_modules=modules, bias="none")
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # peft draws initial weights, which are replaced below, and warns of every second adapter
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")
-        peft.inject_adapter_in_model(config, network, adapter_name=adapter, state_dict=dict(file.weights))
+    # peft takes the configurations of a new tuner from its argument, or, with a warning, from the network
+    owner = uncompiled(network)
+    others = owner.__dict__.pop("peft_config", {})
+    try:
+        with torch.random.fork_rng(devices=[]):  # peft draws initial weights, which are replaced below
+            peft.LoraModel(network, {**others, adapter: config}, adapter, state_dict=dict(file.weights))
+    except BaseException:
+        if others:
+            owner.peft_config = others
+        raise
     own = adapter_state(network, adapter)
     missing, unexpected = sorted(own.keys() - file.weights.keys()), sorted(file.weights.keys() - own.keys())
     wrong = sorted(k for k in own.keys() & file.weights.keys() if own[k].shape != file.weights[k].shape)
@@ -245,11 +250,12 @@ def delete(network: nn.Module, names: Sequence[str]) -> None:
         if not layer.lora_A:
             parent, _, attribute = path.rpartition(".")
             setattr(network.get_submodule(parent), attribute, layer.get_base_layer())
-    configs = network.__dict__.get("peft_config", {})
+    owner = uncompiled(network)
+    configs = owner.__dict__.get("peft_config", {})
     for name in names:
         configs.pop(name, None)
-    if not configs and "peft_config" in network.__dict__:
-        del network.peft_config
+    if not configs and "peft_config" in owner.__dict__:
+        del owner.peft_config
 
 
 def write_lora(network: nn.Module, adapter: str, prefix: str, folder: Path) -> Path:

@@ -10,7 +10,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -92,36 +92,30 @@ class TextToAudioPipeline(LoraPipeline):
         self._backend = backend
         self._prompts: OrderedDict[tuple[str, float | None], Cond] = OrderedDict()
 
-    @classmethod
-    def _of(cls, backend: AudioBackend) -> Self:
-        pipeline = cls.__new__(cls)
-        pipeline._set_backend(backend)
-        return pipeline
-
     # ---- loading and saving ---------------------------------------------------------------------------------------
 
-    @classmethod
-    def _load(cls, index: Mapping[str, Any], where: str | Path, options: LoadOptions) -> Self:
+    def _load(self, index: Mapping[str, Any], where: str | Path, options: LoadOptions) -> None:
         from gencontrol.pipelines.foreign import FOREIGN, load_foreign
 
-        kind = check_pipeline_class(index, {cls.__name__: None, **FOREIGN}, where, cls.__name__)
+        name = type(self).__name__
+        kind = check_pipeline_class(index, {name: None, **FOREIGN}, where, name)
         if kind in FOREIGN:
-            return cls._of(load_foreign(kind, where, options))
+            self._set_backend(load_foreign(kind, where, options))
+            return
         if options.variant is not None:
             raise UsageError(f"'{where}' was saved by gencontrol and has no variants; drop variant= and use dtype=.")
         folder = where if isinstance(where, Path) else download_folder(where, options)
-        return cls._of(NativeAudio.load(index, folder, options.dtype))
+        self._set_backend(NativeAudio.load(index, folder, options.dtype))
 
-    @classmethod
-    def from_pipe(cls, pipeline: Any) -> Self:
-        """Return a pipeline that shares the weights of another TextToAudioPipeline or of a diffusers pipeline."""
-        if isinstance(pipeline, TextToAudioPipeline):
-            if pipeline._hooks:
-                raise UsageError(
-                    "the pipeline is offloaded; call its remove_all_hooks() before sharing its components."
-                )
-            return cls._of(pipeline._backend)
-        return cls(pipeline)
+    def _share(self, pipeline: Any) -> None:
+        from gencontrol.pipelines.foreign import wrap
+
+        if not isinstance(pipeline, TextToAudioPipeline):
+            self._set_backend(wrap(pipeline))
+            return
+        if pipeline._hooks:
+            raise UsageError("the pipeline is offloaded; call its remove_all_hooks() before sharing its components.")
+        self._set_backend(pipeline._backend)
 
     def _rebuild(self, components: Mapping[str, Any]) -> None:
         self._set_backend(self._backend.replace(components))

@@ -75,6 +75,13 @@ class SetReward(Reward, Protocol):
         ...
 
 
+class OfSets:
+    """Base of our set rewards: kind "set", and no gradient, for they are optimised through sets."""
+
+    kind: Literal["item", "set"] = "set"
+    differentiable = False
+
+
 def as_set_reward(reward: Reward) -> SetReward:
     """Return the reward as what its kind "set" promises.
 
@@ -216,7 +223,7 @@ class MeanState:
 
 
 @dataclass(frozen=True)
-class ItemAsSet:
+class ItemAsSet(OfSets):
     """Gives an item reward the surface of a set reward: the reward of a set is the mean of its items' values."""
 
     reward: Reward
@@ -225,16 +232,6 @@ class ItemAsSet:
     def name(self) -> str:
         """Name of the item reward."""
         return self.reward.name
-
-    @property
-    def kind(self) -> Literal["item", "set"]:
-        """Always "set"."""
-        return "set"
-
-    @property
-    def differentiable(self) -> bool:
-        """False: set rewards are optimised through sets, not through gradients."""
-        return False
 
     def __call__(self, samples: Any, context: RewardContext) -> RewardOut:
         """The mean over the valid items, on every valid item."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gencontrol.errors import EnvironmentMissing, UsageError
+from gencontrol.rewards.bundled import bundled_path
 from gencontrol.rewards.clap_features import ClapLogMel, LogMelConfig, LongClips
 
 _SMALLEST_VOCABULARY = 32
@@ -62,15 +63,8 @@ def bundled_clap() -> Path:
     Raises:
         EnvironmentMissing: this installation does not hold it.
     """
-    import gencontrol
-
-    folder = Path(str(gencontrol.__file__)).resolve().parent / "bundled" / "clap"
-    if not (folder / "config.json").is_file():
-        raise EnvironmentMissing(
-            f"the bundled CLAP model is not in {folder}; reinstall gencontrol, or give reward_model a local folder or "
-            "hub id of a transformers CLAP model."
-        )
-    return folder
+    remedy = "reinstall gencontrol, or give reward_model a local folder or hub id of a transformers CLAP model"
+    return bundled_path("clap/config.json", "bundled CLAP model", remedy).parent
 
 
 def _embedding(output: Any) -> Tensor:

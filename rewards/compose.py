@@ -9,33 +9,45 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from gencontrol.errors import UsageError
-from gencontrol.rewards.base import Features, ItemAsSet, Reward, SetReward, SetState, as_set_reward, broadcast, checked
+from gencontrol.rewards.base import (
+    Features,
+    ItemAsSet,
+    OfSets,
+    Reward,
+    SetReward,
+    SetState,
+    as_set_reward,
+    broadcast,
+    checked,
+)
 from gencontrol.types import RewardContext, RewardOut
 
-
-def _title(names: Sequence[str], weights: Sequence[float]) -> str:
-    """Name of a sum, e.g. "0.7*clap+0.3*fad"."""
-    return "+".join(f"{weight:g}*{name}" for name, weight in zip(names, weights, strict=True))
+Part = TypeVar("Part", bound=Reward)
 
 
 @dataclass(frozen=True)
-class WeightedItems:
-    """Item reward Σ w_i·r_i; `extras["parts"]` holds the values of each part by name."""
+class _Weighted(Generic[Part]):
+    """Rewards with their weights."""
 
-    parts: tuple[Reward, ...]
+    parts: tuple[Part, ...]
     weights: tuple[float, ...]
 
     @property
     def name(self) -> str:
-        """Weights and names of the parts."""
-        return _title([part.name for part in self.parts], self.weights)
+        """Weights and names of the parts, e.g. "0.7*clap+0.3*fad"."""
+        return "+".join(f"{weight:g}*{part.name}" for part, weight in zip(self.parts, self.weights, strict=True))
+
+
+@dataclass(frozen=True)
+class WeightedItems(_Weighted[Reward]):
+    """Item reward Σ w_i·r_i; `extras["parts"]` holds the values of each part by name."""
 
     @property
     def kind(self) -> Literal["item", "set"]:
@@ -90,26 +102,8 @@ class WeightedState:
 
 
 @dataclass(frozen=True)
-class WeightedSets:
+class WeightedSets(_Weighted[SetReward], OfSets):
     """Set reward Σ w_i·R_i(S); `extras["parts"]` holds the value of each part by name."""
-
-    parts: tuple[SetReward, ...]
-    weights: tuple[float, ...]
-
-    @property
-    def name(self) -> str:
-        """Weights and names of the parts."""
-        return _title([part.name for part in self.parts], self.weights)
-
-    @property
-    def kind(self) -> Literal["item", "set"]:
-        """Always "set"."""
-        return "set"
-
-    @property
-    def differentiable(self) -> bool:
-        """False."""
-        return False
 
     def __call__(self, samples: Any, context: RewardContext) -> RewardOut:
         """The set's value on every valid item."""

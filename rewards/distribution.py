@@ -8,6 +8,7 @@ the score itself.  Fréchet distance and Vendi score are biased in the number of
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from gencontrol.errors import UsageError
-from gencontrol.rewards.base import Features, SetState, broadcast, check_chosen, checked
+from gencontrol.rewards.base import Features, OfSets, SetState, broadcast, check_chosen, checked
 from gencontrol.rewards.encoders import make_encoder
 from gencontrol.rewards.gaussian import Array, Gaussian, as_double, frechet_distance
 from gencontrol.rewards.inputs import audio_batch
@@ -51,11 +52,8 @@ def metric_name(out: RewardOut, name: str) -> str:
     return f"{name}@{out.extras['set_size']}"
 
 
-class FadReward:
-    """Item reward: minus the Fréchet distance of one clip's frames to the reference; never reaches 0."""
-
-    kind: Literal["item", "set"] = "item"
-    differentiable = True
+class _ToReference:
+    """A reward that compares frames with a reference law."""
 
     def __init__(
         self,
@@ -75,9 +73,35 @@ class FadReward:
         Raises:
             UsageError, EnvironmentMissing: one of them cannot be had.
         """
-        self.name = "fad"
         self.encoder = make_encoder(encoder, reward_model=reward_model, device=device, chunk_s=chunk_s, hop_s=hop_s)
         self.reference = load_reference(reference, self.encoder)
+
+
+class _SetScore(OfSets, ABC):
+    """A set reward of sound: its one value is on every valid item."""
+
+    name: str
+
+    @abstractmethod
+    def features(self, samples: Float[Tensor, "b *c n"], context: RewardContext) -> dict[str, Tensor]:
+        """Tensors with one row per item, and "valid" [b]."""
+
+    @abstractmethod
+    def evaluate(self, features: Features) -> float:
+        """Reward of the valid rows as one set."""
+
+    def __call__(self, samples: Float[Tensor, "b *c n"], context: RewardContext) -> RewardOut:
+        """The set's value on every valid item."""
+        features = self.features(samples, context)
+        return broadcast(self.name, self.evaluate(features), features, {})
+
+
+class FadReward(_ToReference):
+    """Item reward: minus the Fréchet distance of one clip's frames to the reference; never reaches 0."""
+
+    name = "fad"
+    kind: Literal["item", "set"] = "item"
+    differentiable = True
 
     def __call__(self, samples: Float[Tensor, "b *c n"], context: RewardContext) -> RewardOut:
         """−FD per clip; needs at least two frames per clip.
@@ -91,30 +115,10 @@ class FadReward:
         return checked(self.name, values, wave.shape[0], finite)
 
 
-class SetFadReward:
+class SetFadReward(_ToReference, _SetScore):
     """Set reward: minus the Fréchet distance of all frames of all clips to the reference."""
 
-    kind: Literal["item", "set"] = "set"
-    differentiable = False
-
-    def __init__(
-        self,
-        reference: str | Path | Gaussian = "bundled",
-        encoder: str = "clap",
-        reward_model: str | Path = "bundled",
-        device: str | torch.device | None = None,
-        chunk_s: float | None = None,
-        hop_s: float | None = None,
-    ) -> None:
-        """Load the encoder and the reference statistics; arguments and errors as for `FadReward`."""
-        self.name = "fad-set"
-        self.encoder = make_encoder(encoder, reward_model=reward_model, device=device, chunk_s=chunk_s, hop_s=hop_s)
-        self.reference = load_reference(reference, self.encoder)
-
-    def __call__(self, samples: Float[Tensor, "b *c n"], context: RewardContext) -> RewardOut:
-        """The set's value on every valid item."""
-        features = self.features(samples, context)
-        return broadcast(self.name, self.evaluate(features), features, {})
+    name = "fad-set"
 
     @torch.no_grad()
     def features(self, samples: Float[Tensor, "b *c n"], context: RewardContext) -> dict[str, Tensor]:
@@ -139,11 +143,10 @@ class SetFadReward:
         return FrechetState(pool["frames"], pool["valid"], chosen, self.reference)
 
 
-class VendiReward:
+class VendiReward(_SetScore):
     """Set reward: Vendi score (effective number of different clips, in [1, n]) in the encoder's clip space."""
 
-    kind: Literal["item", "set"] = "set"
-    differentiable = False
+    name = "vendi"
 
     def __init__(
         self,
@@ -152,13 +155,7 @@ class VendiReward:
         device: str | torch.device | None = None,
     ) -> None:
         """Load the encoder; see `make_encoder`."""
-        self.name = "vendi"
         self.encoder = make_encoder(encoder, reward_model=reward_model, device=device)
-
-    def __call__(self, samples: Float[Tensor, "b *c n"], context: RewardContext) -> RewardOut:
-        """The set's value on every valid item."""
-        features = self.features(samples, context)
-        return broadcast(self.name, self.evaluate(features), features, {})
 
     @torch.no_grad()
     def features(self, samples: Float[Tensor, "b *c n"], context: RewardContext) -> dict[str, Tensor]:

@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gencontrol.errors import EnvironmentMissing, UsageError, nearest
+from gencontrol.errors import UsageError, nearest
+from gencontrol.rewards.bundled import bundled_path
 from gencontrol.rewards.clap import ClapReward
 from gencontrol.rewards.clap_backend import weights_digest
 from gencontrol.rewards.clap_features import ClapLogMel, LogMelConfig
@@ -90,14 +91,8 @@ def bundled_attributes() -> Path:
     Raises:
         EnvironmentMissing: this installation does not hold it.
     """
-    import gencontrol
-
-    folder = Path(str(gencontrol.__file__)).resolve().parent / "bundled" / "attributes"
-    if not (folder / "config.json").is_file():
-        raise EnvironmentMissing(
-            f"the bundled attribute model is not in {folder}; reinstall gencontrol, or use 'clap'."
-        )
-    return folder
+    remedy = "reinstall gencontrol, or use the encoder 'clap'"
+    return bundled_path("attributes/config.json", "bundled attribute model", remedy).parent
 
 
 class AttributeEncoder:

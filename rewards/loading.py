@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gencontrol.errors import RewardError, UsageError
 from gencontrol.registry import REWARDS, resolve, resolve_dotted
-from gencontrol.rewards.base import Features, Reward, SetReward, SetState, checked, guarded
+from gencontrol.rewards.base import Features, OfSets, Reward, SetReward, SetState, checked, guarded
 from gencontrol.rewards.compose import weighted
 from gencontrol.types import RewardContext, RewardOut
 
@@ -82,21 +82,11 @@ class _UserState:
 
 
 @dataclass(frozen=True)
-class UserSetReward:
+class UserSetReward(OfSets):
     """User code as a set reward with checked outputs."""
 
     name: str
     inner: SetReward
-
-    @property
-    def kind(self) -> Literal["item", "set"]:
-        """Always "set"."""
-        return "set"
-
-    @property
-    def differentiable(self) -> bool:
-        """False."""
-        return False
 
     def __call__(self, samples: Any, context: RewardContext) -> RewardOut:
         """Score and check."""

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gencontrol.errors import EnvironmentMissing, UsageError
+from gencontrol.errors import UsageError
+from gencontrol.rewards.bundled import bundled_path
 from gencontrol.rewards.encoders import Encoder
 from gencontrol.rewards.gaussian import Gaussian
 
@@ -23,11 +24,14 @@ _LONGEST_S = 600.0
 
 
 def _bundled_path(encoder: Encoder) -> Path:
-    """Where the bundled statistics of an encoder lie."""
-    import gencontrol
+    """File of the bundled statistics of an encoder.
 
-    kind = encoder.name.split(":")[0]
-    return Path(str(gencontrol.__file__)).resolve().parent / "bundled" / "reference" / f"{kind}.safetensors"
+    Raises:
+        EnvironmentMissing: this installation does not hold it.
+    """
+    name = f"reference/{encoder.name.split(':')[0]}.safetensors"
+    remedy = "give reference a folder of sound, a .txt file of captions, or a .safetensors file"
+    return bundled_path(name, "bundled reference for this encoder", remedy)
 
 
 def from_captions(path: str | Path, encoder: Encoder) -> Gaussian:
@@ -121,11 +125,6 @@ def load_reference(reference: str | Path | Gaussian, encoder: Encoder) -> Gaussi
         return _same_encoder(reference, encoder, "the given statistics")
     if str(reference) == "bundled":
         path = _bundled_path(encoder)
-        if not path.is_file():
-            raise EnvironmentMissing(
-                f"there are no bundled reference statistics at {path}; give reference a folder of sound, a .txt file "
-                "of captions, or a .safetensors file."
-            )
         return _same_encoder(Gaussian.load(path), encoder, str(path))
     source = Path(reference).expanduser()
     if source.is_dir():

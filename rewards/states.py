@@ -8,6 +8,9 @@ matrix product is left in the loop.  The reference mean is subtracted first, whi
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from typing import Generic, TypeVar
+
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
@@ -17,9 +20,76 @@ from gencontrol.rewards.base import check_chosen
 from gencontrol.rewards.gaussian import Gaussian, root_sum
 
 _CHUNK = 64
+#: Exchanges after which the sums are taken anew, so that rounding stays bounded.
+_FRESH = 1000
+
+Sums = TypeVar("Sums")
 
 
-class FrechetState:
+class _RunningState(ABC, Generic[Sums]):
+    """A set whose reward is a function of sums over its members; an exchange updates the sums.
+
+    A subclass fills what `_total` reads and calls `_resum` at the end of its `__init__`.
+    """
+
+    def __init__(self, valid: Bool[Tensor, " pool"], chosen: Int64[Tensor, " n"]) -> None:
+        """Start with the items `chosen`.
+
+        Raises:
+            RewardError: an invalid or missing row.
+        """
+        check_chosen(valid, chosen)
+        self._valid: list[bool] = valid.cpu().tolist()
+        self._slots = [int(row) for row in chosen]
+
+    @abstractmethod
+    def _total(self) -> Sums:
+        """The sums over the members."""
+
+    @abstractmethod
+    def _exchanged(self, slot: int, candidate: int) -> Sums:
+        """The sums after an exchange."""
+
+    @abstractmethod
+    def _reward(self, sums: Sums) -> Tensor:
+        """Reward of a set of the present size with these sums."""
+
+    def _resum(self) -> None:
+        self._sums, self._swaps = self._total(), 0
+        self._value: float | None = None
+
+    def value(self) -> float:
+        """Reward of the set; kept until the next swap."""
+        if self._value is None:
+            self._value = float(self._reward(self._sums))
+        return self._value
+
+    def propose(self, slot: int, candidate: int) -> float:
+        """Value after the exchange; −inf for an invalid candidate."""
+        if not self._valid[candidate]:
+            return float("-inf")
+        return float(self._reward(self._exchanged(slot, candidate)))
+
+    def swap(self, slot: int, candidate: int) -> None:
+        """Exchange; the sums are taken anew every 1000 swaps so that rounding stays bounded.
+
+        Raises:
+            RewardError: the candidate is invalid.
+        """
+        if not self._valid[candidate]:
+            raise RewardError(f"pool item {candidate} is invalid and cannot enter the set.")
+        self._sums, self._value = self._exchanged(slot, candidate), None
+        self._slots[slot] = candidate
+        self._swaps += 1
+        if self._swaps >= _FRESH:
+            self._resum()
+
+
+#: Σ f, Σ f R, Σ ‖f‖² and Σ (f R)(f R)ᵀ.
+_FrechetSums = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class FrechetState(_RunningState[_FrechetSums]):
     """−(Fréchet distance) of the pooled frames of a set of clips against a reference Gaussian."""
 
     def __init__(
@@ -34,9 +104,7 @@ class FrechetState:
         Raises:
             RewardError: an invalid or missing row, or fewer than two frames.
         """
-        check_chosen(valid, chosen)
-        self._valid = valid.cpu().tolist()
-        self._slots = [int(row) for row in chosen]
+        super().__init__(valid, chosen)
         offsets = frames.detach().cpu().double() - reference.mean
         self._y = offsets @ reference.root
         self._s = offsets.sum(1)
@@ -48,13 +116,10 @@ class FrechetState:
             raise RewardError("a Fréchet distance needs at least two frames in the set.")
         self._resum()
 
-    def _resum(self) -> None:
-        """Take the running sums anew from the members."""
+    def _total(self) -> _FrechetSums:
         rows = torch.tensor(self._slots)
         flat = self._y[rows].flatten(0, 1)
-        self._sums = (self._s[rows].sum(0), self._sy[rows].sum(0), self._q[rows].sum(), flat.T @ flat)
-        self._swaps = 0
-        self._value: float | None = None
+        return self._s[rows].sum(0), self._sy[rows].sum(0), self._q[rows].sum(), flat.T @ flat
 
     def _rewards(self, s: Tensor, sy: Tensor, q: Tensor, outer: Tensor, clips: int) -> Tensor:
         """−FD from sums with any leading batch axes; `clips` members each."""
@@ -65,8 +130,10 @@ class FrechetState:
         shaped = (outer - n * mean_y[..., :, None] * mean_y[..., None, :]) / (n - 1)
         return -(squared + trace + self._reference_trace - 2 * root_sum(shaped)).clamp_min(0)
 
-    def _exchanged(self, slot: int, candidate: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The four sums after an exchange."""
+    def _reward(self, sums: _FrechetSums) -> Tensor:
+        return self._rewards(*sums, len(self._slots))
+
+    def _exchanged(self, slot: int, candidate: int) -> _FrechetSums:
         old, (s, sy, q, outer) = self._slots[slot], self._sums
         moved = outer + self._y[candidate].T @ self._y[candidate] - self._y[old].T @ self._y[old]
         return (
@@ -75,32 +142,6 @@ class FrechetState:
             q + self._q[candidate] - self._q[old],
             moved,
         )
-
-    def value(self) -> float:
-        """Minus the Fréchet distance of the set; kept until the next swap."""
-        if self._value is None:
-            self._value = float(self._rewards(*self._sums, len(self._slots)))
-        return self._value
-
-    def propose(self, slot: int, candidate: int) -> float:
-        """Value after the exchange; −inf for an invalid candidate."""
-        if not self._valid[candidate]:
-            return float("-inf")
-        return float(self._rewards(*self._exchanged(slot, candidate), len(self._slots)))
-
-    def swap(self, slot: int, candidate: int) -> None:
-        """Exchange; the sums are taken anew every 1000 swaps so that rounding stays bounded.
-
-        Raises:
-            RewardError: the candidate is invalid.
-        """
-        if not self._valid[candidate]:
-            raise RewardError(f"pool item {candidate} is invalid and cannot enter the set.")
-        self._sums, self._value = self._exchanged(slot, candidate), None
-        self._slots[slot] = candidate
-        self._swaps += 1
-        if self._swaps >= 1000:
-            self._resum()
 
     def influence(self) -> Float[Tensor, " n"]:
         """R(S) − R(S∖i) of each slot, by batched eigenvalues.
@@ -139,10 +180,10 @@ def unit_rows(embeddings: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     return embeddings / norms
 
 
-class VendiState:
+class VendiState(_RunningState[Tensor]):
     """Vendi score (Friedman & Dieng 2023, arXiv 2210.02410, cosine kernel) of a set of embeddings.
 
-    The spectrum of K/n (n×n) and that of Σ e eᵀ/n (d×d) agree up to zeros; the smaller of the two is kept up to date.
+    The spectrum of K/n (n×n) and that of Σ e eᵀ/n (d×d) agree up to zeros; the smaller of the two is the running sum.
     """
 
     def __init__(
@@ -153,61 +194,32 @@ class VendiState:
         Raises:
             RewardError: an invalid or missing row, or a zero embedding among the valid ones.
         """
-        check_chosen(valid, chosen)
+        super().__init__(valid, chosen)
         keep = valid.cpu()
-        self._valid = keep.tolist()
-        self._slots = [int(row) for row in chosen]
         rows = embeddings.detach().cpu().double()
         self._e = torch.zeros_like(rows)
         self._e[keep] = unit_rows(rows[keep])
         self._primal = len(self._slots) <= rows.shape[1]
         self._resum()
 
-    def _resum(self) -> None:
-        """Take the matrix anew from the members."""
+    def _total(self) -> Tensor:
         members = self._e[self._slots]
-        self._matrix = members @ members.T if self._primal else members.T @ members
-        self._swaps = 0
-        self._value: float | None = None
+        return members @ members.T if self._primal else members.T @ members
+
+    def _reward(self, sums: Tensor) -> Tensor:
+        return entropy_score(torch.linalg.eigvalsh(sums))
 
     def _exchanged(self, slot: int, candidate: int) -> Tensor:
-        """The matrix after an exchange."""
         new = self._e[candidate]
         if not self._primal:
             old = self._e[self._slots[slot]]
-            return self._matrix + torch.outer(new, new) - torch.outer(old, old)
+            return self._sums + torch.outer(new, new) - torch.outer(old, old)
         row = self._e[self._slots] @ new
         row[slot] = 1.0
-        matrix = self._matrix.clone()
+        matrix = self._sums.clone()
         matrix[slot, :] = row
         matrix[:, slot] = row
         return matrix
-
-    def value(self) -> float:
-        """Vendi score in [1, n]; kept until the next swap."""
-        if self._value is None:
-            self._value = float(entropy_score(torch.linalg.eigvalsh(self._matrix)))
-        return self._value
-
-    def propose(self, slot: int, candidate: int) -> float:
-        """Value after the exchange; −inf for an invalid candidate."""
-        if not self._valid[candidate]:
-            return float("-inf")
-        return float(entropy_score(torch.linalg.eigvalsh(self._exchanged(slot, candidate))))
-
-    def swap(self, slot: int, candidate: int) -> None:
-        """Exchange; the matrix is taken anew every 1000 swaps so that rounding stays bounded.
-
-        Raises:
-            RewardError: the candidate is invalid.
-        """
-        if not self._valid[candidate]:
-            raise RewardError(f"pool item {candidate} is invalid and cannot enter the set.")
-        self._matrix, self._value = self._exchanged(slot, candidate), None
-        self._slots[slot] = candidate
-        self._swaps += 1
-        if self._swaps >= 1000:
-            self._resum()
 
     def influence(self) -> Float[Tensor, " n"]:
         """R(S) − R(S∖i) of each slot.
@@ -222,9 +234,9 @@ class VendiState:
         for slot in range(count):
             if self._primal:
                 rest = [i for i in range(count) if i != slot]
-                left = self._matrix[rest][:, rest]
+                left = self._sums[rest][:, rest]
             else:
                 member = self._e[self._slots[slot]]
-                left = self._matrix - torch.outer(member, member)
+                left = self._sums - torch.outer(member, member)
             parts.append(here - entropy_score(torch.linalg.eigvalsh(left)))
         return torch.stack(parts)

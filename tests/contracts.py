@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import signal
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,8 +28,8 @@ from torch import Tensor
 
 from gencontrol.algorithms.base import Algorithm, LossOut, StepContext
 from gencontrol.errors import Preempted
-from gencontrol.train.checkpoint import read_verified, split_tensors
 from gencontrol.files import FileLayer
+from gencontrol.train.checkpoint import read_verified, split_tensors
 from gencontrol.train.run_folder import is_wall_clock
 from gencontrol.train.trainer import TrainConfig, Trainer
 
@@ -79,7 +80,7 @@ class SignalInLoss:
         return self.inner.loss(micro, ctx)
 
 
-class AlgorithmContract:
+class AlgorithmContract(ABC):
     """Base of the contract tests; settings of the short runs may be replaced in the subclass."""
 
     steps: ClassVar[int] = 3
@@ -87,9 +88,9 @@ class AlgorithmContract:
     #: relative tolerance of the accumulation test; float32 sums in another order differ by about 1e-7 per term
     accumulation_tolerance: ClassVar[float] = 1e-5
 
+    @abstractmethod
     def make(self) -> Algorithm:
         """Return a new algorithm, equal at each call."""
-        raise NotImplementedError
 
     def config(self, **changes: Any) -> TrainConfig:
         """Settings of the short runs."""

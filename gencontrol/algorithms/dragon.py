@@ -12,24 +12,23 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from gencontrol.algorithms.base import Collected, Evaluation, LossOut, StepContext
+from gencontrol.algorithms.base import Collected, LossOut, StepContext
 from gencontrol.algorithms.parallel import active, shared_fate, sum_over_ranks
-from gencontrol.algorithms.preference import LOSSES, Errors, draw_times, kto_baseline, predict
-from gencontrol.algorithms.rollout import autocast, chunks
+from gencontrol.algorithms.preference import LOSSES, Errors, kto_baseline, predict
+from gencontrol.algorithms.rollout import autocast
 from gencontrol.algorithms.sets import Grouping, Rule, build_sets
 from gencontrol.algorithms.task import PromptTask
-from gencontrol.algorithms.tuning import Tuning, check_tuning
+from gencontrol.algorithms.tuning import RewardTuning, check_counts, check_tuning
 from gencontrol.errors import NumericsError
 from gencontrol.models.roles import Roles
 from gencontrol.rewards.base import Reward, SetReward
-from gencontrol.rng import item_noise, stream
+from gencontrol.rng import stream
 from gencontrol.types import Cond, cat_cond, index_cond
 
 #: Rounds in a row that the stop rule may end before their first update.
@@ -91,9 +90,7 @@ class DragonConfig:
 
     def __post_init__(self) -> None:
         check_tuning(self)
-        for name in ("pairs_per_round", "updates_per_round", "sweeps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}; expected a whole number of at least 1")
+        check_counts(self, "pairs_per_round", "updates_per_round", "sweeps")
         for name in ("pairs_per_update", "kl_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}; expected at least 0")
@@ -153,7 +150,7 @@ class Spread:
     scale: float
 
 
-class Dragon:
+class Dragon(RewardTuning):
     """The DRAGON algorithm; see the module docstring and `DragonConfig`."""
 
     Config = DragonConfig
@@ -166,8 +163,8 @@ class Dragon:
         Raises:
             UsageError: a role is missing, or guidance is asked of a model without an unconditional condition.
         """
-        self.config, self.roles, self.seed = config, roles, seed
-        self.shell = Tuning("dragon", task, reward, config, roles, seed)
+        super().__init__("dragon", task, reward, config, roles, seed)
+        self.config = config
         self.sides = 1 if config.loss == "positive" else 2
         self._beta: float | None = None if config.beta == "auto" else float(config.beta)
         self._halted = self._halted_rounds = 0
@@ -220,16 +217,13 @@ class Dragon:
     def _cut(self, data: Round, update: int, ctx: StepContext) -> Iterable[Micro]:
         """Yield an update's pairs, `ctx.micro_batch` samples at a time, with times and noise of their own per pair."""
         members, device = self._members(data, update, ctx.step), data.positive.device
-        t = draw_times(data.total, self.seed, "dragon/time", ctx.step, update)[data.pair[members]].to(device)
-        for part in chunks(len(members), max(1, ctx.micro_batch // self.sides)):
-            rows = members[part]
-            items = data.pair[rows].tolist()
-            noise = item_noise(data.positive.shape[1:], self.seed, f"dragon/eps/{ctx.step}/{update}", items)
-            rows = rows.to(device)
+        items, size = data.pair[members], max(1, ctx.micro_batch // self.sides)
+        for part, t, noise in self.shell.noised(items, data.total, data.positive, size, ctx, update):
+            rows = members[part].to(device)
             known = len(data.references) > update
             reference = data.references[update][:, part] if known else torch.zeros(self.sides, 0, device=device)
             cond = index_cond(data.cond, rows)
-            yield Micro(data.positive[rows], data.negative[rows], cond, t[part], noise.to(device), reference)
+            yield Micro(data.positive[rows], data.negative[rows], cond, t, noise, reference)
 
     # ---------------------------------------------------------------- loss
 
@@ -349,14 +343,6 @@ class Dragon:
 
     # ---------------------------------------------------------------- the rest of the contract
 
-    def after_update(self, ctx: StepContext, update: int) -> None:
-        """Move the averaged weights."""
-        self.shell.updated()
-
-    def evaluate(self, ctx: StepContext) -> Evaluation:
-        """Compare the averaged weights (or the policy) with the base on fixed held-out prompts and noise."""
-        return self.shell.evaluate(ctx)
-
     def state_dict(self) -> dict[str, Any]:
         """Calibrated β (None before), counters of updates and of the stop rule."""
         return {
@@ -371,7 +357,3 @@ class Dragon:
         self._beta = None if state["beta"] is None else float(state["beta"])
         self.shell.updates, self._halted = int(state["updates"]), int(state["halted"])
         self._halted_rounds = int(state["halted_rounds"])
-
-    def save_final(self, folder: Path) -> None:
-        """Write the tuned model (averaged weights where there are any), loadable by `from_pretrained`."""
-        self.shell.save_final(folder)

@@ -11,20 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from gencontrol.algorithms.base import Collected, Evaluation, LossOut, StepContext
+from gencontrol.algorithms.pretraining import AveragedPretraining
 from gencontrol.data.sound.dataset import SoundDataset
-from gencontrol.data.sound.features import cached_features, gather
+from gencontrol.data.sound.features import SplitFeatures, gather
 from gencontrol.data.sound.grammar import ATTRIBUTES
-from gencontrol.errors import UsageError
 from gencontrol.models.attributes import AttributeNet, build_attribute_net
 from gencontrol.models.codec import MelCodec
-from gencontrol.models.roles import Roles, ema_decay
+from gencontrol.models.roles import Roles
 from gencontrol.rng import stream
 
 
@@ -89,7 +88,7 @@ def augment(
     return features.gather(3, index[:, None, None, :].expand_as(features)) + gains[:, None, None, None]
 
 
-class AttributePretrain:
+class AttributePretrain(AveragedPretraining):
     """Trains an `AttributeNet` on a folder of `build_sound_dataset`; see the module docstring."""
 
     Config = AttributePretrainConfig
@@ -103,35 +102,14 @@ class AttributePretrain:
         seed: int,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Build the model and the feature caches from the data.
-
-        Args:
-            data: folder of the sound data.
-            config: options.
-            codec: needed where `codec_share` > 0.
-            seed: of the initial weights and of every draw.
-            device: where the weights live.
-        """
-        if codec is None and config.codec_share > 0:
-            raise UsageError("codec_share > 0 needs a codec; give one or set codec_share = 0.")
+        """Build the model and the feature caches from the data; arguments and errors as for `ClapPretrain`."""
         self.config, self.seed = config, seed
         self.train, self.held_out = SoundDataset.load(data, "train"), SoundDataset.load(data, "val")
         net = build_attribute_net(seed, ATTRIBUTES)
-        settings = str(net.config)
-        self._clean = cached_features(self.train, data, "attr_train", settings, net.features)
-        self._val = cached_features(self.held_out, data, "attr_val", settings, net.features, limit=config.eval_items)
-        self._coded: np.ndarray | None = None
-        if codec is not None and config.codec_share > 0:
-            self._coded = cached_features(
-                self.train,
-                data,
-                "attr_coded",
-                settings,
-                lambda wave: net.features(codec.decode(codec.encode(wave))),
-                limit=config.codec_clips,
-            )
-        self.roles = Roles(net.to(device), ("policy", "ema"))
-        self._updates = 0
+        self.features = SplitFeatures.load(
+            self.train, self.held_out, data, "attr", str(net.config), net.features, config, codec
+        )
+        super().__init__(Roles(net.to(device), ("policy", "ema")), config.ema)
 
     def collect(self, ctx: StepContext) -> Collected:
         """Draw the step's clips of this rank."""
@@ -144,13 +122,9 @@ class AttributePretrain:
     def minibatches(self, data: Any, update: int, ctx: StepContext) -> Iterable[AttributeMicro]:
         """Read, augment and cut the step's clips; the draws do not depend on the micro-batch."""
         generator = stream(self.seed, "attributes/augment", ctx.step, ctx.rank)
-        features = gather(self._clean, data)
-        if self._coded is not None:
-            share = self.config.codec_share * len(self.train) / len(self._coded)
-            coded = (torch.rand(len(data), generator=generator) < share) & (data < len(self._coded))
-            if bool(coded.any()):
-                features[coded] = gather(self._coded, data[coded])
-        features = augment(features, generator, gain=self.config.gain, shift=self.config.shift)
+        features = augment(
+            self.features.draw(data, generator), generator, gain=self.config.gain, shift=self.config.shift
+        )
         device = next(self.roles.module.parameters()).device
         for start in range(0, len(data), ctx.micro_batch):
             part = slice(start, start + ctx.micro_batch)
@@ -166,22 +140,17 @@ class AttributePretrain:
         total = attribute_losses(logits, micro.labels, self.config.smoothing).sum()
         return LossOut(total, len(micro.features), {"loss/cross_entropy": total.detach()})
 
-    def after_update(self, ctx: StepContext, update: int) -> None:
-        """Move the average."""
-        self.roles.lerp("ema", ema_decay(self.config.ema, self._updates))
-        self._updates += 1
-
     @torch.no_grad()
     def evaluate(self, ctx: StepContext) -> Evaluation:
         """Accuracy of each attribute on held-out combinations with the average weights."""
-        count = len(self._val)
+        count = len(self.features.held_out)
         with self.roles.use("ema") as module:
             net: AttributeNet = module  # type: ignore[assignment]  # the roles hold what __init__ gave them
             device = next(net.parameters()).device
             parts = []
             for start in range(0, count, 100):
                 ctx.poll()
-                features = gather(self._val, torch.arange(start, min(start + 100, count))).to(device)
+                features = gather(self.features.held_out, torch.arange(start, min(start + 100, count))).to(device)
                 logits = net.classify(net.frames_of(features).mean(1))
                 parts.append({name: values.argmax(-1).cpu() for name, values in logits.items()})
         metrics = {}
@@ -192,14 +161,6 @@ class AttributePretrain:
                 (torch.cat([p[name] for p in parts]) == label)[applies].float().mean()
             )
         return Evaluation(metrics)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Number of updates taken (for the warm-up of the average)."""
-        return {"updates": self._updates}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self._updates = int(state["updates"])
 
     def save_final(self, folder: Path) -> None:
         """Write the judge with the average weights, in half precision."""

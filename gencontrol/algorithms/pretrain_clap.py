@@ -8,24 +8,23 @@ what is trained is exactly what is used.  A share of the clips is heard through 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from gencontrol.algorithms.base import Collected, Evaluation, LossOut, StepContext
+from gencontrol.algorithms.pretraining import AveragedPretraining
 from gencontrol.data.sound.dataset import SoundDataset
-from gencontrol.data.sound.features import cached_features, gather
-from gencontrol.errors import UsageError
+from gencontrol.data.sound.features import SplitFeatures, gather
 from gencontrol.models.clap_small import build_clap, clap_features, save_clap, small_extractor, train_tokenizer
 from gencontrol.models.codec import MelCodec
-from gencontrol.models.roles import Roles, ema_decay
+from gencontrol.models.roles import Roles
 from gencontrol.rng import stream
 
 if TYPE_CHECKING:
@@ -115,7 +114,7 @@ class ClapMicro:
     mask: Int[Tensor, "b n"]
 
 
-class ClapPretrain:
+class ClapPretrain(AveragedPretraining):
     """Trains the bundled CLAP on a folder of `build_sound_dataset`; see the module docstring."""
 
     Config = ClapPretrainConfig
@@ -137,36 +136,24 @@ class ClapPretrain:
             codec: needed where `codec_share` > 0.
             seed: of the initial weights and of every draw.
             device: where the weights live.
+
+        Raises:
+            UsageError: `codec_share` > 0 without a codec.
         """
-        if codec is None and config.codec_share > 0:
-            raise UsageError("codec_share > 0 needs a codec; give one or set codec_share = 0.")
         self.config, self.seed = config, seed
         self.train, self.held_out = SoundDataset.load(data, "train"), SoundDataset.load(data, "val")
-        self.extractor: ClapFeatureExtractor = small_extractor()
+        extractor: ClapFeatureExtractor = small_extractor()
+        settings = str(sorted((key, str(value)) for key, value in extractor.to_dict().items()))
+        self.features = SplitFeatures.load(
+            self.train, self.held_out, data, "clap", settings, lambda w: clap_features(w, extractor), config, codec
+        )
+        self.extractor = extractor
         texts = (text for variants in self.train.captions for text in variants)
         self.tokenizer: PreTrainedTokenizerBase = train_tokenizer(texts)
         model: Any = build_clap(seed, len(self.tokenizer))
-        self._cache(data, codec)
-        set_input_norm(model, gather(self._clean, torch.arange(0, len(self.train), max(len(self.train) // 1000, 1))))
-        self.roles = Roles(model.to(device), ("policy", "ema"))
-        self._updates = 0
-
-    def _cache(self, data: str | Path, codec: MelCodec | None) -> None:
-        settings = str(sorted((k, str(v)) for k, v in self.extractor.to_dict().items()))
-
-        def features(wave: Tensor) -> Tensor:
-            return clap_features(wave, self.extractor)
-
-        def through_codec(wave: Tensor) -> Tensor:
-            assert codec is not None
-            return features(codec.decode(codec.encode(wave)))
-
-        self._clean = cached_features(self.train, data, "clap_train", settings, features)
-        self._val = cached_features(self.held_out, data, "clap_val", settings, features, limit=self.config.eval_items)
-        self._coded: np.ndarray | None = None
-        if codec is not None and self.config.codec_share > 0:
-            limit = self.config.codec_clips
-            self._coded = cached_features(self.train, data, "clap_coded", settings, through_codec, limit=limit)
+        some = torch.arange(0, len(self.train), max(len(self.train) // 1000, 1))
+        set_input_norm(model, gather(self.features.clean, some))
+        super().__init__(Roles(model.to(device), ("policy", "ema")), config.ema)
 
     def collect(self, ctx: StepContext) -> Collected:
         """Draw the step's clips; the batch itself is read in `minibatches`."""
@@ -177,7 +164,7 @@ class ClapPretrain:
     def minibatches(self, data: Any, update: int, ctx: StepContext) -> Iterable[ClapMicro]:
         """One batch: every pair is contrasted with all others."""
         generator = stream(self.seed, "clap/augment", ctx.step, ctx.rank)
-        features = self._read(data, generator)
+        features = self.features.draw(data, generator)
         features = augment(features, generator, gain_db=self.config.gain_db, shift=self.config.shift)
         words = torch.randint(0, len(self.train.captions[0]), (len(data),), generator=generator)
         texts = [self.train.captions[int(i)][int(w)] for i, w in zip(data, words, strict=True)]
@@ -185,17 +172,6 @@ class ClapPretrain:
         device = next(self.roles.module.parameters()).device
         parts = (features, tokens["input_ids"], tokens["attention_mask"])
         yield ClapMicro(*(part.to(device) for part in parts))
-
-    def _read(self, items: Tensor, generator: torch.Generator) -> Float[Tensor, "b 1 frames mel"]:
-        """Cached features, a share of them through the codec (among the clips that have that version)."""
-        features = gather(self._clean, items)
-        if self._coded is None:
-            return features
-        share = self.config.codec_share * len(self.train) / len(self._coded)
-        coded = (torch.rand(len(items), generator=generator) < share) & (items < len(self._coded))
-        if bool(coded.any()):
-            features[coded] = gather(self._coded, items[coded])
-        return features
 
     def loss(self, micro: ClapMicro, ctx: StepContext) -> LossOut:
         """Sum of the pairs' InfoNCE."""
@@ -206,39 +182,26 @@ class ClapPretrain:
         scale = float(model.logit_scale_a.detach().exp()) * count
         return LossOut(total, count, {"loss/info_nce": total.detach(), "clap/scale": scale})
 
-    def after_update(self, ctx: StepContext, update: int) -> None:
-        """Move the average."""
-        self.roles.lerp("ema", ema_decay(self.config.ema, self._updates))
-        self._updates += 1
-
     @torch.no_grad()
     def evaluate(self, ctx: StepContext) -> Evaluation:
         """Retrieval on held-out clips with the average weights: the right one of 20, caption to clip."""
         from gencontrol.algorithms.retrieval import retrieval_at_one
         from gencontrol.models.clap_small import text_embeddings
 
-        texts = [variants[0] for variants in self.held_out.captions[: len(self._val)]]
+        texts = [variants[0] for variants in self.held_out.captions[: len(self.features.held_out)]]
         with self.roles.use("ema") as module:
             model: Any = module
             device = next(model.parameters()).device
             audio, text = [], []
             for start in range(0, len(texts), 100):
                 ctx.poll()
-                features = gather(self._val, torch.arange(start, min(start + 100, len(texts)))).to(device)
+                features = gather(self.features.held_out, torch.arange(start, min(start + 100, len(texts)))).to(device)
                 audio.append(
                     F.normalize(model.get_audio_features(input_features=features).pooler_output.float(), dim=-1)
                 )
                 text.append(text_embeddings(model, self.tokenizer, texts[start : start + 100]))
         hit = retrieval_at_one(torch.cat(text), torch.cat(audio), candidates=20, seed=self.seed)
         return Evaluation({"eval/retrieval_20": hit})
-
-    def state_dict(self) -> dict[str, Any]:
-        """Number of updates taken (for the warm-up of the average)."""
-        return {"updates": self._updates}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self._updates = int(state["updates"])
 
     def save_final(self, folder: Path) -> None:
         """Write the CLAP folder with the average weights, in half precision."""

@@ -9,7 +9,7 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -19,9 +19,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gencontrol.algorithms.base import Collected, Evaluation, LossOut, StepContext
+from gencontrol.algorithms.pretraining import AveragedPretraining
 from gencontrol.errors import UsageError
 from gencontrol.models.denoiser import Denoiser
-from gencontrol.models.roles import Roles, ema_decay
+from gencontrol.models.roles import Roles
 from gencontrol.process.gaussian import GaussianProcess
 from gencontrol.rng import item_generators, stream
 from gencontrol.types import Cond, cond_to
@@ -90,7 +91,7 @@ def time_of_uniform(u: Float[Tensor, " b"], config: FlowPretrainConfig) -> Float
     return torch.sigmoid(config.times_mean + config.times_std * torch.special.ndtri(u))
 
 
-class FlowPretrain:
+class FlowPretrain(AveragedPretraining):
     """Trains a denoiser on (latent, caption) pairs; see the module docstring."""
 
     Config = FlowPretrainConfig
@@ -128,10 +129,10 @@ class FlowPretrain:
             raise UsageError("flow pretraining needs a denoiser with a GaussianProcess, not a masked one.")
         if len(data) == 0 or (held_out is not None and len(held_out) == 0):
             raise UsageError("the training or held-out data has no items.")
-        self.denoiser, self.data, self.config, self.roles, self.seed = denoiser, data, config, roles, seed
+        super().__init__(roles, config.ema)
+        self.denoiser, self.data, self.config, self.seed = denoiser, data, config, seed
         self.held_out = data if held_out is None else held_out
         self.artefacts, self.save = artefacts, save
-        self._updates = 0
         self._order: tuple[int, Tensor] | None = None
 
     def _item(self, position: int) -> int:
@@ -181,11 +182,6 @@ class FlowPretrain:
         with ctx.autocast():
             total = self.errors(micro).sum()
         return LossOut(total, len(micro.x0), {"loss/flow": total.detach()})
-
-    def after_update(self, ctx: StepContext, update: int) -> None:
-        """Move the average."""
-        self.roles.lerp("ema", ema_decay(self.config.ema, self._updates))
-        self._updates += 1
 
     @torch.no_grad()
     def evaluate(self, ctx: StepContext) -> Evaluation:
@@ -247,14 +243,6 @@ class FlowPretrain:
             files |= self.artefacts(f"sample_{index:02d}", latents[index])
         files["captions.txt"] = "".join(f"{i:02d} {self.held_out.text(i)}\n" for i in range(count)).encode()
         return files
-
-    def state_dict(self) -> dict[str, Any]:
-        """Number of updates taken (for the warm-up of the average)."""
-        return {"updates": self._updates}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self._updates = int(state["updates"])
 
     def save_final(self, folder: Path) -> None:
         """Write the model with the average weights, loadable by `from_pretrained`."""

@@ -9,22 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from gencontrol.algorithms.base import Collected, Evaluation, LossOut, StepContext
-from gencontrol.algorithms.preference import denoising_error, draw_times
-from gencontrol.algorithms.rollout import autocast, chunks
+from gencontrol.algorithms.base import Collected, LossOut, StepContext
+from gencontrol.algorithms.preference import denoising_error
+from gencontrol.algorithms.rollout import autocast
 from gencontrol.algorithms.sets import Scores, reward_of
 from gencontrol.algorithms.task import PromptTask
-from gencontrol.algorithms.tuning import Tuning, check_tuning
+from gencontrol.algorithms.tuning import RewardTuning, check_counts, check_tuning
 from gencontrol.models.roles import Roles
 from gencontrol.rewards.base import Reward, SetReward, as_set_reward
-from gencontrol.rng import item_noise
 from gencontrol.types import Cond, index_cond
 
 
@@ -57,9 +55,7 @@ class RwrConfig:
 
     def __post_init__(self) -> None:
         check_tuning(self)
-        for name in ("prompts_per_round", "updates_per_round"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}; expected a whole number of at least 1")
+        check_counts(self, "prompts_per_round", "updates_per_round")
         if not self.temperature > 0:
             raise ValueError(f"temperature = {self.temperature}; expected a number above 0")
 
@@ -102,7 +98,7 @@ class WeightedMicro:
     noise: Float[Tensor, "n *d"]
 
 
-class RewardWeightedRegression:
+class RewardWeightedRegression(RewardTuning):
     """Reward-weighted regression; see the module docstring."""
 
     Config = RwrConfig
@@ -115,8 +111,8 @@ class RewardWeightedRegression:
         Raises:
             UsageError: a role is missing.
         """
-        self.config, self.roles, self.seed = config, roles, seed
-        self.shell = Tuning("rwr", task, reward, config, roles, seed)
+        super().__init__("rwr", task, reward, config, roles, seed)
+        self.config = config
 
     def _values(self, scores: Scores) -> Float[Tensor, " pool"]:
         """Return item values, or the influence of each valid item in the set of all valid items."""
@@ -145,13 +141,9 @@ class RewardWeightedRegression:
 
     def minibatches(self, data: Weighted, update: int, ctx: StepContext) -> Iterable[WeightedMicro]:
         """Yield all samples of the round with new times and noise."""
-        device = data.latents.device
-        t = draw_times(data.total, self.seed, "rwr/time", ctx.step, update)[data.row].to(device)
-        for part in chunks(len(data.row), ctx.micro_batch):
-            name = f"rwr/eps/{ctx.step}/{update}"
-            noise = item_noise(data.latents.shape[1:], self.seed, name, data.row[part].tolist()).to(device)
-            cond = index_cond(data.cond, torch.arange(part.start, part.stop, device=device))
-            yield WeightedMicro(data.latents[part], data.weights[part], cond, t[part], noise)
+        for part, t, noise in self.shell.noised(data.row, data.total, data.latents, ctx.micro_batch, ctx, update):
+            cond = index_cond(data.cond, torch.arange(part.start, part.stop, device=data.latents.device))
+            yield WeightedMicro(data.latents[part], data.weights[part], cond, t, noise)
 
     def loss(self, micro: WeightedMicro, ctx: StepContext) -> LossOut:
         """Weighted denoising error of one micro-batch."""
@@ -162,14 +154,6 @@ class RewardWeightedRegression:
         metrics = {"loss/weighted": total.detach(), "loss/denoising": errors.detach().sum()}
         return LossOut(total, len(errors), metrics)
 
-    def after_update(self, ctx: StepContext, update: int) -> None:
-        """Move the averaged weights."""
-        self.shell.updated()
-
-    def evaluate(self, ctx: StepContext) -> Evaluation:
-        """Compare the averaged weights (or the policy) with the base on fixed held-out prompts and noise."""
-        return self.shell.evaluate(ctx)
-
     def state_dict(self) -> dict[str, Any]:
         """Number of updates taken (for the warm-up of the average)."""
         return {"updates": self.shell.updates}
@@ -177,7 +161,3 @@ class RewardWeightedRegression:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.shell.updates = int(state["updates"])
-
-    def save_final(self, folder: Path) -> None:
-        """Write the tuned model (averaged weights where there are any), loadable by `from_pretrained`."""
-        self.shell.save_final(folder)

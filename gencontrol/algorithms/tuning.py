@@ -1,17 +1,23 @@
-"""What prompt-conditioned fine-tuning methods have in common: rollouts, averaged weights, evaluation and saving."""
+"""What prompt-conditioned fine-tuning methods have in common: rollouts, noise, averaged weights, evaluation, saving."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
+from jaxtyping import Float, Int64
+from torch import Tensor
+
 from gencontrol.algorithms.base import Evaluation, StepContext
 from gencontrol.algorithms.compare import Comparison
-from gencontrol.algorithms.rollout import Pool, Sampling, draw_pool
+from gencontrol.algorithms.preference import draw_times
+from gencontrol.algorithms.rollout import Pool, Sampling, chunks, draw_pool
 from gencontrol.algorithms.task import PromptTask
 from gencontrol.errors import UsageError
 from gencontrol.models.roles import Roles, ema_decay
 from gencontrol.rewards.base import Reward, SetReward
+from gencontrol.rng import item_noise
 
 
 class TuningConfig(Protocol):
@@ -35,16 +41,16 @@ class TuningConfig(Protocol):
     def eval_samples(self) -> int: ...
 
 
+def check_counts(config: object, *names: str) -> None:
+    """Raise ValueError with the option's name unless each of these options is at least 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} = {getattr(config, name)}; expected a whole number of at least 1")
+
+
 def check_tuning(config: TuningConfig) -> None:
     """Check the ranges of the common options; raises ValueError with the option's name."""
-    for name, value in (
-        ("demo_steps", config.demo_steps),
-        ("eval_steps", config.eval_steps),
-        ("eval_samples", config.eval_samples),
-        ("generations", config.generations),
-    ):
-        if value < 1:
-            raise ValueError(f"{name} = {value}; expected a whole number of at least 1")
+    check_counts(config, "demo_steps", "eval_steps", "eval_samples", "generations")
     if config.guidance_scale < 0:
         raise ValueError(f"guidance_scale = {config.guidance_scale}; expected at least 0 (1 = no guidance)")
     if not 0 <= config.ema_decay < 1:
@@ -107,6 +113,28 @@ class Tuning:
                 min_valid=self.config.min_valid,
             )
 
+    def noised(
+        self,
+        items: Int64[Tensor, " q"],
+        total: int,
+        latents: Float[Tensor, "q *d"],
+        size: int,
+        ctx: StepContext,
+        update: int,
+    ) -> Iterator[tuple[slice, Float[Tensor, " p"], Float[Tensor, "p *d"]]]:
+        """Cut an update's items into parts of `size`; yield each with times and noise, which depend on the item alone.
+
+        Args:
+            items: global numbers of this rank's items, below `total`.
+            total: number of items on all ranks.
+            latents: give the noise its shape and both their device.
+        """
+        t = draw_times(total, self.seed, f"{self.name}/time", ctx.step, update)[items].to(latents.device)
+        for part in chunks(len(items), size):
+            name = f"{self.name}/eps/{ctx.step}/{update}"
+            noise = item_noise(latents.shape[1:], self.seed, name, items[part].tolist())
+            yield part, t[part], noise.to(latents.device)
+
     def updated(self) -> None:
         """Move the averaged weights after an optimizer step."""
         if self.config.ema_decay > 0:
@@ -121,3 +149,32 @@ class Tuning:
         """Write the tuned model (averaged weights where there are any), loadable by `from_pretrained`."""
         with self.roles.use(self.role):
             self.task.save_final(folder)
+
+
+class RewardTuning:
+    """Base of the methods around a `Tuning`: the parts of the Trainer's contract in which they do not differ."""
+
+    def __init__(
+        self,
+        name: str,
+        task: PromptTask,
+        reward: Reward | SetReward,
+        config: TuningConfig,
+        roles: Roles,
+        seed: int,
+    ) -> None:
+        """Set up the shell; arguments and errors are those of `Tuning`."""
+        self.roles, self.seed = roles, seed
+        self.shell = Tuning(name, task, reward, config, roles, seed)
+
+    def after_update(self, ctx: StepContext, update: int) -> None:
+        """Move the averaged weights."""
+        self.shell.updated()
+
+    def evaluate(self, ctx: StepContext) -> Evaluation:
+        """Compare the averaged weights (or the policy) with the base on fixed held-out prompts and noise."""
+        return self.shell.evaluate(ctx)
+
+    def save_final(self, folder: Path) -> None:
+        """Write the tuned model (averaged weights where there are any), loadable by `from_pretrained`."""
+        self.shell.save_final(folder)

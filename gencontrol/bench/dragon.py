@@ -30,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--targets", default="", help="comma-separated rewards of the part sound (default: all nine)")
     parser.add_argument("--sound-rounds", type=int, default=6)
     parser.add_argument("--sound-pairs", type=int, default=32, help="prompts per round, four generations each")
-    parser.add_argument("--sound-minutes", type=float, default=24.0, help="targets that no longer fit are skipped")
+    parser.add_argument("--sound-minutes", type=float, default=30.0, help="targets that no longer fit are skipped")
     parser.add_argument("--guidance", type=float, default=1.0, help="guidance scale of demonstrations and evaluation")
     parser.add_argument("--device", default="cpu")
     return parser

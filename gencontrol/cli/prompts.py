@@ -39,11 +39,16 @@ def read_prompts(path: str | Path) -> list[str]:
     return [prompt for _, prompt in rows]
 
 
-def bundled_prompts(split: str, count: int, seed: int = 0) -> list[str]:
+#: Seed of each split's prompts.  The defaults of fine-tuning were chosen on the test prompts of seed 0, so that seed
+#: would flatter every run; those of seed 1 chose nothing.
+_SEEDS = {"train": 0, "test": 1}
+
+
+def bundled_prompts(split: str, count: int) -> list[str]:
     """Return `count` prompts of the bundled sound grammar; "test" describes sounds that training never had."""
     from gencontrol.data.sound.grammar import sample_captions
 
-    return sample_captions(count, seed, split)
+    return sample_captions(count, _SEEDS[split], split)
 
 
 def _decode(file: Path) -> str:

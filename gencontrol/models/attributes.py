@@ -8,19 +8,17 @@ It serves as second encoder for distribution rewards and as a judge that no rewa
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gencontrol.errors import UsageError
+from gencontrol.models.folders import read_config, read_weights, write_model
 from gencontrol.models.spectral import pad_clip, semitone_filterbank, stft
 
 
@@ -122,29 +120,22 @@ class AttributeNet(nn.Module):
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
         """Write config.json and model.safetensors (float16 halves the size; loading gives float32)."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {"_class_name": "AttributeNet", **asdict(self.config)}
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        temporary = folder / "model.safetensors.tmp"
-        save_file({k: v.to(dtype).contiguous().cpu() for k, v in self.state_dict().items()}, temporary)
-        os.replace(temporary, folder / "model.safetensors")
+        weights = {name: value.to(dtype) for name, value in self.state_dict().items()}
+        write_model(folder, "AttributeNet", asdict(self.config), weights)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> AttributeNet:
-        """Load a folder that `save_pretrained` wrote."""
-        path = Path(folder) / "config.json"
-        if not path.exists():
-            raise UsageError(f"no attribute model at '{folder}': config.json is missing; check the folder.")
-        table = json.loads(path.read_text())
-        if table.pop("_class_name", None) != "AttributeNet":
-            raise UsageError(f"'{path}' does not describe an AttributeNet; check the folder.")
+        """Load a folder that `save_pretrained` wrote, in float32.
+
+        Raises:
+            UsageError: no such folder, or that of another class.
+        """
+        table = read_config(folder, "AttributeNet")
         table["classes"] = {name: tuple(names) for name, names in table["classes"].items()}
         table |= {key: tuple(table[key]) for key in ("widths", "dilations")}
         with torch.random.fork_rng(devices=[]):  # the initial draw is overwritten; leave the global stream alone
             net = cls(AttributeNetConfig(**table))
-        weights = load_file(Path(folder) / "model.safetensors")
-        net.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+        net.load_state_dict({name: tensor.float() for name, tensor in read_weights(folder).items()})
         return net.eval()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -204,7 +204,13 @@ def text_embeddings(model: ClapModel, tokenizer: PreTrainedTokenizerBase, texts:
     return _pooled(out)
 
 
-def _pooled(out: object) -> Tensor:
+class _Output(Protocol):
+    """What `get_audio_features` and `get_text_features` return in transformers 5."""
+
+    pooler_output: Tensor
+
+
+def _pooled(out: Tensor | _Output) -> Tensor:
     """transformers 4 returns a tensor, transformers 5 an output object."""
-    features = out if isinstance(out, Tensor) else out.pooler_output  # type: ignore[attr-defined]
+    features = out if isinstance(out, Tensor) else out.pooler_output
     return F.normalize(features.float(), dim=-1)

@@ -9,17 +9,15 @@ Sondergaard 2013) from a fixed initial phase.  There is nothing to train by grad
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gencontrol.errors import UsageError
+from gencontrol.models.folders import read_config, read_weights, write_model
 from gencontrol.models.spectral import frame_spectra, mel_filterbank, overlap_spectra, pad_clip, stft
 
 _CLIPS_IN_CACHE = 8
@@ -166,23 +164,15 @@ class MelCodec(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {"_class_name": "MelCodec", **asdict(self.config)}
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        temporary = folder / "model.safetensors.tmp"
-        save_file({k: v.contiguous().cpu() for k, v in self.state_dict().items()}, temporary)
-        os.replace(temporary, folder / "model.safetensors")
+        write_model(folder, "MelCodec", asdict(self.config), self.state_dict())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> MelCodec:
-        """Load a folder that `save_pretrained` wrote."""
-        path = Path(folder) / "config.json"
-        if not path.exists():
-            raise UsageError(f"no codec at '{folder}': config.json is missing; give a folder made by save_pretrained.")
-        table = json.loads(path.read_text())
-        if table.pop("_class_name", None) != "MelCodec":
-            raise UsageError(f"'{path}' does not describe a MelCodec; check the folder.")
-        codec = cls(MelCodecConfig(**table))
-        codec.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+        """Load a folder that `save_pretrained` wrote.
+
+        Raises:
+            UsageError: no such folder, or that of another class.
+        """
+        codec = cls(MelCodecConfig(**read_config(folder, "MelCodec")))
+        codec.load_state_dict(read_weights(folder))
         return codec.eval()

@@ -8,7 +8,6 @@ no second copy of a large model is held.  Parameters that are frozen, and buffer
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -261,11 +260,12 @@ def _inject(module: nn.Module, names: Sequence[str], lora: LoraConfig, seed: int
     module.requires_grad_(False)
     settings = peft.LoraConfig(r=lora.rank, lora_alpha=lora.scale_alpha, target_modules=targets)
     slots = [name for name in names if name != "ref"]
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several slots are meant
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for slot in slots:
-            peft.inject_adapter_in_model(settings, module, adapter_name=slot)
+        # one tuner for all slots: a second one would find the first one's configuration on the module, and warn
+        tuner = peft.LoraModel(module, dict.fromkeys(slots, settings), slots[0])
+        for slot in slots[1:]:
+            tuner.inject_adapter(module, slot)
     sets: dict[str, dict[str, Tensor]] = {name: {} for name in names}
     for name, parameter in module.named_parameters():
         path, _, rest = name.rpartition(".lora_")

@@ -17,8 +17,8 @@ from typing import Any
 
 from gencontrol.config import dump_toml, load_toml
 from gencontrol.errors import UsageError
-from gencontrol.train.config import differences, flatten, is_harmless
 from gencontrol.files import FileLayer, disk_errors
+from gencontrol.train.config import differences, flatten, is_harmless
 
 #: A lock of another machine counts as dead when it was not touched for this long.
 FOREIGN_LOCK_S = 600.0

@@ -24,11 +24,11 @@ import torch
 
 from gencontrol.algorithms.base import Algorithm, Collected, Evaluation, StepContext
 from gencontrol.errors import NumericsError, Preempted, UsageError
+from gencontrol.files import FileLayer, disk_errors
 from gencontrol.train.accounting import Sums, average, global_rng_untouched, peak_mb
 from gencontrol.train.checkpoint import Checkpoints
 from gencontrol.train.config import TrainConfig
 from gencontrol.train.dist import Group, is_there, no_note, nothing
-from gencontrol.files import FileLayer, disk_errors
 from gencontrol.train.health import write_dump
 from gencontrol.train.optim import clip_gradients, learning_rate, scale_gradients
 from gencontrol.train.run_folder import Lock, MetricsFile, check_settings, clean_leftovers, write_samples

@@ -102,6 +102,30 @@ def test_finetune_writes_everything_and_resumes(
     assert len(json.loads((run / "run.json").read_text())["starts"]) == 3
 
 
+def test_bundled_model_and_clap_with_the_default_rank(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """The README's first command, in two tiny steps: all choices but the sizes of the rounds are the defaults."""
+    from safetensors.torch import load_file
+
+    from gencontrol.pipelines import TextToAudioPipeline
+
+    run = tmp_path / "run"
+    sizes = ["--steps", "2", "--batch", "2", "--eval-every", "0", "--threads", "1"]
+    rounds = ["algorithm.demo_steps=2", "algorithm.eval_steps=2", "algorithm.updates_per_round=1"]
+    assert main(["finetune", "--reward", "clap", "--output", str(run), *sizes, *rounds]) == 0
+    assert not [str(w.message) for w in recwarn if "peft" in str(w.message)]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2] and all(row["reward/valid_fraction"] == 1.0 for row in rows)
+    weights = load_file(run / "final" / "lora" / "pytorch_lora_weights.safetensors")
+    down = {name: value for name, value in weights.items() if name.endswith("lora_A.weight")}
+    assert down and all(value.shape[0] == 16 for value in down.values())
+    assert all(bool(value.any()) for name, value in weights.items() if name.endswith("lora_B.weight"))
+    tuned, base = (
+        TextToAudioPipeline.from_pretrained(source).network.state_dict() for source in (run / "final", "bundled")
+    )
+    changed = {name for name in base if not torch.equal(tuned[name], base[name])}
+    assert changed == {name.removeprefix("transformer.").replace("lora_A.", "") for name in down}
+
+
 def test_the_saved_configuration_repeats_the_run(tiny_model: Path, prompts: Path, judge: str, tmp_path: Path) -> None:
     assert main([*_command(tiny_model, prompts, judge, tmp_path / "a", steps=1), "--eval-every", "0"]) == 0
     assert main(["finetune", "--config", str(tmp_path / "a" / "config.toml"), "--output", str(tmp_path / "b")]) == 0

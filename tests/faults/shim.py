@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch._dynamo  # noqa: F401  # the first optimizer imports it; once here, not in every child
 
-from gencontrol.train.checkpoint import Checkpoints, TrainState
 from gencontrol.files import FileLayer
+from gencontrol.train.checkpoint import Checkpoints, TrainState
 from gencontrol.train.trainer import TrainConfig, Trainer
 from tests.training_toy import Toy
 

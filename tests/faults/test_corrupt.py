@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from gencontrol.errors import CheckpointError, UsageError
+from gencontrol.files import FileLayer
 from gencontrol.models.roles import Roles
 from gencontrol.train.checkpoint import Checkpoints, TrainState, decode, encode
-from gencontrol.files import FileLayer
 from gencontrol.train.trainer import Trainer
 from tests.contracts import assert_same_run
 from tests.faults.shim import CONFIG, fit

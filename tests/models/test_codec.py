@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gencontrol.errors import UsageError
+from gencontrol.models.attributes import AttributeNet
 from gencontrol.models.codec import MelCodec
 from gencontrol.models.spectral import (
     frame_spectra,
@@ -94,6 +95,14 @@ def test_save_and_load(codec: MelCodec, tmp_path: Path) -> None:
     assert torch.equal(again.encode(wave), codec.encode(wave)) and again.sampling_rate == 16000
     with pytest.raises(UsageError, match="config.json"):
         MelCodec.from_pretrained(tmp_path / "none")
+
+
+def test_another_models_folder_is_refused(codec: MelCodec, tmp_path: Path) -> None:
+    codec.save_pretrained(tmp_path / "codec")
+    with pytest.raises(UsageError, match="does not describe a model of class AttributeNet"):
+        AttributeNet.from_pretrained(tmp_path / "codec")
+    with pytest.raises(UsageError, match=r"no MelCodec at .*config.json is missing"):
+        MelCodec.from_pretrained(tmp_path)
 
 
 def test_stft_inverts_and_normalises() -> None:

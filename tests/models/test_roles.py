@@ -165,6 +165,15 @@ def test_lora_holds_no_copy_of_the_base() -> None:
     assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in roles.trainable()}
 
 
+def test_several_slots_are_no_reason_for_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    roles = Roles(network(), ("policy", "ref", "ema", "old"), LoraConfig(rank=2))
+    assert not [str(w.message) for w in recwarn]
+    assert set(roles.module.peft_config) == {"policy", "ema", "old"}
+    for layer in roles.module.modules():
+        if hasattr(layer, "lora_A"):
+            assert set(layer.lora_A) == {"policy", "ema", "old"} and layer.active_adapters == ["policy"]
+
+
 def test_lora_start_depends_on_the_seed_alone() -> None:
     one, same, other = (Roles(network(), lora=LoraConfig(rank=2), seed=s).state_dict()["policy"] for s in (1, 1, 2))
     torch.testing.assert_close(one, same, atol=0, rtol=0)

@@ -103,7 +103,7 @@ def test_save_final_has_both_forms(build, tmp_path: Path) -> None:
     torch.testing.assert_close(call(merged), call(pipe), atol=ORDER, rtol=ORDER)
 
 
-def test_adapters_and_their_weights(build, tmp_path: Path) -> None:
+def test_adapters_and_their_weights(build, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     for seed in (0, 1):
         pipe = build()
         trained_roles(pipe, seed)
@@ -112,6 +112,7 @@ def test_adapters_and_their_weights(build, tmp_path: Path) -> None:
     both.load_lora_weights(tmp_path / "0", "first")
     one = call(both)
     both.load_lora_weights(tmp_path / "1")
+    assert not [str(w.message) for w in recwarn if "peft" in str(w.message)]
     assert both.get_list_adapters() == ["first", "default"] and both.get_active_adapters() == ["default"]
     two = call(both)
     assert (one - two).abs().max() > 1e-3

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gencontrol.errors import EnvironmentMissing, UsageError
-from gencontrol.pipelines import ProcessSpec, TextToAudioPipeline
+from gencontrol.pipelines import Pipeline, ProcessSpec, TextToAudioPipeline
 from tests.fixtures_models import tiny_text_to_audio
 from tests.pipelines.contract import PROMPTS, PipelineContract, call
 
@@ -192,3 +192,39 @@ class TestWhere:
         monkeypatch.setattr(gencontrol, "__file__", str(tmp_path / "__init__.py"))
         with pytest.raises(EnvironmentMissing, match="not in this installation"):
             TextToAudioPipeline.from_pretrained("bundled")
+
+
+def test_the_base_makes_no_pipeline() -> None:
+    for make in (lambda: Pipeline({}, "x"), lambda: Pipeline.from_pretrained("x"), lambda: Pipeline.from_pipe(None)):
+        with pytest.raises(TypeError, match="abstract class Pipeline"):
+            make()
+
+
+def test_push_to_hub_uploads_what_from_pretrained_loads(
+    native: TextToAudioPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real call with the network's two functions replaced: what is uploaded must load again."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    seen: dict[str, object] = {}
+
+    def create(self: object, repo_id: str, *, private: bool | None, exist_ok: bool) -> object:
+        seen["created"] = (repo_id, private, exist_ok)
+        return type("Url", (), {"repo_id": f"me/{repo_id}"})()
+
+    def upload(self: object, *, repo_id: str, folder_path: str, commit_message: str, revision: str | None) -> object:
+        loaded = TextToAudioPipeline.from_pretrained(folder_path)
+        seen["same"] = all(
+            torch.equal(a, b) for a, b in zip(loaded.denoiser.parameters(), native.denoiser.parameters(), strict=True)
+        )
+        seen["card"] = Path(folder_path, "README.md").read_text(encoding="utf-8")
+        return type("Commit", (), {"commit_url": f"{repo_id}@{commit_message}"})()
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
+    assert native.push_to_hub("sound", private=True, commit_message="first") == "me/sound@first"
+    assert seen["created"] == ("sound", True, True) and seen["same"] is True
+    assert 'TextToAudioPipeline.from_pretrained("me/sound")' in str(seen["card"])
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(EnvironmentMissing, match="HF_HUB_OFFLINE"):
+        native.push_to_hub("sound")
