@@ -83,9 +83,9 @@ def open_tree(file: Path, job: SearchJob, model: SearchModel, reward: Any) -> Di
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, UsageError) and "damaged" not in str(error):
                 raise UsageError(f"'{file}': {error}") from error
+            why = str(error) if isinstance(error, UsageError) else f"tree file '{file}' is damaged ({error})."
             raise CheckpointError(
-                f"the tree of this search cannot be read: '{file}' is damaged ({str(error)[:200]}). Nothing was "
-                "changed; put a good copy there, or name another --output to start anew."
+                f"{why[:400]} Nothing was changed; put a good copy there, or name another --output to start anew."
             ) from error
     select, widening = TREES[config.sampler]
     return DiffusionTree(
