@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,7 +22,7 @@ def texts(value: object, name: str) -> list[str]:
     Raises:
         UsageError: empty, or not text.
     """
-    items = [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
+    items: list[Any] = [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
     wrong = next((item for item in items if not isinstance(item, str)), None)
     if wrong is not None or not items:
         got = "an empty list" if not items else f"a {type(wrong).__name__}"

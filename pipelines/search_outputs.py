@@ -23,7 +23,8 @@ class ImageSearchOutput(PipelineOutput):
         rewards: of these images, [b] float64.
         nfe: model calls of this search, all prompts together; a guided call counts once.
         reward_calls: samples scored by this search, all prompts together.
-        log_z: estimate of log E[exp(reward/temperature)] under the base model, one per prompt; NaN where there is none.
+        log_z: estimate of log E[exp(reward/temperature)] under the base model, one per prompt, from importance weights;
+            NaN where there is none.
         tree: the forest, one root per prompt, to read out, save, retilt or grow further; None for particle samplers.
         particles: one population per prompt; None for trees.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -214,9 +215,15 @@ def read(tree: DiffusionTree, count: int, readout: str, before: tuple[int, int])
                 f"{count} samples were asked for, but the tree has {len(leaves.x)} valid leaves; raise nfe."
             )
         parts.append(leaves)
-    log_z = tree.progress().log_z
+    log_z = tuple(_log_z(tree.stats(root)) for root in range(tree.roots))
     x, rewards = torch.cat([part.x for part in parts]), torch.cat([part.rewards for part in parts])
     return Found(x, rewards, tree.nfe - before[0], tree.reward_calls - before[1], log_z, tree=tree)
+
+
+def _log_z(stats: Mapping[str, float]) -> float:
+    """The importance-weighted estimate, or where UCT chose the rollouts that of its fresh ones; neither is biased by
+    where the search went, as the tree's own is."""
+    return stats["log_z_base"] if math.isnan(stats["log_z_iw"]) else stats["log_z_iw"]
 
 
 # ---- particles --------------------------------------------------------------------------------------------------

@@ -56,8 +56,8 @@ class Problem:
     """A base law over clean states, and what turns a state into a sample.
 
     Args:
-        model: guidance included; `.process` draws the states at the first time of the grid.
-        cond: one row per prompt.
+        model: any Model, guidance included; its process draws the states at the first time of the grid.
+        cond: one row per prompt, or None.
         item_shape: shape of one state.
         steps: sampler steps of a path.
         times: steps + 1 decreasing times that end at 0, or None for equal ones.
@@ -66,7 +66,7 @@ class Problem:
         sampling_rate: Hz of sounds, else None.
     """
 
-    model: Control
+    model: Any
     cond: Cond
     item_shape: tuple[int, ...]
     steps: int
@@ -255,8 +255,8 @@ class ClassSearch:
         pipe, spec = self.pipe, self.pipe.spec
         without_effect("a class-to-image pipeline", height=ask.height, width=ask.width, audio_end_in_s=ask.seconds)
         labels = [ask.prompt] if isinstance(ask.prompt, (int, str)) else list(ask.prompt)
-        known = range(len(pipe.class_names))
-        names = arguments.texts([pipe.class_names[x] if x in known else str(x) for x in labels], "prompt")
+        known = dict(enumerate(pipe.class_names))
+        names = arguments.texts([known.get(x, str(x)) if isinstance(x, int) else x for x in labels], "prompt")
         scale = arguments.guidance(spec.guidance_scale if ask.guidance_scale is None else ask.guidance_scale)
         negative = arguments.negatives(ask.negative_prompt, len(names), 1, scale)
         free = None

@@ -18,7 +18,7 @@ from gencontrol.cli.checks import check_model, check_reference, check_rewards, c
 from gencontrol.cli.environment import choose_device, prepare
 from gencontrol.cli.prompts import read_prompts
 from gencontrol.cli.runs import RunFolder, open_run, record
-from gencontrol.cli.search_model import BUNDLED_MODELS, Law, load_model, read_law
+from gencontrol.cli.search_model import BUNDLED_MODELS, Law, check_gradient, load_model, read_law
 from gencontrol.cli.search_settings import (
     FREE,
     FREE_OF_TREES,
@@ -178,6 +178,8 @@ def search(job: SearchJob) -> None:
     model = load_model(job.source, job.search, job.prompts, device)
     check_budget(job.search, model.problem.steps)
     reward = _load_reward(job, device)
+    if job.search.needs_gradient:
+        check_gradient(model, reward, job.search.sampler)
     from gencontrol.train.run_folder import Lock
 
     with disk_errors("the run folder", job.folder.path):

@@ -146,6 +146,31 @@ def load_model(source: SourceConfig, search: SearchConfig, prompts: Sequence[str
     return SearchModel(problem, _artefacts(pipeline), found.at_work, _autocast(device, source.precision))
 
 
+def check_gradient(model: SearchModel, reward: Any, sampler: str) -> None:
+    """Check that the reward of a decoded sample has a gradient in the clean state.
+
+    Raises:
+        UsageError: it has none; most decoders of sound pass none.
+    """
+    import torch
+
+    from gencontrol.sampling.scoring import Scorer
+    from gencontrol.types import RewardContext
+
+    problem = model.problem
+    context = RewardContext(prompts=problem.prompts[:1], sampling_rate=problem.sampling_rate)
+    device = next(problem.model.parameters()).device
+    with torch.enable_grad():
+        state = torch.zeros((1, *problem.item_shape), device=device, requires_grad=True)
+        value = Scorer(reward, problem.decode, context).differentiable(state, torch.zeros(1, dtype=torch.int64))
+        found = torch.autograd.grad(value.sum(), state, allow_unused=True)[0] if value.requires_grad else None
+    if found is None:
+        raise UsageError(
+            f"{sampler} follows the reward's gradient, but reward or decoder of this model passes none; choose "
+            "dts-star, dts, smc, beam, snis or best-of-n."
+        )
+
+
 def _load(model: str, *, online: bool) -> Any:
     """Load the pipeline that the model's index names."""
     from gencontrol.pipelines import ClassToImagePipeline, TextToAudioPipeline
@@ -165,7 +190,7 @@ def _load(model: str, *, online: bool) -> Any:
         return ours[kind].from_pretrained(model, local_files_only=not online)
     import diffusers
 
-    return diffusers.__dict__[kind].from_pretrained(where, use_safetensors=True, local_files_only=not online)
+    return getattr(diffusers, kind).from_pretrained(where, use_safetensors=True, local_files_only=not online)
 
 
 def _artefacts(pipeline: Any) -> Callable[[str, Any], dict[str, bytes]]:

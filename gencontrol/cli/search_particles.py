@@ -25,18 +25,13 @@ from gencontrol.cli.search_tree import clean_staging
 from gencontrol.errors import CheckpointError, UsageError
 from gencontrol.files import FileLayer, disk_errors
 from gencontrol.rng import stream_seed
-from gencontrol.sampling.chain import Chain, make_chain
-from gencontrol.sampling.population import Search, base_samples
-from gencontrol.sampling.scoring import Scorer
-from gencontrol.sampling.search import run_particles
-from gencontrol.sampling.tree_file import fingerprint
-from gencontrol.train.run_folder import MetricsFile
-from gencontrol.train.signals import SignalGuard
-from gencontrol.train.tracking import Progress
 from gencontrol.types import RewardContext, index_cond
 
 if TYPE_CHECKING:
     from gencontrol.cli.search import SearchJob
+    from gencontrol.sampling.chain import Chain
+    from gencontrol.sampling.scoring import Scorer
+    from gencontrol.train.signals import SignalGuard
 
 #: samplers whose particles have no weights to draw by: the best are taken
 _MAXIMISE = ("best-of-n", "beam", "dps")
@@ -63,6 +58,11 @@ def run(job: SearchJob, model: SearchModel, reward: Any) -> None:
         UsageError, CheckpointError: kept particles are of another model, or damaged.
         RewardError, DiskError: as the sampler and the disk have it.
     """
+    from gencontrol.sampling.tree_file import fingerprint
+    from gencontrol.train.run_folder import MetricsFile
+    from gencontrol.train.signals import SignalGuard
+    from gencontrol.train.tracking import Progress
+
     path = job.folder.path
     clean_staging(path)
     metrics = MetricsFile(path / "metrics.jsonl", FileLayer())
@@ -93,6 +93,9 @@ def run(job: SearchJob, model: SearchModel, reward: Any) -> None:
 
 def _search(job: SearchJob, model: SearchModel, reward: Any, index: int, guard: SignalGuard) -> _Found:
     """Run the sampler for one prompt; the base sample beside it costs one more path, which is not counted."""
+    from gencontrol.sampling.chain import make_chain
+    from gencontrol.sampling.search import run_particles
+
     config, begin = job.search, time.monotonic()
     problem = model.problem
     chain = make_chain(
@@ -129,6 +132,8 @@ def _search(job: SearchJob, model: SearchModel, reward: Any, index: int, guard: 
 
 
 def _scorer(model: SearchModel, reward: Any, index: int) -> Scorer:
+    from gencontrol.sampling.scoring import Scorer
+
     problem = model.problem
     context = RewardContext(prompts=[problem.prompts[index]], sampling_rate=problem.sampling_rate)
     return Scorer(reward, problem.decode, context)
@@ -158,6 +163,8 @@ def _options(config: SearchConfig, steps: int) -> dict[str, Any]:
 
 def _base(job: SearchJob, model: SearchModel, reward: Any, index: int, chain: Chain) -> tuple[Tensor, float | None]:
     """One sample of the model alone, and its reward."""
+    from gencontrol.sampling.population import Search, base_samples
+
     seed = stream_seed(job.search.seed, "search", index)
     search = Search(chain, _scorer(model, reward, index), job.search.temperature, seed)
     walk, scores = base_samples(search, 1)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gencontrol.sampling import tree_readout
-from gencontrol.sampling.tree import DiffusionTree
-from gencontrol.sampling.tree_nodes import Floats, Ints
+if TYPE_CHECKING:
+    from gencontrol.sampling.tree import DiffusionTree
+    from gencontrol.sampling.tree_nodes import Floats, Ints
 
 #: Nodes of a tree that are drawn (ours: what fits on a page and can still be told apart).
 MAX_DRAWN = 240
@@ -28,6 +28,8 @@ def summarise(tree: DiffusionTree, root: int, chosen: int | None) -> dict[str, A
     Keys: stats, warnings, reward_calls, base_rewards, grown_rewards, curve and base_curve ([calls, best reward] where
     it rises), tree (see `drawn`).
     """
+    from gencontrol.sampling import tree_readout
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         stats = tree_readout.stats(tree, root)
@@ -86,38 +88,49 @@ class _Rollouts:
 
 
 def drawn(tree: DiffusionTree, root: int, chosen: int | None, most: int = MAX_DRAWN) -> dict[str, Any]:
-    """Return the nodes to draw: the marked path, then the most visited ones.
+    """Return the nodes to draw: the marked path, and on every level the most visited children of drawn nodes.
+
+    Of equally visited ones the better are taken.  A level may use what the levels above it left of its share.
 
     Returns: times (of every level; the first is where the root's children are drawn from noise), nodes as
     [parent, level, value or None, visits, children that are not drawn], parents first; path (places in nodes),
     total (nodes of this root).
     """
-    nodes = tree.nodes
-    mine = np.flatnonzero(nodes.root_of(np.arange(nodes.size)) == root)
+    nodes, last = tree.nodes, tree.config.last
     path = _path(tree, chosen)
-    # a leaf is as interesting as the node it belongs to
-    visits = nodes["visits"][mine].astype(np.int64)
-    above = nodes["parent"][mine]
-    weight = np.where(nodes["level"][mine] == tree.config.last, nodes["visits"][np.maximum(above, 0)], visits)
-    weight = np.where(np.isin(mine, path), np.iinfo(np.int64).max, weight)
-    kept = np.sort(mine[np.lexsort((mine, -weight))[:most]])
-    kept = kept[np.isin(nodes["parent"][kept], kept) | (kept == root)]
-    place = {int(node): index for index, node in enumerate(kept)}
-    shown = np.zeros(nodes.size, np.int64)
-    np.add.at(shown, nodes["parent"][kept[kept != root]], 1)
-    rows = [
-        [
-            place.get(int(nodes["parent"][node]), -1),
-            int(nodes["level"][node]),
-            float(nodes["value"][node]) if nodes["ready"][node] else None,
-            int(nodes["visits"][node]),
-            int(nodes["count"][node] - shown[node]),
-        ]
-        for node in kept
-    ]
+    kept: Ints = np.array([root])
+    chosen_rows = [kept]
+    for level in range(1, last + 1):
+        room = (most - sum(len(row) for row in chosen_rows)) // (last + 1 - level)
+        kept = _most_visited(tree, nodes.children(kept).ids, path, room)
+        chosen_rows.append(kept)
+    rows = np.concatenate(chosen_rows)
+    place = {int(node): index for index, node in enumerate(rows)}
+    shown = np.bincount(nodes["parent"][rows[1:]], minlength=nodes.size)
     grid = tree.chain.grid
-    times = [grid[0], *(grid[index] for index in tree.config.branch)]
-    return {"times": times, "nodes": rows, "path": [place[node] for node in path], "total": len(mine)}
+    return {
+        "times": [grid[0], *(grid[index] for index in tree.config.branch)],
+        "nodes": [
+            [
+                place.get(int(nodes["parent"][node]), -1),
+                int(nodes["level"][node]),
+                float(nodes["value"][node]) if nodes["ready"][node] else None,
+                int(nodes["visits"][node]),
+                int(nodes["count"][node] - shown[node]),
+            ]
+            for node in rows
+        ],
+        "path": [place[node] for node in path],
+        "total": int((nodes.root_of(np.arange(nodes.size)) == root).sum()),
+    }
+
+
+def _most_visited(tree: DiffusionTree, ids: Ints, path: Sequence[int], room: int) -> Ints:
+    """The `room` nodes to draw of `ids`, those of the path first."""
+    nodes = tree.nodes
+    value = np.where(nodes["ready"][ids], nodes["value"][ids], -np.inf)
+    order = np.lexsort((ids, -value, -nodes["visits"][ids].astype(np.int64), ~np.isin(ids, path)))
+    return np.sort(ids[order[: max(room, 1)]])
 
 
 def _path(tree: DiffusionTree, leaf: int | None) -> list[int]:

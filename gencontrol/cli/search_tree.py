@@ -20,15 +20,14 @@ from gencontrol.cli.search_settings import TREES, SearchConfig, branch_of, parse
 from gencontrol.cli.search_summary import summarise
 from gencontrol.errors import CheckpointError, Preempted, RewardError, UsageError
 from gencontrol.files import FileLayer
-from gencontrol.sampling import tree_readout
-from gencontrol.sampling.tree import MAX_IDLE_ROUNDS, DiffusionTree
-from gencontrol.train.run_folder import MetricsFile
-from gencontrol.train.signals import SignalGuard
-from gencontrol.train.tracking import Progress
 from gencontrol.types import RewardContext
 
 if TYPE_CHECKING:
     from gencontrol.cli.search import SearchJob
+    from gencontrol.sampling.tree import DiffusionTree
+    from gencontrol.sampling.tree_readout import Leaves
+    from gencontrol.train.run_folder import MetricsFile
+    from gencontrol.train.signals import SignalGuard
 
 TREE = "tree.safetensors"
 #: Saving may take at most this share of the time (ours): a large tree is saved less often.
@@ -44,6 +43,8 @@ def run(job: SearchJob, model: SearchModel, reward: Any) -> None:
         UsageError, CheckpointError: the tree in the folder is of another search, or damaged.
         DiskError: the tree or the results could not be written.
     """
+    from gencontrol.train.run_folder import MetricsFile
+
     path = job.folder.path
     clean_staging(path)
     tree = open_tree(path / TREE, job, model, reward)
@@ -70,6 +71,8 @@ def open_tree(file: Path, job: SearchJob, model: SearchModel, reward: Any) -> Di
         UsageError: the file is of another model, prompt or reward.
         CheckpointError: the file is damaged; it is left as it is.
     """
+    from gencontrol.sampling.tree import DiffusionTree
+
     config, problem = job.search, model.problem
     context = RewardContext(prompts=problem.prompts, sampling_rate=problem.sampling_rate)
     shared: dict[str, Any] = {"cond": problem.cond, "decode": problem.decode, "context": context}
@@ -80,9 +83,9 @@ def open_tree(file: Path, job: SearchJob, model: SearchModel, reward: Any) -> Di
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, UsageError) and "damaged" not in str(error):
                 raise UsageError(f"'{file}': {error}") from error
+            why = str(error) if isinstance(error, UsageError) else f"tree file '{file}' is damaged ({error})."
             raise CheckpointError(
-                f"the tree of this search cannot be read: '{file}' is damaged ({str(error)[:200]}). Nothing was "
-                "changed; put a good copy there, or name another --output to start anew."
+                f"{why[:400]} Nothing was changed; put a good copy there, or name another --output to start anew."
             ) from error
     select, widening = TREES[config.sampler]
     return DiffusionTree(
@@ -113,6 +116,8 @@ class _Log:
     total: int
 
     def __post_init__(self) -> None:
+        from gencontrol.train.tracking import Progress
+
         self._begin = time.monotonic()
         self._progress = Progress(self.total, visible=True, unit="model call", describe=_headline)
 
@@ -126,8 +131,10 @@ class _Log:
 
     def round(self, tree: DiffusionTree) -> None:
         """Log a finished round."""
+        from gencontrol.sampling.tree_readout import log_z_tree
+
         best = tree.counts["best"].tolist()
-        log_z = [tree_readout.log_z_tree(tree, root) for root in range(tree.roots)]
+        log_z = [log_z_tree(tree, root) for root in range(tree.roots)]
         record: dict[str, Any] = {
             "step": tree.rounds,
             "nfe": tree.nfe,
@@ -166,6 +173,8 @@ def _finite(value: float) -> float | None:
 
 def grow(tree: DiffusionTree, config: SearchConfig, file: Path, log: _Log) -> None:
     """Spend the budget; the tree is saved every `save_every` seconds, at the end, and when a signal ends it."""
+    from gencontrol.train.signals import SignalGuard
+
     saver = _Saver(tree, file, config.save_every)
     log.start(tree)
     with SignalGuard() as guard:
@@ -190,6 +199,8 @@ def rounds(tree: DiffusionTree, nfe: int, guard: SignalGuard) -> Iterator[None]:
     Raises:
         Preempted: a signal came; the tree is as it was before the round.
     """
+    from gencontrol.sampling.tree import MAX_IDLE_ROUNDS
+
     idle = 0
     while True:
         guard.poll()
@@ -262,8 +273,10 @@ def read_out(tree: DiffusionTree, prompts: Sequence[str], config: SearchConfig, 
     return results
 
 
-def _leaves(tree: DiffusionTree, config: SearchConfig, root: int) -> tree_readout.Leaves | None:
+def _leaves(tree: DiffusionTree, config: SearchConfig, root: int) -> Leaves | None:
     """Samples of a root, best first; None where none is valid."""
+    from gencontrol.sampling import tree_readout
+
     count = min(config.count, len(tree_readout.leaf_law(tree, root)[0])) if tree.counts["valid"][root] else 0
     if not count:
         return None
@@ -274,10 +287,12 @@ def _leaves(tree: DiffusionTree, config: SearchConfig, root: int) -> tree_readou
     return tree_readout.Leaves(*(part[order.to(part.device)] for part in drawn))
 
 
-def _first_base(tree: DiffusionTree, root: int) -> tree_readout.Leaves | None:
+def _first_base(tree: DiffusionTree, root: int) -> Leaves | None:
     """The first rollout that is a plain sample of the model and could be scored."""
+    from gencontrol.sampling.tree_readout import gather
+
     leaf = tree.rollouts["leaf"].astype(np.int64)
     mine = (tree.rollouts["start"] == 0) & tree.nodes["ready"][leaf]
     mine &= tree.nodes.root_of(leaf) == root
     found = leaf[mine][:1]
-    return tree_readout.gather(tree, found) if len(found) else None
+    return gather(tree, found) if len(found) else None

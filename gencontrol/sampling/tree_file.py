@@ -26,7 +26,7 @@ from gencontrol.sampling.chain import cond_leaves, make_chain
 from gencontrol.sampling.loop import STEPS
 from gencontrol.sampling.scoring import Scorer
 from gencontrol.sampling.state import Step
-from gencontrol.sampling.tree_growth import Forest, TreeConfig, reward_twist
+from gencontrol.sampling.tree_growth import Forest, TreeConfig, combine_moments, reward_twist
 from gencontrol.sampling.tree_rules import Boltzmann, Rule, Uct, Widening
 from gencontrol.types import Cond
 
@@ -100,15 +100,10 @@ def merge(tree: Forest, other: Forest) -> None:
 
 
 def _merge_counts(tree: Forest, other: Forest) -> None:
-    """Add calls, rewards' mean and spread (Chan et al. 1979)."""
+    """Add calls, rewards' mean and spread."""
     a, b = tree.counts, other.counts
-    total = a["valid"] + b["valid"]
-    gap = b["mean"] - a["mean"]
-    share = b["valid"] / np.maximum(total, 1)
-    a["m2"][:] = a["m2"] + b["m2"] + gap**2 * a["valid"] * share
-    a["mean"][:] = a["mean"] + gap * share
+    combine_moments(a, b["valid"], b["mean"], b["m2"])
     a["best"][:] = np.fmax(a["best"], b["best"])
-    a["valid"][:] = total
     a["nfe"][:] += b["nfe"]
     tree.rounds += other.rounds
     tree.scorer.add_counters(other.scorer.counters())
@@ -144,6 +139,7 @@ def save(tree: Forest, path: str | Path) -> None:
     for level, pool in enumerate(tree.pools):
         if (states := pool.all()) is not None:
             found[f"states.{level}"] = states.cpu()
+    plain["checksum"] = _checksum(found)
     target = Path(path)
     with disk_errors("the tree", target.parent):
         files = FileLayer()
@@ -170,6 +166,8 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UsageError(f"tree file '{file}' cannot be read ({error}); it is damaged or not a tree.") from error
     if plain.get("format") != FORMAT:
         raise UsageError(f"'{file}' is not a tree file of this version ({FORMAT}); build the tree again.")
+    if plain.get("checksum") != _checksum(tensors):
+        raise UsageError(f"tree file '{file}' is damaged: its checksum does not fit; take a copy or build it again.")
     return plain, tensors
 
 
@@ -289,6 +287,15 @@ def _few(tensor: Tensor) -> list[Any]:
     flat = tensor.detach().flatten()
     places = torch.linspace(0, max(0, flat.numel() - 1), min(_SAMPLES, flat.numel())).long()
     return [tuple(tensor.shape), flat[places.to(flat.device)]]
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    """Digest of the bytes of all tensors and their names."""
+    state = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        state.update(name.encode())
+        state.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return state.hexdigest()
 
 
 def _digest(parts: list[Any]) -> str:

@@ -274,18 +274,16 @@ class Forest:
                 self.sequences.add(hashes(self.nodes.root_of(ids), states), ids)
 
     def enter_rewards(self, leaves: Ints, roots: Ints, values: Floats, valid: NDArray[np.bool_]) -> None:
-        """Write rewards into leaves; best, mean and spread of each root follow (Chan et al. 1979)."""
+        """Write rewards into leaves; best, mean and spread of each root follow."""
         self.nodes["value"][leaves] = np.where(valid, values, 0.0)
         self.nodes["ready"][leaves] = valid
         counts = self.counts
-        for root in np.unique(roots[valid]):
-            new = values[valid & (roots == root)]
-            n, mean = counts["valid"][root], counts["mean"][root]
-            gap = new.mean() - mean
-            counts["m2"][root] += ((new - new.mean()) ** 2).sum() + gap**2 * n * len(new) / (n + len(new))
-            counts["mean"][root] = mean + gap * len(new) / (n + len(new))
-            counts["valid"][root] = n + len(new)
-            counts["best"][root] = np.fmax(counts["best"][root], new.max())
+        roots, values = roots[valid], values[valid]
+        new, mean, squares = np.bincount(roots, minlength=self.roots), np.zeros(self.roots), np.zeros(self.roots)
+        np.add.at(mean, roots, values / new[roots])
+        np.add.at(squares, roots, (values - mean[roots]) ** 2)
+        combine_moments(counts, new, mean, squares)
+        np.fmax.at(counts["best"], roots, values)
 
     def back_up_all(self) -> None:
         """Recompute every value from the leaves, and what is counted of the rollouts that started at the roots."""
@@ -317,6 +315,14 @@ class Forest:
         """Standard deviation of the leaf rewards of each root; 1 where there is none beyond rounding."""
         spread = np.sqrt(self.counts["m2"] / np.maximum(self.counts["valid"], 1))
         return np.where(spread > 1e-9 * np.abs(self.counts["mean"]), spread, 1.0)
+
+
+def combine_moments(counts: Table, new: Ints, mean: Floats, squares: Floats) -> None:
+    """Join further rewards (number, mean, squared deviations of each root) to the counted ones (Chan et al. 1979)."""
+    gap, share = mean - counts["mean"], new / np.maximum(counts["valid"] + new, 1)
+    counts["m2"][:] += squares + gap**2 * counts["valid"] * share
+    counts["mean"][:] += gap * share
+    counts["valid"][:] += new
 
 
 def reward_twist(scorer: Scorer, strength: float, max_norm: float | None) -> Twist | None:

@@ -58,13 +58,15 @@ class Progress:
 
 def progress(tree: Forest) -> Progress:
     """Return what the tree has reached."""
-    roots = range(tree.roots)
+    roots, counts = slice(tree.roots), tree.counts
+    log_z = tree.config.inverse_temperature * tree.nodes["value"][roots]
+    known = tree.nodes["ready"][roots] & (not tree.config.hard)
     return Progress(
         tree.nfe,
         tree.reward_calls,
-        tuple(tree.counts["best"].tolist()),
-        tuple(log_z_tree(tree, root) for root in roots),
-        tuple(_base_share(tree, root) for root in roots),
+        tuple(counts["best"].tolist()),
+        tuple(np.where(known, log_z, math.nan).tolist()),
+        tuple(base_shares(tree).tolist()),
         tree.rounds,
     )
 
@@ -187,7 +189,7 @@ def stats(tree: Forest, root: int = 0) -> dict[str, float]:
     _check_root(tree, root)
     leaves, law = leaf_law(tree, root)
     weights, failed = rollout_weights(tree, root), tree.leaves[~tree.nodes["ready"][tree.leaves]]
-    base, share = float(tree.counts["base"][root]), _base_share(tree, root)
+    base, share = float(tree.counts["base"][root]), float(base_shares(tree)[root])
     found = {
         "nfe": float(tree.counts["nfe"][root]),
         "rollouts": float(len(weights)),
@@ -229,10 +231,12 @@ def _share(log_w: Floats) -> float:
     return float(w.sum() ** 2 / (w**2).sum() / len(w))
 
 
-def _base_share(tree: Forest, root: int) -> float:
-    """Effective share of the rollouts that started at the root; NaN without a positive weight."""
-    log_w, log_w2, base = (float(tree.counts[name][root]) for name in ("log_w", "log_w2", "base"))
-    return math.exp(2 * log_w - log_w2) / base if math.isfinite(log_w) else math.nan
+def base_shares(tree: Forest) -> Floats:
+    """Effective share of the rollouts that started at each root; NaN without a positive weight."""
+    log_w, log_w2, base = (tree.counts[name] for name in ("log_w", "log_w2", "base"))
+    known = np.isfinite(log_w)
+    gap = np.where(known, 2 * np.where(known, log_w, 0.0) - log_w2, 0.0)
+    return np.where(known, np.exp(gap) / np.maximum(base, 1), math.nan)
 
 
 def _check_root(tree: Forest, root: int) -> None:

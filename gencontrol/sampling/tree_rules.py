@@ -70,7 +70,7 @@ class Standing:
 
 @runtime_checkable
 class Rule(Protocol):
-    """Chooses a ready child for each pick and adds the pick's visit to it."""
+    """Chooses a child for each pick and adds the pick's visit to it."""
 
     @property
     def greedy(self) -> bool:
@@ -88,7 +88,8 @@ class Boltzmann:
 
     Args:
         power: 1 is DTS, 0 uniform; 0.5 is tempered.
-        floor: share of the uniform draw, in [0, 1].
+        floor: share of the uniform draw, in [0, 1].  It is over all children; without it a child that has no valid
+            leaf yet (its reward failed) is never tried again.
     """
 
     power: float = 1.0
@@ -111,9 +112,9 @@ class Boltzmann:
             logits = self.power * nodes.scores(children.ids, inverse_temperature) + np.log(weights)
         logits = np.where(weights > 0, logits, -np.inf)
         chance = np.exp(logits - children.spread(children.logsumexp(logits)))
-        chance = (1 - self.floor) * chance + self.floor * weights / children.spread(children.sum(weights))
-        total = children.sum(nodes["multiplicity"][children.ids])  # those without a valid leaf count in the mean
-        return children.ids, children.offsets, chance, weights / children.spread(total)
+        copies = nodes["multiplicity"][children.ids]
+        share = copies / children.spread(children.sum(copies))
+        return children.ids, children.offsets, (1 - self.floor) * chance + self.floor * share, share
 
     def choose(self, nodes: Nodes, at: Standing) -> tuple[Ints, Floats]:
         """Draw by the inverse distribution function, all picks at once."""
@@ -170,7 +171,7 @@ class Uct:
 RULES: dict[str, Rule] = {
     "boltzmann": Boltzmann(),
     "tempered": Boltzmann(power=0.5, floor=0.1),
-    "uniform": Boltzmann(power=0.0),
+    "uniform": Boltzmann(power=0.0, floor=1.0),
     "uct": Uct(),
 }
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from gencontrol.train.report_charts import SMALL, Frame, Line, Size, axes, legend, ticks
+from gencontrol.train.report_parts import number
 
 _MOST_BINS = 24
 
@@ -28,7 +29,7 @@ def histogram(
     shares = [_shares(values, edges) for _, _, values in drawn]
     frame = Frame(edges[0], edges[-1], 0.0, 100.0 * max(max(row) for row in shares) * 1.06, size)
     bars = "".join(_bars(row, edges, frame, label, style) for row, (label, style, _) in zip(shares, drawn, strict=True))
-    names = [f"{label} ({len(values)}, mean {sum(values) / len(values):.3f})" for label, _, values in drawn]
+    names = [f"{label} ({len(values)}, mean {number(sum(values) / len(values))})" for label, _, values in drawn]
     key = legend([Line(name, (), (), style, (0.0,)) for name, (_, style, _) in zip(names, drawn, strict=True)])
     about = escape(f"{title}: " + "; ".join(names))
     return (
@@ -39,8 +40,8 @@ def histogram(
 
 
 def bins(values: Sequence[float]) -> list[float]:
-    """Return round edges, at most 24 bins and about √n of them, that hold all values."""
-    low, high = min(values), max(values)
+    """Return round edges, at most 24 bins and about √n of them; a few far outliers count in the bins at the ends."""
+    low, high = _range(values)
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-300):
         half = 0.05 * abs(low) or 0.5
         return [low - half, low + half]
@@ -50,6 +51,14 @@ def bins(values: Sequence[float]) -> list[float]:
     first = math.floor(low / step + 1e-9)
     last = max(first + 1, math.ceil(high / step - 1e-9))
     return [k * step for k in range(first, last + 1)]
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    """Least and largest value, or the middle 98 % where the rest would take two thirds of the axis."""
+    ordered = sorted(values)
+    cut = len(ordered) // 100
+    low, high = ordered[cut], ordered[len(ordered) - 1 - cut]
+    return (low, high) if 0 < 3 * (high - low) < ordered[-1] - ordered[0] else (ordered[0], ordered[-1])
 
 
 def _shares(values: Sequence[float], edges: Sequence[float]) -> list[float]:

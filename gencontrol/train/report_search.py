@@ -114,7 +114,9 @@ def _headline(run: RunData, found: Mapping[str, Any], prompts: Sequence[Mapping[
     tiles.append(tile("Model calls", f"{calls:,}".replace(",", "\u2009"), f"{scored} reward calls"))
     if is_number(found.get("seconds")):
         rate = calls / max(found["seconds"], 1e-9)
-        tiles.append(tile("Time", duration(found["seconds"]), f"{rate:.3g} model calls per second"))
+        tiles.append(
+            tile("Time", duration(found["seconds"]), f"{rate:,.0f} model calls per second".replace(",", "\u2009"))
+        )
     return f'<dl class="numbers">{"".join(tiles)}</dl>'
 
 
@@ -146,7 +148,10 @@ def _prompt(run: RunData, row: Mapping[str, Any], media: _Media) -> Iterator[str
     before = base.reward if base is not None else None
     sides = [side("First plain sample", "base", base, prompt)] if base is not None else []
     if shown:
-        sides.append(side("Best found", "tuned", shown[0][1], prompt, before))
+        best = row.get("stats", {}).get("best")
+        # a sampler draws from a law; the best that it met may not be among its draws
+        exceeded = is_number(best) and shown[0][1].reward is not None and best > shown[0][1].reward
+        sides.append(side("Best of the draws" if exceeded else "Best found", "tuned", shown[0][1], prompt, before))
     if sides:
         yield f'<article class="pair"><div class="sides">{"".join(sides)}</div></article>'
     tree = TreeData.read(row["tree"]) if isinstance(row.get("tree"), Mapping) else None

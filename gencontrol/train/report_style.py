@@ -46,13 +46,13 @@ pre { background: var(--card); border: 1px solid var(--rule); border-radius: 8px
   font-variant-numeric: tabular-nums; line-height: 1.25; }
 .numbers .range { color: var(--soft); font-size: .88rem; font-variant-numeric: tabular-nums; }
 .good { color: var(--good); } .bad { color: var(--bad); }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 20px;
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)); gap: 20px;
   margin: 16px 0; }
 .wide { margin: 16px 0 20px; }
 .chart { margin: 0; background: var(--card); border: 1px solid var(--rule); border-radius: 10px;
   padding: 16px 16px 10px; min-width: 0; }
 .chart figcaption { font-weight: 600; font-size: .98rem; }
-.chart svg { display: block; width: 100%; height: auto; margin-top: 6px; }
+.chart svg { display: block; width: 100%; height: auto; margin-top: 6px; overflow: visible; }
 .chart text { fill: var(--soft);
   font: 12px system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif;
   font-variant-numeric: tabular-nums; }

@@ -1,6 +1,6 @@
 """A search tree as inline SVG: levels from the root at the left to the clean samples at the right.
 
-Colour is a node's value, its size and the width of its edge are visits; the path to the chosen sample is marked.
+Colour is a node's value, its size and the width of its edge are visits; the path to the sample of rank 1 is marked.
 Siblings stand in the order of their values, best on top.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from gencontrol.train.report_charts import label, ticks
+from gencontrol.train.report_parts import number
 
 SHADES = 10
 _WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 1000, 26, 74, 44, 16
@@ -66,15 +66,16 @@ def tree_figure(tree: TreeData, *, value_label: str) -> str:
         value_label: what the values measure.
     """
     places, height = _layout(tree)
-    # the root's value is shown, but leaves and inner nodes set the scale
     values = [node.value for node in tree.nodes if node.value is not None]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     left_out = tree.total - len(tree.nodes)
-    rest = f" The {len(tree.nodes)} most visited of {tree.total} nodes; {left_out} are left out." if left_out else ""
+    note = "Left: noise, right: clean samples. Thick and large: often visited."
+    if left_out:
+        note += f" Drawn are the {len(tree.nodes)} most visited of {tree.total} nodes; {left_out} are left out."
     about = f"Search tree of {tree.total} nodes on {len(tree.times) - 1} levels, values from {low:.4g} to {high:.4g}"
     return (
         '<figure class="chart tree"><figcaption>Tree</figcaption>'
-        f'<p class="note">Left: noise, right: clean samples. Thick and large: often visited.{rest}</p>'
+        f'<p class="note">{note}</p>'
         f"{_key(low, high, value_label)}"
         f'<svg viewBox="0 0 {_WIDTH} {height:.0f}" role="img" aria-label="{escape(about)}">'
         f"{_levels(tree, height)}{_edges(tree, places)}{_circles(tree, places, low, high)}</svg></figure>"
@@ -92,7 +93,7 @@ def _layout(tree: TreeData) -> tuple[list[tuple[float, float]], float]:
     tips = sum(1 for row in children if not row)
     gap = min(_GAP, _TALLEST / max(1, tips))
     rows: dict[int, float] = {}
-    pending = [(0, False)]
+    drawn, pending = 0, [(0, False)]
     while pending:  # children first, without recursion
         place, done = pending.pop()
         if done:
@@ -101,7 +102,8 @@ def _layout(tree: TreeData) -> tuple[list[tuple[float, float]], float]:
             pending.append((place, True))
             pending += [(child, False) for child in reversed(children[place])]
         else:
-            rows[place] = sum(1 for other in rows if not children[other]) * gap
+            rows[place] = gap * drawn
+            drawn += 1
     across = (_WIDTH - _LEFT - _RIGHT) / max(1, len(tree.times) - 1)
     positions = [(_LEFT + node.level * across, _TOP + 8 + rows[place]) for place, node in enumerate(tree.nodes)]
     return positions, _TOP + 8 + max(tips - 1, 1) * gap + _BOTTOM
@@ -164,8 +166,7 @@ def _circles(tree: TreeData, places: Sequence[tuple[float, float]], low: float, 
         )
     if tree.path and (value := tree.nodes[tree.path[-1]].value) is not None:
         x, y = places[tree.path[-1]]
-        text = f"{value:.3f}".replace("-", "−")
-        out.append(f'<text class="mark" x="{x + 10:.1f}" y="{y + 4:.1f}">{text}</text>')
+        out.append(f'<text class="mark" x="{x + 10:.1f}" y="{y + 4:.1f}">{number(value)}</text>')
     return "".join(out)
 
 
@@ -190,10 +191,8 @@ def shade(value: float, low: float, high: float) -> int:
 
 def _key(low: float, high: float, value_label: str) -> str:
     """The colours with their ends, and the marked path."""
-    marks = ticks(low, high)
-    step = (marks[1] - marks[0]) / 10 if len(marks) > 1 else 0.001
     boxes = "".join(f'<span class="shade v{index}"></span>' for index in range(SHADES))
     return (
-        f'<ul class="legend"><li>{escape(value_label)}: {label(low, step)} <span class="shades">{boxes}</span> '
-        f'{label(high, step)}</li><li class="base"><span class="key solid"></span>path to the best sample</li></ul>'
+        f'<ul class="legend"><li>{escape(value_label)}: {number(low)} <span class="shades">{boxes}</span> '
+        f'{number(high)}</li><li class="base"><span class="key solid"></span>path to rank 1</li></ul>'
     )

@@ -454,3 +454,33 @@ def test_steps_may_be_called_as_in_diffusers(
     assert main(["search", *words, "--num_inference_steps", "6", "--reward", "quality"]) == 0
     assert "6 steps = 6 model calls" in capsys.readouterr().out
     assert os.listdir(tmp_path) == []
+
+
+def test_pictures_of_a_diffusers_pipeline(judge: str, tmp_path: Path) -> None:
+    """A folder that diffusers saved: pictures at their own size, no sound."""
+    from PIL import Image
+
+    from tests.fixtures_images import tiny_sd
+
+    tiny_sd().save_pretrained(tmp_path / "sd")
+    run = tmp_path / "run"
+    assert main(_command(tmp_path / "sd", f"{judge}:loud", run, "--count", "1", nfe=12)) == 0
+    with Image.open(run / _rows(run)[0]["file"]) as image:
+        assert image.size == (16, 16)
+    assert not list((run / "samples").glob("*.wav"))
+    assert 'class="picture"' in (run / "report.html").read_text()
+
+
+def test_gradient_samplers_on_the_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A reward and a decoder that pass gradients; sound is refused in one line, because its decoder passes none."""
+    options = ["--prompt", "3", "--reward", "digit-class", "--steps", "3", "--nfe", "12", "--count", "1"]
+    for sampler in ("tds", "dps"):
+        words = ["--model", "bundled-digits", "--sampler", sampler, "--output", str(tmp_path / sampler)]
+        assert main(["search", *words, *options]) == 0
+        assert float(_rows(tmp_path / sampler)[0]["reward"]) <= 0
+
+
+def test_sound_passes_no_gradient(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(_command(tiny_model, "spectral-centroid", tmp_path / "run", "--sampler", "tds")) == 2
+    assert "passes none" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()

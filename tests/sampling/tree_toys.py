@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,8 +38,8 @@ def first(x: Tensor) -> Tensor:
 
 
 def grown(nfe: int, reward: Callable[[Tensor], Any] = first, model: Any = None, **options: Any) -> DiffusionTree:
-    """A tree on a 2-D chain of 10 steps (unless options say otherwise), built to the end."""
-    options = {"steps": 10, "generator": 0} | options
+    """A tree on a 2-D chain of 5 steps (unless options say otherwise), built to the end."""
+    options = {"steps": 5, "generator": 0} | options
     tree = DiffusionTree(model or Shrink(), reward, options.pop("shape", (2,)), **options)
     for _ in tree.build(nfe) if nfe else ():
         pass
@@ -89,19 +90,39 @@ class Jump(GaussianStep):
         return State((noise * cumulative[:, -1:] >= cumulative).sum(1, keepdim=True).to(state.x))
 
 
+class Origin(GaussianProcess):
+    """Paths start at 0."""
+
+    def prior(self, shape: Any, generator: Any, device: Any = "cpu", dtype: Any = torch.float64) -> Tensor:
+        return torch.zeros(tuple(shape), dtype=dtype, device=device)
+
+
+@dataclass(frozen=True)
+class Decay(GaussianStep):
+    """x' = c·x + sqrt(1 - c²)·noise, also to clean data; it keeps N(0, 1) exactly."""
+
+    c: float = 0.6
+
+    @property
+    def stochastic(self) -> bool:
+        return True
+
+    def stochastic_at(self, t_next: float) -> bool:
+        return True
+
+    def __call__(
+        self, model: Any, state: State, t: Any, t_next: Any, cond: Any = None, noise: Tensor | None = None
+    ) -> State:
+        return State(self.c * state.x + math.sqrt(1 - self.c**2) * noise)
+
+
 class Dice:
     """4 states, 4 steps, Dirichlet kernels from NumPy's default_rng(0): E-DTS-1 of dts.md.  The prior is state 0."""
 
     def __init__(self, states: int = 4, steps: int = 4) -> None:
         draw = np.random.default_rng(0)
         self.kernels = torch.from_numpy(draw.dirichlet(np.ones(states), size=(steps, states)))
-        self.process = self._Process()
-
-    class _Process:
-        schedule = Linear()
-
-        def prior(self, shape: tuple[int, ...], generator: Any, device: Any) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64)
+        self.process = Origin(Linear())
 
     def __call__(self, xt: Tensor, t: float, cond: Any = None) -> Tensor:
         return self.kernels[round((1 - t) * len(self.kernels)), xt[:, 0].long()]
