@@ -38,7 +38,7 @@ MAKERS: dict[str, dict[str, Any]] = {
     "boltzmann": {"reward": first, "temperature": 0.3, **SMALL},
     "uct": {"reward": first, "select": Uct(0.7), "backup": "max", "widening": Widening(1.0, 0.6), "leaf_batch": 3},
     "guided": {"reward": first, "guidance": 0.5, "max_grad_norm": 1.0, "select": Boltzmann(0.5, 0.2), "leaf_batch": 4},
-    "tokens": {"reward": count, "model": words(), "widening": "small", "leaf_batch": 3, "branch": "all"},
+    "tokens": {"reward": count, "model": words(), "shape": (5,), "widening": "small", "leaf_batch": 3, "branch": "all"},
 }
 
 
