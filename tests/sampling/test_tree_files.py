@@ -18,6 +18,7 @@ from gencontrol.process import GaussianProcess, Linear, MaskedProcess
 from gencontrol.sampling import cfg, inpaint
 from gencontrol.sampling.tree import DiffusionTree
 from gencontrol.sampling.tree_file import fingerprint
+from gencontrol.sampling.tree_growth import hashes
 from gencontrol.sampling.tree_readout import leaf_law, rollout_weights
 from gencontrol.sampling.tree_rules import Boltzmann, Uct, Widening
 from gencontrol.types import RewardContext
@@ -255,6 +256,9 @@ def test_merged_trees_hold_both(name: str) -> None:
     if name != "tokens":
         values = a.nodes["value"][a.leaves]
         assert a.counts["m2"][0] / a.counts["valid"][0] == pytest.approx(values.var(), rel=1e-9)
+    if name == "tokens":  # sequences of both are known: none is scored again
+        states = a.pools[-1].all()
+        assert (a.sequences.find(hashes(np.zeros(len(states), np.int64), states)) >= 0).all()
     for _ in a.build(100):  # and it grows on
         pass
     with pytest.raises(UsageError, match="seed 2"):
