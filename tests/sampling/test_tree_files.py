@@ -18,6 +18,7 @@ from gencontrol.process import GaussianProcess, Linear, MaskedProcess
 from gencontrol.sampling import cfg, inpaint
 from gencontrol.sampling.tree import DiffusionTree
 from gencontrol.sampling.tree_file import fingerprint
+from gencontrol.sampling.tree_growth import hashes
 from gencontrol.sampling.tree_readout import leaf_law, rollout_weights
 from gencontrol.sampling.tree_rules import Boltzmann, Uct, Widening
 from gencontrol.types import RewardContext
@@ -38,7 +39,7 @@ MAKERS: dict[str, dict[str, Any]] = {
     "boltzmann": {"reward": first, "temperature": 0.3, **SMALL},
     "uct": {"reward": first, "select": Uct(0.7), "backup": "max", "widening": Widening(1.0, 0.6), "leaf_batch": 3},
     "guided": {"reward": first, "guidance": 0.5, "max_grad_norm": 1.0, "select": Boltzmann(0.5, 0.2), "leaf_batch": 4},
-    "tokens": {"reward": count, "model": words(), "widening": "small", "leaf_batch": 3, "branch": "all"},
+    "tokens": {"reward": count, "model": words(), "shape": (5,), "widening": "small", "leaf_batch": 3, "branch": "all"},
 }
 
 
@@ -255,6 +256,9 @@ def test_merged_trees_hold_both(name: str) -> None:
     if name != "tokens":
         values = a.nodes["value"][a.leaves]
         assert a.counts["m2"][0] / a.counts["valid"][0] == pytest.approx(values.var(), rel=1e-9)
+    if name == "tokens":  # sequences of both are known: none is scored again
+        states = a.pools[-1].all()
+        assert (a.sequences.find(hashes(np.zeros(len(states), np.int64), states)) >= 0).all()
     for _ in a.build(100):  # and it grows on
         pass
     with pytest.raises(UsageError, match="seed 2"):
