@@ -38,6 +38,6 @@ def test_commands_of_the_readme_exist() -> None:
     printed = subprocess.run(
         [sys.executable, "-m", "gencontrol", "--help"], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout
-    for command in named & {"finetune", "sample", "pretrain", "report", "doctor", "bench"}:
+    for command in named & {"finetune", "search", "sample", "pretrain", "report", "doctor", "bench"}:
         assert re.search(rf"\b{command}\b", printed), command
     assert {"finetune", "doctor", "bench"} <= named
