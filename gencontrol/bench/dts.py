@@ -51,7 +51,7 @@ def _chain(options: argparse.Namespace) -> dict[str, Any]:
 def _mixture(options: argparse.Namespace) -> dict[str, Any]:
     from gencontrol.bench import dts_mixture
 
-    budgets = (1000, 2000) if options.quick else (10_000, 30_000, 100_000)
+    budgets = (300, 600) if options.quick else (10_000, 30_000, 100_000)
     return dts_mixture.run(budgets=budgets, seeds=range(options.seeds), say=_say)
 
 
@@ -72,14 +72,14 @@ def _digits(options: argparse.Namespace) -> dict[str, Any]:
 def _maximum(options: argparse.Namespace) -> dict[str, Any]:
     from gencontrol.bench import dts_digits
 
-    nfe = 300 if options.quick else 15_000
+    nfe = 120 if options.quick else 15_000
     return dts_digits.maximum(dts_digits.World.bundled(), nfe=nfe, seeds=range(options.seeds), say=_say)
 
 
 def _tokens(options: argparse.Namespace) -> dict[str, Any]:
     from gencontrol.bench import dts_tokens
 
-    nfe, cap = (200, 200) if options.quick else (20_000, 20_000)
+    nfe, cap = (100, 100) if options.quick else (20_000, 20_000)
     searches = range(options.seeds if options.quick else 4 * options.seeds)
     return dts_tokens.run(nfe=nfe, seeds=range(options.seeds), searches=searches, cap=cap, say=_say)
 
@@ -104,7 +104,7 @@ def _sound(options: argparse.Namespace) -> dict[str, Any]:
     budget = dts_sound.SoundBudget(nfe=options.sound_nfe, minutes=options.sound_minutes)
     count = options.sound_prompts
     if options.quick:
-        budget, count = dts_sound.SoundBudget(nfe=6, steps=2, leaf_batch=1, minutes=options.sound_minutes), 2
+        budget, count = dts_sound.SoundBudget(nfe=10, steps=5, leaf_batch=1, minutes=options.sound_minutes), 2
     pipe = TextToAudioPipeline.from_pretrained("bundled").to(options.device)
     search = dts_sound.SoundSearch(
         pipe, load_reward("clap", device=options.device), sample_captions(count, 2, "test"), budget

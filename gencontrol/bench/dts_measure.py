@@ -117,10 +117,11 @@ def median_scaled(points: Float[Tensor, "n d"]) -> tuple[float, ...]:
     return (0.5 * median, median, 2 * median)
 
 
-def grow(tree: DiffusionTree, nfe: int, after: Callable[[], None] | None = None) -> None:
+def grow(tree: DiffusionTree, nfe: int, after: Callable[[], bool] | None = None) -> None:
     """Spend model calls until every root has used `nfe`, as `DiffusionTree.build` does but without its reports.
 
     build() also works out the effective sample size of every root after each round, which no benchmark reads.
+    `after` is called after every round and ends the growth by returning True.
     """
     steps, idle = tree.chain.steps, 0
     while True:
@@ -130,8 +131,8 @@ def grow(tree: DiffusionTree, nfe: int, after: Callable[[], None] | None = None)
         before = tree.nfe
         tree.grow(np.maximum(width, 0), None)
         idle = idle + 1 if tree.nfe == before else 0
-        if after is not None:
-            after()
+        if after is not None and after():
+            return
 
 
 @dataclass(frozen=True)

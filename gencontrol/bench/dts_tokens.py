@@ -1,9 +1,13 @@
 """Trees over tokens with an exact law: the distribution of leaves, and calls until the best sequence is found.
 
 The base is an enumerable law whose sampler reveals one token per step (confidence order, temperature 1), which is
-exact, so the tilted law and the best sequence are known.  Law: 3^4 sequences, random table and rewards.  Search: 4^5
+exact, so the tilted law and the best sequence are known.  Law: 3^3 sequences, random table and rewards.  Search: 4^5
 sequences, rewards of neighbouring pairs (random, another problem per seed); DTS* as the paper sets it for text (C = 2,
-α = 0.7, max backup), one leaf per round.  Tuned on seeds 100-104: nothing but the sizes.
+α = 0.7, max backup), four leaves per round.
+
+The size 3^3 was chosen on seeds 100-102: with 3^4 the noise of independent draws alone (SNIS) is 0.04 at 2e4 calls,
+above the bound.  C = 1 was chosen on seeds 100-119; α = 0.5 stops there, since the four distinct tokens at the root are
+drawn again and again and count as children.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from gencontrol.sampling.tree_rules import Uct
 from gencontrol.types import RewardContext, index_cond
 
 STEP = Confidence(temperature=1.0)
+SEARCHES: dict[str, tuple[float, float]] = {"DTS* (C=2, α=.7, max)": (2.0, 0.7), "DTS* (C=1, α=.7, max)": (1.0, 0.7)}
 
 
 def random_tokens(vocabulary: int, length: int, seed: int) -> tuple[EnumerableTokens, Float[Tensor, "*v"]]:
@@ -60,7 +65,7 @@ def looked_up(rewards: Float[Tensor, "*v"]) -> Callable[[Tensor], Tensor]:
 # ---- the law ------------------------------------------------------------------------------------------------------
 
 
-def law_part(*, nfe: int, seeds: Sequence[int], vocabulary: int = 3, length: int = 4) -> dict[str, Any]:
+def law_part(*, nfe: int, seeds: Sequence[int], vocabulary: int = 3, length: int = 3) -> dict[str, Any]:
     """Total variation of the leaf law to the tilted law: of single trees and of the mean over trees."""
     rows: dict[str, Any] = {}
     shape = (vocabulary,) * length
@@ -71,7 +76,7 @@ def law_part(*, nfe: int, seeds: Sequence[int], vocabulary: int = 3, length: int
         each = over(np.abs(law - target).sum() / 2 for law in laws)
         return {"single": each, "mean": float(np.abs(np.mean(laws, 0) - target).sum() / 2)}
 
-    for select, widening in (("boltzmann", "text"), ("boltzmann", "small"), ("tempered", "text"), ("uniform", "text")):
+    for select, widening in (("boltzmann", "paper"), ("boltzmann", "text"), ("tempered", "text"), ("uniform", "text")):
         tree = DiffusionTree(
             model,
             looked_up(rewards),
@@ -81,6 +86,7 @@ def law_part(*, nfe: int, seeds: Sequence[int], vocabulary: int = 3, length: int
             select=select,
             widening=widening,
             step=STEP,
+            leaf_batch=32,
             generator=seeds[0],
             reward_batch=1024,
         )
@@ -100,7 +106,7 @@ def law_part(*, nfe: int, seeds: Sequence[int], vocabulary: int = 3, length: int
 def _histogram(law: Law, shape: tuple[int, ...]) -> Floats:
     """Probabilities of all sequences."""
     places = np.ravel_multi_index(tuple(law.x.long().numpy().T), shape)
-    return np.bincount(places, law.weights.numpy(), math.prod(shape))
+    return np.bincount(places, law.weights.numpy(), math.prod(shape)).astype(np.float64)
 
 
 def _weighted(tree: DiffusionTree, root: int, shape: tuple[int, ...]) -> Floats:
@@ -129,7 +135,7 @@ def search_part(*, cap: int, seeds: Sequence[int], vocabulary: int = 4, length: 
 
     found: dict[str, list[float]] = {}
     numbers = list(range(len(seeds)))
-    for label, widening in (("DTS* (C=2, α=.7, max)", "text"), ("DTS* (C=1, α=.5, max)", "small")):
+    for label, widening in SEARCHES.items():
         tree = DiffusionTree(
             model,
             reward,
@@ -140,16 +146,17 @@ def search_part(*, cap: int, seeds: Sequence[int], vocabulary: int = 4, length: 
             backup="max",
             widening=widening,
             step=STEP,
-            leaf_batch=1,
+            leaf_batch=4,
             generator=seeds[0],
             cond=cond,
             context=RewardContext(metadata={"problem": numbers}),
         )
         hits = np.full(len(seeds), math.inf)
 
-        def look(tree: DiffusionTree = tree, hits: Floats = hits) -> None:
+        def look(tree: DiffusionTree = tree, hits: Floats = hits) -> bool:
             there = (tree.counts["best"] >= tops - 1e-9) & np.isinf(hits)
             hits[there] = tree.counts["nfe"][there]
+            return bool(np.isfinite(hits).all())
 
         grow(tree, cap, look)
         found[label] = hits.tolist()
@@ -184,7 +191,7 @@ def run(
             for label, v in calls.items()
         ],
     )
-    star = "DTS* (C=2, α=.7, max)"
+    star = next(iter(SEARCHES))
     best = min(
         (name for name in laws if "," in name and "SMC" not in name), key=lambda name: laws[name]["single"].value
     )
@@ -194,7 +201,8 @@ def run(
     checks = [
         Check(
             f"tokens: leaf law of one tree, uniform selection, TV ≤ 0.03 at {nfe:.0e} model calls",
-            f"{unbiased['single'].value:.4f} (mean law {unbiased['mean']:.4f}); best {best} {laws[best]['single'].value:.4f}",
+            f"{unbiased['single'].value:.4f} (mean law {unbiased['mean']:.4f}); "
+            f"best {best} {laws[best]['single'].value:.4f}",
             unbiased["single"].value <= 0.03,
         ),
         Check(
