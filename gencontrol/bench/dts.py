@@ -90,7 +90,7 @@ def _throughput(options: argparse.Namespace) -> dict[str, Any]:
     size = (
         {"nfe": 1024, "runs": 1, "dim": 32, "depth": 1}
         if options.quick
-        else {"nfe": 8192, "runs": 3, "dim": 256, "depth": 8}
+        else {"nfe": 4096, "runs": 3, "dim": 256, "depth": 8}
     )
     return dts_throughput.run(**size, say=_say)
 

@@ -301,6 +301,14 @@ def maximum(world: World, *, nfe: int, seeds: Sequence[int], say: Callable[[str]
             {"best-of-N": base.thinned()} | {label: climb.thinned() for label, climb in climbs.items()},
         )
         checks += _maximum_checks(name, nfe, base, climbs)
+        main = rows[name][next(iter(SEARCHES))].value
+        checks.append(
+            Check(
+                f"{name}: {next(iter(SEARCHES))} above the peers that climb one-step estimates",
+                f"{main:.3f}; " + ", ".join(f"{peer.label} {rows[name][peer.label].value:.3f}" for peer in others),
+                all(main > rows[name][peer.label].value for peer in others),
+            )
+        )
         say(f"digits {name}: " + ", ".join(f"{k} {v.value:.3f}" for k, v in rows[name].items()))
     printed = table(
         f"E-DTS-4. Largest reward with {nfe:.1e} model calls, {len(seeds)} seeds (mean ± half the 95 % t interval)",

@@ -167,7 +167,7 @@ def draw_curves(
 
     Args:
         panels: {title: (label of x, {curve: {budget: number or Estimate}})}; the vertical axis is logarithmic where
-            all numbers are positive.
+            all numbers are positive and span a factor of 20.
     """
     panels = {title: panel for title, panel in panels.items() if panel[1]}
     if not panels:
@@ -188,7 +188,7 @@ def draw_curves(
             axis.fill_between(x, *zip(*bounds, strict=True), alpha=0.15, color=line.get_color())
             numbers += y
         axis.set(title=title, xlabel=label, xscale="log")
-        if min(numbers) > 0:
+        if min(numbers) > 0 and max(numbers) > 20 * min(numbers):
             axis.set_yscale("log")
         axis.legend(fontsize=7)
     figure.tight_layout()

@@ -127,7 +127,7 @@ def search_part(*, cap: int, seeds: Sequence[int], vocabulary: int = 4, length: 
     flat = torch.full_like(laws[0], 1.0)
     model = EnumerableTokens(flat, MaskedProcess(vocabulary, vocabulary))
     cond = torch.stack(laws)  # factors on the flat table: every prompt has its own law
-    tops = np.array([float(rewards.max()) for rewards in problems])
+    tops = np.array([float(rewards.max()) for rewards in problems])  # rewards come back in float32
     values = torch.stack(problems)
 
     def reward(x: Tensor, context: RewardContext) -> Tensor:
@@ -154,7 +154,7 @@ def search_part(*, cap: int, seeds: Sequence[int], vocabulary: int = 4, length: 
         hits = np.full(len(seeds), math.inf)
 
         def look(tree: DiffusionTree = tree, hits: Floats = hits) -> bool:
-            there = (tree.counts["best"] >= tops - 1e-9) & np.isinf(hits)
+            there = (tree.counts["best"] >= tops - 1e-5) & np.isinf(hits)
             hits[there] = tree.counts["nfe"][there]
             return bool(np.isfinite(hits).all())
 
@@ -165,7 +165,7 @@ def search_part(*, cap: int, seeds: Sequence[int], vocabulary: int = 4, length: 
     for i, seed in enumerate(seeds):
         one = replace(chain, cond=index_cond(cond, torch.tensor([i])))
         run = Peer("best-of-N", "best-of-n", {}).run(one, looked_up(problems[i]), cap, temperature=1.0, seed=seed)
-        hit = (run.rewards >= tops[i] - 1e-9).nonzero()
+        hit = (run.rewards >= tops[i] - 1e-5).nonzero()
         found["best-of-N"].append(float((int(hit[0]) + 1) * length) if len(hit) else math.inf)
     return found
 
