@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -41,6 +41,11 @@ class TuningConfig(Protocol):
     def eval_samples(self) -> int: ...
 
 
+def default_roles(config: TuningConfig) -> tuple[str, ...]:
+    """Return policy and ref, and the average where the configuration asks for one."""
+    return ("policy", "ref", "ema") if config.ema_decay > 0 else ("policy", "ref")
+
+
 def check_counts(config: object, *names: str) -> None:
     """Raise ValueError with the option's name unless each of these options is at least 1."""
     for name in names:
@@ -70,15 +75,16 @@ class Tuning:
         config: TuningConfig,
         roles: Roles,
         seed: int,
+        needed: Sequence[str] | None = None,
     ) -> None:
-        """Set up.
+        """Set up; `needed` names the roles that the method uses (None: those of `default_roles`).
 
         Raises:
             UsageError: a role is missing, there are no evaluation prompts, or guidance is asked of a model without an
                 unconditional condition.
         """
-        needed = {"policy", "ref"} | ({"ema"} if config.ema_decay > 0 else set())
-        if not needed <= set(roles.names()):
+        needed = default_roles(config) if needed is None else needed
+        if not set(needed) <= set(roles.names()):
             raise UsageError(f"{name} needs the roles {sorted(needed)}, not {list(roles.names())}.")
         if config.guidance_scale != 1.0 and task.uncond is None:
             raise UsageError(
@@ -98,9 +104,9 @@ class Tuning:
             samples_per_prompt=config.eval_samples,
         )
 
-    def draw(self, groups: int, ctx: StepContext) -> tuple[Pool, dict[str, float]]:
-        """Sample and score this step's groups with the policy; see `draw_pool`."""
-        with self.roles.use("policy"):
+    def draw(self, groups: int, ctx: StepContext, *, role: str = "policy") -> tuple[Pool, dict[str, float]]:
+        """Sample and score this step's groups with the weights of `role`; see `draw_pool`."""
+        with self.roles.use(role):
             return draw_pool(
                 self.task,
                 self.reward,
@@ -165,7 +171,12 @@ class RewardTuning:
     ) -> None:
         """Set up the shell; arguments and errors are those of `Tuning`."""
         self.roles, self.seed = roles, seed
-        self.shell = Tuning(name, task, reward, config, roles, seed)
+        self.shell = Tuning(name, task, reward, config, roles, seed, self.role_names(config))
+
+    @staticmethod
+    def role_names(config: Any) -> tuple[str, ...]:
+        """Return the roles that a run with this configuration needs; a method with more of them overrides it."""
+        return default_roles(config)
 
     def after_update(self, ctx: StepContext, update: int) -> None:
         """Move the averaged weights."""

@@ -16,7 +16,7 @@ from gencontrol.cli.checks import check_names, download_hint, load_prompts
 from gencontrol.cli.environment import choose_device, launched_precision, prepare
 from gencontrol.cli.runs import RunFolder, fit, open_run
 from gencontrol.cli.settings import RunConfig, describe, given_flags, merge, run_mode
-from gencontrol.config import build, to_table
+from gencontrol.config import build
 from gencontrol.errors import UsageError
 
 ROUTES = {
@@ -175,10 +175,4 @@ def make_roles(job: Job, network: Any) -> Any:
     lora = None
     if job.run.lora_rank:
         lora = LoraConfig(job.run.lora_rank, job.run.lora_alpha, job.run.lora_targets or None)
-    return Roles(network, role_names(job.algorithm), lora, job.train.seed)
-
-
-def role_names(algorithm: Any) -> tuple[str, ...]:
-    """Return the roles that an algorithm's configuration needs: an average only where its decay is set."""
-    averaged = to_table(algorithm).get("ema_decay", 0) > 0
-    return ("policy", "ref", "ema") if averaged else ("policy", "ref")
+    return Roles(network, job.kind.role_names(job.algorithm), lora, job.train.seed)

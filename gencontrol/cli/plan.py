@@ -147,10 +147,9 @@ def _memory(job: Job) -> Iterator[str]:
     if folder is None:
         yield f"  memory         {job.run.model} is a hub id: sizes are known after the download"
         return
-    from gencontrol.cli.finetune import role_names
 
     sizes = count_parameters(folder, job.run)
-    copies = len(role_names(job.algorithm)) - 1 - (1 if job.run.lora_rank else 0)
+    copies = len(job.kind.role_names(job.algorithm)) - 1 - (1 if job.run.lora_rank else 0)
     adapter = sizes.trainable if job.run.lora_rank else 0
     weights = 4 * (sizes.network + sizes.rest + adapter)
     training = 4 * sizes.trainable * (3 + copies)
