@@ -1,6 +1,6 @@
 """Noise laws: schedules, prediction types, the Gaussian and the masked process."""
 
-from gencontrol.process.gaussian import GaussianProcess, Time
+from gencontrol.process.gaussian import GaussianProcess, GridProcess, Time
 from gencontrol.process.masked import MaskedProcess
 from gencontrol.process.schedule import VP, Coeffs, Cosine, Edm, Linear, Schedule, Table
 
@@ -10,6 +10,7 @@ __all__ = [
     "Cosine",
     "Edm",
     "GaussianProcess",
+    "GridProcess",
     "Linear",
     "MaskedProcess",
     "Schedule",

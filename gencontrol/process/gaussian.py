@@ -8,8 +8,8 @@ deterministic.  Times are floats (scalars of the whole batch, no tensor algebra)
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TypeGuard
 
 import torch
@@ -47,6 +47,10 @@ class GaussianProcess:
     def _tensors(self, t: Tensor) -> Coeffs[Tensor]:
         """Values shaped like t, computed in float32 or, for a float64 t, in float64."""
         return self.schedule.coeffs(t if t.dtype == torch.float64 else t.float())
+
+    def times(self, steps: int) -> Sequence[float] | None:
+        """Return the model's own grid of decreasing times for that many sampler steps, or None for equal ones."""
+        return None
 
     def prior(
         self,
@@ -132,6 +136,35 @@ class GaussianProcess:
             raise ValueError(f"path KL of a step with standard deviation {std}; only stochastic steps have one")
         wide = torch.promote_types(mean_p.dtype, torch.float32)
         return (((mean_p.to(wide) - mean_q.to(wide)) / std) ** 2).flatten(1).sum(1) / 2
+
+
+@dataclass(frozen=True)
+class GridProcess(GaussianProcess):
+    """A process whose model brings its own time grid (a scheduler of diffusers: spacing and shift of noise levels).
+
+    `sample` takes this grid wherever the caller names none, so that rollouts of training are those of the model's own
+    pipeline.  The grid may start a little below t = 1; the prior there has the deviation of noise and unit-variance
+    data, sqrt(a(1)² + s(1)²), which for variance-preserving and flow schedules is the same at all such times.
+
+    Args:
+        grid: number of steps → decreasing times in [0, 1].
+    """
+
+    grid: Callable[[int], Sequence[float]] = field(kw_only=True, repr=False, compare=False)
+
+    def times(self, steps: int) -> Sequence[float]:
+        """Return the model's own grid."""
+        return self.grid(steps)
+
+    def prior(
+        self,
+        shape: Sequence[int],
+        generator: torch.Generator | Sequence[torch.Generator] | Keyed | None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Float[Tensor, "b *d"]:
+        """Draw x at the first time of the grid."""
+        return math.sqrt(self.schedule.at(1.0).scale2) * randn(shape, generator, device, dtype)
 
 
 def sqrt(value: Scalar) -> Scalar:

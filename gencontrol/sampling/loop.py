@@ -134,7 +134,8 @@ def sample(
         cond: condition of batch b.
         callback: called after every step with (index, time reached, x); a returned tensor replaces x.
         x_init: state at the first time, instead of a draw from the prior.
-        times: "uniform" (None), "logsnr", "karras" or decreasing values in [0, 1]; see `make_grid`.
+        times: "uniform", "logsnr", "karras" or decreasing values in [0, 1]; see `make_grid`.  None is the model's own
+            grid where its process has one, else uniform.
         grad_steps: how many of the last steps keep their autograd graph (if gradients are enabled outside).
         device: where to sample; by default that of x_init, of the model's parameters, or of the generator.
 
@@ -146,6 +147,9 @@ def sample(
     if grad_steps < 0:
         raise UsageError(f"grad_steps is {grad_steps}; give the number of last steps that keep gradients, >= 0")
     schedule = process.schedule if isinstance(process, GaussianProcess) else None
+    if times is None and steps is not None and isinstance(process, GaussianProcess):
+        times = process.times(steps)
+        steps = steps if times is None else len(times) - 1
     grid = make_grid(schedule, steps, times)
     if schedule is not None:
         schedule.prepare(grid)
