@@ -23,17 +23,21 @@ from gencontrol.algorithms.task import PromptTask
 from gencontrol.errors import RewardError, UsageError
 from gencontrol.rewards.base import Reward, SetReward, as_set_reward
 from gencontrol.rng import item_generators, stream
-from gencontrol.sampling import sample
+from gencontrol.sampling import Path, sample
 from gencontrol.sampling.guidance import cfg
+from gencontrol.sampling.state import Step
 from gencontrol.types import Cond, RewardContext, cond_to, index_cond
+
+#: prefix of the values of a weighted sum's parts while they are collected
+_PART = "part/"
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How samples are drawn: sampler steps and name, and the guidance scale (1 = no guidance)."""
+    """How samples are drawn: sampler steps, name or Step object, and the guidance scale (1 = no guidance)."""
 
     steps: int
-    sampler: str
+    sampler: str | Step
     guidance_scale: float
 
 
@@ -41,7 +45,7 @@ class Sampling:
 class Pool:
     """Rows of this rank (`latents`, and `cond` with one row per group) and the scores of all ranks' rows.
 
-    `first_row` is the global row of `latents[0]`.
+    `first_row` is the global row of `latents[0]`; `path` holds all states of this rank's rows where it was asked for.
     """
 
     latents: Float[Tensor, "rows *d"]
@@ -50,6 +54,7 @@ class Pool:
     first_row: int
     scores: Scores
     seconds: dict[str, float]
+    path: Path | None = None
 
     def owned(self, rows: Int64[Tensor, " p"]) -> Tensor:
         """Return which global rows lie on this rank."""
@@ -106,20 +111,34 @@ def guided(task: PromptTask, scale: float) -> Any:
 
 @torch.no_grad()
 def generate(
-    task: PromptTask, cond: Cond, generators: list[torch.Generator], how: Sampling, ctx: StepContext
+    task: PromptTask,
+    cond: Cond,
+    generators: list[torch.Generator],
+    how: Sampling,
+    ctx: StepContext,
+    *,
+    record: list[Path] | None = None,
 ) -> Float[Tensor, "b *d"]:
-    """Sample one latent per generator with the weights that are active now, `ctx.micro_batch` at a time."""
+    """Sample one latent per generator with the weights that are active now, `ctx.micro_batch` at a time.
+
+    Each part's states and log-probabilities are appended to `record` where it is given.
+    """
     model, parts = guided(task, how.guidance_scale), []
     for part in chunks(len(generators), ctx.micro_batch):
         with autocast(ctx):
-            latents = sample(
-                model,
-                (part.stop - part.start, *task.latent_shape),
-                steps=how.steps,
-                step=how.sampler,
-                generator=generators[part],
-                cond=index_cond(cond, part),
-                callback=lambda index, t, x: ctx.poll(),
+            path = (
+                sample(
+                    model,
+                    (part.stop - part.start, *task.latent_shape),
+                    steps=how.steps,
+                    step=how.sampler,
+                    generator=generators[part],
+                    cond=index_cond(cond, part),
+                    callback=lambda index, t, x: ctx.poll(),
+                    keep_path=True,
+                )
+                if record is not None
+                else None
             )
         parts.append(latents.float())
     return torch.cat(parts)
@@ -154,6 +173,8 @@ def score(
         else:
             out = reward(samples, context)
             outs.append({"values": out.values.detach().float().cpu(), "valid": out.valid.detach().cpu()})
+            parts = out.extras.get("parts", {})
+            outs[-1] |= {f"{_PART}{name}": part.detach().float().cpu() for name, part in parts.items()}
         if len(outs[-1]["valid"]) != len(samples):
             raise RewardError(
                 f"reward '{reward.name}' gave {len(outs[-1]['valid'])} values for {len(samples)} samples."
@@ -161,7 +182,8 @@ def score(
     merged = {key: torch.cat([out[key] for out in outs]) for key in outs[0]}
     if reward.kind == "set":
         return Scores(valid=merged["valid"], features=merged), kept
-    return Scores(valid=merged["valid"] & merged["values"].isfinite(), values=merged["values"]), kept
+    parts = {key.removeprefix(_PART): value for key, value in merged.items() if key.startswith(_PART)}
+    return Scores(merged["valid"] & merged["values"].isfinite(), merged["values"], parts=parts), kept
 
 
 def _gathered(scores: Scores) -> Scores:
@@ -169,6 +191,7 @@ def _gathered(scores: Scores) -> Scores:
         valid=gather_rows(scores.valid),
         values=None if scores.values is None else gather_rows(scores.values),
         features=None if scores.features is None else {k: gather_rows(v) for k, v in scores.features.items()},
+        parts={name: gather_rows(part) for name, part in scores.parts.items()},
     )
 
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from gencontrol.algorithms.base import Collected, LossOut, StepContext
 from gencontrol.algorithms.preference import denoising_error
 from gencontrol.algorithms.rollout import autocast
-from gencontrol.algorithms.sets import Scores, reward_of
+from gencontrol.algorithms.sets import item_values, reward_of
 from gencontrol.algorithms.task import PromptTask
 from gencontrol.algorithms.tuning import RewardTuning, check_counts, check_tuning
 from gencontrol.models.roles import Roles
-from gencontrol.rewards.base import Reward, SetReward, as_set_reward
+from gencontrol.rewards.base import Reward, SetReward
 from gencontrol.types import Cond, index_cond
 
 
@@ -114,16 +114,6 @@ class RewardWeightedRegression(RewardTuning):
         super().__init__("rwr", task, reward, config, roles, seed)
         self.config = config
 
-    def _values(self, scores: Scores) -> Float[Tensor, " pool"]:
-        """Return item values, or the influence of each valid item in the set of all valid items."""
-        if scores.values is not None:
-            return scores.values
-        assert scores.features is not None
-        rows = scores.valid.nonzero().flatten()
-        values = torch.zeros(len(scores.valid), dtype=torch.float64)
-        values[rows] = as_set_reward(self.shell.reward).state(scores.features, rows).influence().double().cpu()
-        return values
-
     def collect(self, ctx: StepContext) -> Collected:
         """Draw samples with the policy and weight them by their reward."""
         cfg = self.config
@@ -131,7 +121,7 @@ class RewardWeightedRegression(RewardTuning):
         valid = pool.scores.valid
         if int(valid.sum()) < 2:
             return Collected(None, 0, metrics)
-        weights, effective = softmax_weights(self._values(pool.scores), valid, cfg.temperature)
+        weights, effective = softmax_weights(item_values(self.shell.reward, pool.scores), valid, cfg.temperature)
         mine = torch.arange(pool.first_row, pool.first_row + len(pool.latents))
         mine = mine[valid[mine]]
         data = Weighted(pool.take(mine), weights[mine].to(pool.latents.device), pool.take_cond(mine), mine, len(valid))

@@ -9,7 +9,7 @@ than two generations are ours (derived in methods/dragon.md §2.3).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -27,11 +27,27 @@ TIE = 1e-10
 
 @dataclass(frozen=True)
 class Scores:
-    """What a reward says about a pool of samples: `values` for an item reward, `features` for a set reward."""
+    """What a reward says about a pool of samples: `values` for an item reward, `features` for a set reward.
+
+    `parts` holds the values of each reward of a weighted sum of item rewards, by name.
+    """
 
     valid: Bool[Tensor, " pool"]
     values: Float[Tensor, " pool"] | None = None
     features: Features | None = None
+    parts: Mapping[str, Float[Tensor, " pool"]] = field(default_factory=dict)
+
+
+def item_values(reward: Reward | SetReward, scores: Scores) -> Float[Tensor, " pool"]:
+    """Return item values, or the influence R(S) − R(S∖i) of each valid item in the set of all valid items."""
+    if scores.values is not None:
+        return scores.values
+    assert scores.features is not None
+    rows = scores.valid.nonzero().flatten()
+    values = torch.zeros(len(scores.valid), dtype=torch.float64)
+    if len(rows):
+        values[rows] = as_set_reward(reward).state(scores.features, rows).influence().double().cpu()
+    return values
 
 
 @dataclass(frozen=True)
