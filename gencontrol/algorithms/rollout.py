@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,21 +126,22 @@ def generate(
     """
     model, parts = guided(task, how.guidance_scale), []
     for part in chunks(len(generators), ctx.micro_batch):
+        draw = partial(
+            sample,
+            model,
+            (part.stop - part.start, *task.latent_shape),
+            steps=how.steps,
+            step=how.sampler,
+            generator=generators[part],
+            cond=index_cond(cond, part),
+            callback=lambda index, t, x: ctx.poll(),
+        )
         with autocast(ctx):
-            path = (
-                sample(
-                    model,
-                    (part.stop - part.start, *task.latent_shape),
-                    steps=how.steps,
-                    step=how.sampler,
-                    generator=generators[part],
-                    cond=index_cond(cond, part),
-                    callback=lambda index, t, x: ctx.poll(),
-                    keep_path=True,
-                )
-                if record is not None
-                else None
-            )
+            if record is None:
+                latents = draw()
+            else:
+                record.append(draw(keep_path=True))
+                latents = record[-1].x
         parts.append(latents.float())
     return torch.cat(parts)
 
@@ -195,6 +197,17 @@ def _gathered(scores: Scores) -> Scores:
     )
 
 
+def joined(parts: Sequence[Path]) -> Path:
+    """Put paths over one grid together along the batch axis, states in float32."""
+    log_probs = [part.log_probs for part in parts if part.log_probs is not None]
+    return Path(
+        torch.cat([part.x for part in parts]).float(),
+        torch.cat([part.states for part in parts], 1).float(),
+        parts[0].times,
+        torch.cat(log_probs, 1) if len(log_probs) == len(parts) else None,
+    )
+
+
 def _draw(
     task: PromptTask,
     reward: Reward | SetReward,
@@ -203,8 +216,9 @@ def _draw(
     how: Sampling,
     ctx: StepContext,
     noise: tuple[int, str],
+    record: list[Path] | None,
 ) -> Pool:
-    """Sample and score this rank's share of the groups; `noise` is (seed, stream name)."""
+    """Sample and score this rank's share of the groups; `noise` is (seed, stream name); see `generate` for `record`."""
     count = len(prompts) // ctx.world_size
     mine = prompts[ctx.rank * count : (ctx.rank + 1) * count]
     first = ctx.rank * count * generations
@@ -213,11 +227,11 @@ def _draw(
         cond = cond_to(task.encode(mine), device_of(task))
         rows = torch.arange(len(mine)).repeat_interleave(generations)
         generators = item_generators(*noise, range(first, first + len(rows)))
-        latents = generate(task, index_cond(cond, rows.to(device_of(task))), generators, how, ctx)
+        latents = generate(task, index_cond(cond, rows.to(device_of(task))), generators, how, ctx, record=record)
         drawn = time.perf_counter()
         scores, _ = score(task, reward, latents, [mine[i] for i in rows.tolist()], ctx)
     seconds = {"time/rollout": drawn - began, "time/reward": time.perf_counter() - drawn}
-    return Pool(latents, cond, generations, first, _gathered(scores), seconds)
+    return Pool(latents, cond, generations, first, _gathered(scores), seconds, joined(record) if record else None)
 
 
 def draw_pool(
@@ -231,10 +245,11 @@ def draw_pool(
     groups: int,
     generations: int,
     min_valid: float,
+    keep_path: bool = False,
 ) -> tuple[Pool, dict[str, float]]:
     """Sample and score the groups of this step with the active weights; returns the pool and metrics.
 
-    Below `min_valid` valid groups the pool is drawn once more with other noise.
+    Below `min_valid` valid groups the pool is drawn once more with other noise.  With `keep_path` the pool has a path.
 
     Raises:
         RewardError: too few groups are valid twice in a row.
@@ -245,7 +260,8 @@ def draw_pool(
     prompts = prompts_of_step(task.prompts, groups, seed, f"{name}/prompts", ctx.step)
     for attempt in range(2):
         noise = f"{name}/noise" if attempt == 0 else f"{name}/redraw"
-        pool = _draw(task, reward, prompts, generations, how, ctx, (seed, f"{noise}/{ctx.step}"))
+        record: list[Path] | None = [] if keep_path else None
+        pool = _draw(task, reward, prompts, generations, how, ctx, (seed, f"{noise}/{ctx.step}"), record)
         valid = float(pool.scores.valid.view(-1, generations).all(1).double().mean())
         if valid >= min_valid:
             items = float(pool.scores.valid.double().mean())

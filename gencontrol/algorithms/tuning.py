@@ -104,19 +104,25 @@ class Tuning:
             samples_per_prompt=config.eval_samples,
         )
 
-    def draw(self, groups: int, ctx: StepContext, *, role: str = "policy") -> tuple[Pool, dict[str, float]]:
-        """Sample and score this step's groups with the weights of `role`; see `draw_pool`."""
+    def draw(
+        self, groups: int, ctx: StepContext, *, role: str = "policy", path_of: Sampling | None = None
+    ) -> tuple[Pool, dict[str, float]]:
+        """Sample and score this step's groups with the weights of `role`; see `draw_pool`.
+
+        `path_of` replaces the configured sampler and keeps the whole path (methods that train on sampler steps).
+        """
         with self.roles.use(role):
             return draw_pool(
                 self.task,
                 self.reward,
-                self._demos,
+                path_of or self._demos,
                 ctx,
                 seed=self.seed,
                 name=self.name,
                 groups=groups,
                 generations=self.config.generations,
                 min_valid=self.config.min_valid,
+                keep_path=path_of is not None,
             )
 
     def noised(
