@@ -83,6 +83,7 @@ class Roles:
         roles: Sequence[str] = ("policy", "ref", "ema"),
         lora: LoraConfig | None = None,
         seed: int = 0,
+        whole: Sequence[str] = (),
     ) -> None:
         """Prepare the roles, all equal to the module's present weights.
 
@@ -91,6 +92,8 @@ class Roles:
             roles: names; must hold "policy".
             lora: adapters instead of full tuning.
             seed: of the adapters' initial draw (it does not touch the global generator).
+            whole: with LoRA, beginnings of the names of parameters that are trained as they are beside the adapters
+                (a new condition); "ref" keeps their present values.
 
         Raises:
             UsageError: "policy" is missing, a name twice, nothing to train, or trainable weights not in fp32.
@@ -101,9 +104,13 @@ class Roles:
         self._active = "policy"
         if lora is None:
             self._sets = _copies(module, self._names)
+            self._swapped = self._sets
         else:
             self._sets = _inject(module, self._names, lora, seed)
             self._layers = _lora_layers(module)
+            self._swapped = _beside(module, self._names, whole)
+            for role, weights in self._swapped.items():
+                self._sets[role] |= weights
             self._switch("policy")
 
     def names(self) -> Sequence[str]:
@@ -134,9 +141,9 @@ class Roles:
     def _switch(self, role: str) -> None:
         if self.lora is not None:
             _select_adapter(self._layers, None if role == "ref" else role)
-        elif role != self._active:
-            _exchange(self._sets["policy"], self._sets[self._active])  # back to the policy
-            _exchange(self._sets["policy"], self._sets[role])
+        if role != self._active:
+            _exchange(self._swapped["policy"], self._swapped[self._active])  # back to the policy
+            _exchange(self._swapped["policy"], self._swapped[role])
         for parameter in self.trainable():
             parameter.requires_grad_(role == "policy")
         self._active = role
@@ -175,7 +182,7 @@ class Roles:
         return list(self._sets[src].values()), list(self._sets[dst].values())
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Weights of every role, detached; with LoRA `ref` is empty (it is the base model)."""
+        """Weights of every role, detached; with LoRA `ref` has no adapter (it is the base model)."""
         if self._active != "policy":
             raise RuntimeError(f"state_dict inside use('{self._active}')")
         return {role: {name: value.detach() for name, value in self._sets[role].items()} for role in self._names}
@@ -213,11 +220,10 @@ class Roles:
 
     def _follow_device(self) -> None:
         """Bring copies to where the module has been moved since."""
-        if self.lora is None:
-            for weights in self._sets.values():
-                for name, parameter in self._sets["policy"].items():
-                    if weights[name].device != parameter.device:
-                        weights[name] = weights[name].to(parameter.device)
+        for role, weights in self._swapped.items():
+            for name, parameter in self._swapped["policy"].items():
+                if weights[name].device != parameter.device:
+                    weights[name] = self._sets[role][name] = weights[name].to(parameter.device)
 
 
 def _short(names: list[str]) -> str:
@@ -232,6 +238,18 @@ def _copies(module: nn.Module, names: Sequence[str]) -> dict[str, dict[str, Tens
     if wrong:
         raise UsageError(f"trainable weights are {sorted(wrong)}; load the model in float32 (precision is autocast's).")
     return {r: policy if r == "policy" else {n: p.detach().clone() for n, p in policy.items()} for r in names}
+
+
+def _beside(module: nn.Module, names: Sequence[str], whole: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    """Parameters that are trained whole beside LoRA, and their copies for the other roles."""
+    policy = {n: p for n, p in module.named_parameters() if any(n.startswith(start) for start in whole)}
+    for start in whole:
+        if not any(name.startswith(start) for name in policy):
+            raise UsageError(f"no parameter of {type(module).__name__} begins with '{start}'; nothing to train whole.")
+    for parameter in policy.values():
+        parameter.requires_grad_(True)
+    held: dict[str, Tensor] = dict(policy)
+    return {r: held if r == "policy" else {n: p.detach().clone() for n, p in held.items()} for r in names}
 
 
 def _exchange(policy: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
@@ -292,7 +310,11 @@ def _write_lora(module: nn.Module, weights: Mapping[str, Tensor], lora: LoraConf
     from safetensors.torch import save_file
 
     from gencontrol.models.adapters_networks import DiffusersNetwork
+    from gencontrol.models.condition import Conditioned
 
+    weights = {name: value for name, value in weights.items() if ".lora_" in name}
+    while isinstance(module, Conditioned):  # a condition is saved in files of its own
+        module, weights = module.network, {name.removeprefix("network."): value for name, value in weights.items()}
     if isinstance(module, DiffusersNetwork):  # files name the layers of diffusers' own network
         module, weights = module.model, {name.removeprefix("model."): value for name, value in weights.items()}
     prefix = "unet" if "UNet" in type(module).__name__ else "transformer"
