@@ -31,25 +31,26 @@ class Defaults:
     guidance_scale: float
 
 
-class AudioBackend(Protocol):
-    """A text-to-audio model taken apart: frozen conditioning, denoiser, frozen decoding."""
+class PromptBackend(Protocol):
+    """A text-to-X model taken apart: frozen conditioning, denoiser, frozen decoding.
+
+    `extent` is the length of a sound in seconds, or the (height, width) of an image in pixels; None is the model's own.
+    """
 
     components: dict[str, Any]
     network_name: str
     denoiser: Denoiser
     defaults: Defaults
-    sampling_rate: int
-    max_seconds: float
 
-    def latent_shape(self, seconds: float | None) -> tuple[int, ...]:
-        """Shape of one latent for a sound of this length (None: the longest)."""
+    def latent_shape(self, extent: Any) -> tuple[int, ...]:
+        """Shape of one latent."""
         ...
 
-    def encode(self, prompts: Sequence[str], seconds: float | None, device: torch.device) -> Cond:
+    def encode(self, prompts: Sequence[str], extent: Any, device: torch.device) -> Cond:
         """Condition of prompts, batch axis first, computed on a device."""
         ...
 
-    def uncond(self, seconds: float | None, device: torch.device) -> Cond:
+    def uncond(self, extent: Any, device: torch.device) -> Cond:
         """Condition of batch 1 for guidance without a negative prompt, shaped as `encode`'s."""
         ...
 
@@ -58,20 +59,31 @@ class AudioBackend(Protocol):
         ...
 
     def decode(self, latents: Float[Tensor, "b *d"]) -> Tensor:
-        """Waveforms [b n] or [b c n] of latents, not cropped."""
+        """Samples of latents: waveforms [b n] or [b c n], not cropped, or images [b c h w] in [0, 1]."""
         ...
 
-    def replace(self, components: Mapping[str, Any]) -> AudioBackend:
+    def replace(self, components: Mapping[str, Any]) -> PromptBackend:
         """The same kind of backend around other components."""
         ...
 
-    def times(self, steps: int) -> Float[Tensor, " k"] | None:
+    def times(self, steps: int, extent: Any = None) -> Float[Tensor, " k"] | None:
         """Sampler times from noise to data, steps + 1 of them, or None for the sampler's own."""
+        ...
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute the activations inside the network's blocks again in the backward pass instead of keeping them."""
         ...
 
     def save(self, folder: Path, weights: Callable[[], dict[str, Tensor]] | None) -> None:
         """Write all components; `weights` gives the network's state where it cannot be saved as it is."""
         ...
+
+
+class AudioBackend(PromptBackend, Protocol):
+    """A text-to-audio model taken apart."""
+
+    sampling_rate: int
+    max_seconds: float
 
 
 @dataclass(frozen=True)
@@ -256,9 +268,13 @@ class NativeAudio:
         """The same process around other components."""
         return NativeAudio(**components, spec=self.spec)
 
-    def times(self, steps: int) -> None:
+    def times(self, steps: int, extent: float | None = None) -> None:
         """The sampler's own grid."""
         return None
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Checkpoint the transformer's blocks."""
+        self.components["transformer"].enable_gradient_checkpointing()
 
     def save(self, folder: Path, weights: Callable[[], dict[str, Tensor]] | None) -> None:
         """Write each component into its folder, `process.json`, and the index last."""

@@ -7,17 +7,18 @@ which changes its language model's positions).
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from gencontrol.errors import EnvironmentMissing, UsageError
-from gencontrol.pipelines.backend import AudioBackend, Defaults
+from gencontrol.pipelines.backend import Defaults
 from gencontrol.pipelines.hub import LoadOptions, hub_errors, own_memory, quiet
 from gencontrol.pipelines.lora import uncompiled
 from gencontrol.types import Cond, cat_cond
@@ -26,12 +27,17 @@ from gencontrol.types import Cond, cat_cond
 MAX_T5_TOKENS = 128
 
 
-class _DiffusersAudio:
-    """What both have in common: the wrapped pipeline, its components, its saving."""
+class DiffusersBackend:
+    """What the backends around diffusers pipelines have in common: the pipeline, its components, its saving."""
 
     network_name: str
 
     def __init__(self, pipe: Any) -> None:
+        """Share the pipeline's components and freeze all but the network.
+
+        Raises:
+            UsageError: it is offloaded, or its network or scheduler has no adapter.
+        """
         from gencontrol.models.adapters import from_diffusers
 
         self.pipe = pipe
@@ -45,15 +51,29 @@ class _DiffusersAudio:
                     part.requires_grad_(False)
         self.denoiser = from_diffusers(network, pipe.scheduler)
 
-    def replace(self, components: Mapping[str, Any]) -> AudioBackend:
+    def replace(self, components: Mapping[str, Any]) -> Self:
         """The same kind of backend around other components."""
-        return wrap(type(self.pipe)(**components))
+        pipe = copy.copy(self.pipe)  # a new pipeline of the same settings; `register_modules` makes its own record
+        pipe.register_modules(**components)
+        return type(self)(pipe)
 
-    def times(self, steps: int) -> Float[Tensor, " k"]:
+    def times(self, steps: int, extent: Any = None) -> Float[Tensor, " k"]:
         """The scheduler's own grid of noise levels, as times."""
         from gencontrol.models.adapters import scheduler_times
 
         return scheduler_times(self.pipe.scheduler, self.denoiser, steps)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Switch on diffusers' own.
+
+        Raises:
+            UsageError: this network has none.
+        """
+        network: Any = uncompiled(self.components[self.network_name])
+        try:
+            network.enable_gradient_checkpointing()
+        except ValueError as error:
+            raise UsageError(f"{error} Leave --gradient-checkpointing out and lower --micro-batch.") from error
 
     def save(self, folder: Path, weights: Callable[[], dict[str, Tensor]] | None) -> None:
         """Write the folder as diffusers does; with `weights`, the network is saved from them."""
@@ -79,7 +99,7 @@ def _refuse_hooks(module: torch.nn.Module, owner: str) -> None:
         raise UsageError(f"this {owner} is offloaded; call its remove_all_hooks(), wrap it, then offload the wrapper.")
 
 
-class StableAudio(_DiffusersAudio):
+class StableAudio(DiffusersBackend):
     """StableAudioPipeline: T5 and seconds → DiT on [channels, length] latents → Oobleck decoder, stereo."""
 
     network_name = "transformer"
@@ -121,7 +141,7 @@ class StableAudio(_DiffusersAudio):
         return self.pipe.vae.decode(latents.to(self.pipe.vae.dtype)).sample
 
 
-class AudioLDM2(_DiffusersAudio):
+class AudioLDM2(DiffusersBackend):
     """AudioLDM2Pipeline: CLAP, T5 and a language model → UNet on mel latents → VAE and HiFi-GAN, mono."""
 
     network_name = "unet"
@@ -174,23 +194,14 @@ class AudioLDM2(_DiffusersAudio):
 
 
 #: pipelines of diffusers that TextToAudioPipeline takes
-FOREIGN: Mapping[str, type[_DiffusersAudio]] = {"StableAudioPipeline": StableAudio, "AudioLDM2Pipeline": AudioLDM2}
+FOREIGN: Mapping[str, type[DiffusersBackend]] = {"StableAudioPipeline": StableAudio, "AudioLDM2Pipeline": AudioLDM2}
 
 
-def wrap(pipe: Any) -> AudioBackend:
-    """Return the backend of a loaded diffusers pipeline, sharing its components.
+def load_foreign(kind: str, where: str | Path, options: LoadOptions) -> Any:
+    """Load a diffusers pipeline by diffusers' own loader (safetensors only).
 
-    Raises:
-        UsageError: a pipeline of another class.
-    """
-    name = type(pipe).__name__
-    if name not in FOREIGN or not type(pipe).__module__.startswith("diffusers."):
-        raise UsageError(f"a {name} is no text-to-audio pipeline; give a diffusers {' or '.join(FOREIGN)}.")
-    return FOREIGN[name](pipe)  # type: ignore[return-value]  # the subclasses complete the protocol
-
-
-def load_foreign(kind: str, where: str | Path, options: LoadOptions) -> AudioBackend:
-    """Load a diffusers pipeline by diffusers' own loader (safetensors only) and wrap it.
+    Args:
+        kind: class name, from a list of ours.
 
     Raises:
         UsageError: components are missing or damaged, or the hub was not reached.
@@ -198,7 +209,7 @@ def load_foreign(kind: str, where: str | Path, options: LoadOptions) -> AudioBac
     """
     import diffusers
 
-    cls = {"StableAudioPipeline": diffusers.StableAudioPipeline, "AudioLDM2Pipeline": diffusers.AudioLDM2Pipeline}[kind]
+    cls = getattr(diffusers, kind)
     try:
         with hub_errors(str(where), options), quiet():
             pipe = cls.from_pretrained(
@@ -216,4 +227,4 @@ def load_foreign(kind: str, where: str | Path, options: LoadOptions) -> AudioBac
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             own_memory(part)
-    return wrap(pipe)
+    return pipe

@@ -7,7 +7,6 @@ decoder → crop.  The same pieces, as a `PromptTask`, are what fine-tuning work
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -17,34 +16,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gencontrol.errors import UsageError, nearest
-from gencontrol.models.denoiser import Denoiser
-from gencontrol.pipelines import arguments, lora
+from gencontrol.errors import UsageError
+from gencontrol.pipelines import arguments
 from gencontrol.pipelines.artefacts import sound_artefacts
 from gencontrol.pipelines.backend import AudioBackend, NativeAudio, ProcessSpec
-from gencontrol.pipelines.hub import LoadOptions, check_pipeline_class, download_folder
-from gencontrol.pipelines.lora_pipeline import LoraPipeline
 from gencontrol.pipelines.outputs import AudioPipelineOutput
-from gencontrol.process import GaussianProcess
-from gencontrol.types import Cond, cat_cond, cond_to, map_cond
+from gencontrol.pipelines.prompted import Ask, Callback, PromptedPipeline
+from gencontrol.types import Cond
 
 if TYPE_CHECKING:
     from gencontrol.algorithms.task import PromptTask
 
-_CACHED_PROMPTS = 1024
 
-Callback = Callable[["TextToAudioPipeline", int, float, dict[str, Tensor]], Mapping[str, Tensor] | None]
-
-
-class _Interrupted(Exception):
-    """Raised inside the sampler's callback to leave it with the present latents."""
-
-    def __init__(self, latents: Tensor) -> None:
-        super().__init__("interrupted")
-        self.latents = latents
-
-
-class TextToAudioPipeline(LoraPipeline):
+class TextToAudioPipeline(PromptedPipeline):
     """Generate sounds from prompts, and hand the model's parts to fine-tuning.
 
     Use `from_pretrained("bundled")`, a folder or a hub id; or wrap a diffusers pipeline: `TextToAudioPipeline(pipe)`.
@@ -52,8 +36,8 @@ class TextToAudioPipeline(LoraPipeline):
 
     bundled: ClassVar[str] = "text_to_audio"
     fixed_precision: ClassVar[frozenset[str]] = frozenset({"codec"})
-    #: tensors that a callback may ask for and replace
-    callback_tensors: ClassVar[tuple[str, ...]] = ("latents",)
+    makes: ClassVar[str] = "text-to-audio"
+    output_types: ClassVar[tuple[str, ...]] = ("pt", "np", "latent")
 
     def __init__(
         self,
@@ -78,93 +62,39 @@ class TextToAudioPipeline(LoraPipeline):
                 f"{'a pipeline and ' if pipeline is not None else ''}{', '.join(given) or 'nothing'}."
             )
         if pipeline is None:
-            backend: AudioBackend = NativeAudio(
-                transformer, text_encoder, tokenizer, codec, process if process is not None else ProcessSpec()
-            )
+            spec = process if process is not None else ProcessSpec()
+            self._set_backend(NativeAudio(transformer, text_encoder, tokenizer, codec, spec))
         else:
-            from gencontrol.pipelines.foreign import wrap
+            self._set_backend(self._wrap(pipeline))
 
-            backend = wrap(pipeline)
-        self._set_backend(backend)
+    @classmethod
+    def _foreign(cls) -> Mapping[str, Callable[[Any], Any]]:
+        from gencontrol.pipelines.foreign import FOREIGN
 
-    def _set_backend(self, backend: AudioBackend) -> None:
-        super().__init__(backend.components, backend.network_name)
-        self._backend = backend
-        self._prompts: OrderedDict[tuple[str, float | None], Cond] = OrderedDict()
+        return FOREIGN
 
-    # ---- loading and saving ---------------------------------------------------------------------------------------
-
-    def _load(self, index: Mapping[str, Any], where: str | Path, options: LoadOptions) -> None:
-        from gencontrol.pipelines.foreign import FOREIGN, load_foreign
-
-        name = type(self).__name__
-        kind = check_pipeline_class(index, {name: None, **FOREIGN}, where, name)
-        if kind in FOREIGN:
-            self._set_backend(load_foreign(kind, where, options))
-            return
-        if options.variant is not None:
-            raise UsageError(f"'{where}' was saved by gencontrol and has no variants; drop variant= and use dtype=.")
-        folder = where if isinstance(where, Path) else download_folder(where, options)
-        self._set_backend(NativeAudio.load(index, folder, options.dtype))
-
-    def _share(self, pipeline: Any) -> None:
-        from gencontrol.pipelines.foreign import wrap
-
-        if not isinstance(pipeline, TextToAudioPipeline):
-            self._set_backend(wrap(pipeline))
-            return
-        if pipeline._hooks:
-            raise UsageError("the pipeline is offloaded; call its remove_all_hooks() before sharing its components.")
-        self._set_backend(pipeline._backend)
-
-    def _rebuild(self, components: Mapping[str, Any]) -> None:
-        self._set_backend(self._backend.replace(components))
-
-    def _save(self, folder: Path) -> None:
-        plain = lora.uncompiled(self.network) is self.network and not lora.has_adapters(self.network)
-        self._backend.save(folder, None if plain else lambda: lora.merged_state(self.network))
-
-    def save_final(self, folder: Path) -> None:
-        """Write what `from_pretrained` needs with the present weights, and active adapters as LoRA files in lora/."""
-        self.save_pretrained(folder)
-        active = self.get_active_adapters()
-        for name in active:
-            self.save_lora_weights(Path(folder) / "lora" / name if len(active) > 1 else Path(folder) / "lora", name)
+    @classmethod
+    def _native(cls, index: Mapping[str, Any], folder: Path, dtype: torch.dtype) -> NativeAudio:
+        return NativeAudio.load(index, folder, dtype)
 
     # ---- the parts ------------------------------------------------------------------------------------------------
 
     @property
     def backend(self) -> AudioBackend:
         """The model taken apart, with what depends on a sound's length; searches work on it."""
-        return self._backend
-
-    @property
-    def denoiser(self) -> Denoiser:
-        """Network, process and prediction; its network is the very component that training changes."""
-        return self._backend.denoiser
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Shape of one latent of the longest sound, without the batch axis."""
-        return self._backend.latent_shape(None)
+        found: AudioBackend = self._backend
+        return found
 
     @property
     def sampling_rate(self) -> int:
         """Hz of the decoded sound."""
-        return self._backend.sampling_rate
+        return self.backend.sampling_rate
 
     @property
     def max_audio_length_in_s(self) -> float:
         """Length in seconds of the sound that a call without `audio_end_in_s` makes."""
-        return self._backend.max_seconds
+        return self.backend.max_seconds
 
-    def _offload_order(self) -> list[torch.nn.Module]:
-        return self._backend.offload_order()
-
-    def _moved(self) -> None:
-        self._prompts.clear()
-
-    @torch.no_grad()  # not inference_mode: training saves these tensors for its backward pass
     def encode_prompt(self, prompts: str | Sequence[str], audio_end_in_s: float | None = None) -> Cond:
         """Return the condition of prompts, batch axis first, on the pipeline's device; remembered prompt by prompt.
 
@@ -173,26 +103,16 @@ class TextToAudioPipeline(LoraPipeline):
         Raises:
             UsageError: no prompt, or something that is not text.
         """
-        texts = arguments.texts(prompts, "prompt")
-        for text in dict.fromkeys(texts):
-            key = (text, audio_end_in_s)
-            if key not in self._prompts:
-                cond = self._backend.encode([text], audio_end_in_s, self.device)
-                self._prompts[key] = map_cond(lambda leaf: leaf.detach().to(self.device), cond)
-        result = cat_cond([self._prompts[text, audio_end_in_s] for text in texts])
-        while len(self._prompts) > _CACHED_PROMPTS:
-            self._prompts.popitem(last=False)
-        return result
+        return self._conditions(prompts, audio_end_in_s)
 
-    @torch.no_grad()
     def uncond(self, audio_end_in_s: float | None = None) -> Cond:
         """Return the condition of batch 1 that stands for "no prompt" in classifier-free guidance."""
-        return cond_to(self._backend.uncond(audio_end_in_s, self.device), self.device)
+        return self._free(audio_end_in_s)
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "b *d"]) -> Tensor:
         """Return the sounds [b n] or [b c n] of latents, float32 in [-1, 1], on the pipeline's device."""
-        return self._backend.decode(latents).float().clamp(-1, 1)
+        return self.backend.decode(latents).float().clamp(-1, 1)
 
     @staticmethod
     def numpy_to_pt(audios: np.ndarray | Tensor) -> Tensor:
@@ -269,99 +189,27 @@ class TextToAudioPipeline(LoraPipeline):
             UsageError: an argument out of its range or against another one; the message says what to give.
         """
         self._check_output(output_type, callback_on_step_end_tensor_inputs)
-        defaults = self._backend.defaults
         seconds = arguments.seconds(audio_end_in_s, self.max_audio_length_in_s)
-        prompts = arguments.texts(prompt, "prompt")
         repeats = arguments.positive(num_waveforms_per_prompt, "num_waveforms_per_prompt")
-        steps = arguments.positive(
-            num_inference_steps if num_inference_steps is not None else defaults.steps, "num_inference_steps"
+        result = self._generate(
+            Ask(
+                prompt,
+                seconds,
+                repeats,
+                num_inference_steps,
+                guidance_scale,
+                negative_prompt,
+                generator,
+                latents,
+                seed,
+                step,
+                callback_on_step_end,
+            )
         )
-        scale = arguments.guidance(guidance_scale if guidance_scale is not None else defaults.guidance_scale)
-        negative = arguments.negatives(negative_prompt, len(prompts), repeats, scale)
-        texts = [text for text in prompts for _ in range(repeats)]
-        generators = arguments.sources(generator, seed, len(texts))
-        noise = arguments.noise(latents, (len(texts), *self._backend.latent_shape(seconds)), generators, self.device)
-        model = self._guided(scale, negative, seconds)
-        cond = self.encode_prompt(texts, seconds)
-        result = self._sample(model, noise, steps, step or defaults.step, generators, cond, callback_on_step_end)
         audios: Any = result if output_type == "latent" else self.crop(self.decode(result), seconds)
         self.maybe_free_model_hooks()
         output = AudioPipelineOutput(audios.cpu().numpy() if output_type == "np" else audios, self.sampling_rate)
         return output if return_dict else output.to_tuple()
-
-    def _check_output(self, output_type: str, tensors: Sequence[str]) -> None:
-        kinds = ("pt", "np", "latent")
-        if output_type not in kinds:
-            raise UsageError(f"output_type is '{output_type}'.{nearest(output_type, kinds)} Known: {', '.join(kinds)}.")
-        for name in tensors:
-            if name not in self.callback_tensors:
-                raise UsageError(
-                    f"callback_on_step_end_tensor_inputs names '{name}'.{nearest(name, self.callback_tensors)} "
-                    f"A callback can have: {', '.join(self.callback_tensors)}."
-                )
-
-    def _guided(self, scale: float, negative: list[str] | None, seconds: float | None) -> Any:
-        """The model with classifier-free guidance, or as it is at a scale of 1 or below."""
-        if scale <= 1.0:
-            return self.denoiser
-        from gencontrol.sampling.guidance import cfg
-
-        uncond = self.uncond(seconds) if negative is None else self.encode_prompt(negative, seconds)
-        return cfg(self.denoiser, scale, uncond)
-
-    def _sample(
-        self,
-        model: Any,
-        noise: Float[Tensor, "b *d"],
-        steps: int,
-        step: Any,
-        generators: arguments.Generators,
-        cond: Cond,
-        callback: Callback | None,
-    ) -> Float[Tensor, "b *d"]:
-        """Run the sampler from unit noise to clean latents, with progress, callback and interruption."""
-        from gencontrol.sampling import sample
-
-        process, times = self.denoiser.process, self._backend.times(steps)
-        assert isinstance(process, GaussianProcess)  # ProcessSpec and the adapters make no other
-        start = process.schedule.at(1.0 if times is None else float(times[0]))
-        # the standard deviation at the first time: of pure noise, or of noise and unit-variance data where t < 1
-        spread = start.s if times is None else math.sqrt(start.a**2 + start.s**2)
-        self._interrupt = False
-        count = steps if times is None else len(times) - 1
-        with self.progress_bar(total=count) as bar:
-
-            def after(index: int, t: float, x: Tensor) -> Tensor | None:
-                bar.update()
-                return None if callback is None else self._call_back(callback, index, t, x)
-
-            try:
-                return sample(
-                    model,
-                    noise.shape,
-                    steps=count,
-                    step=step,
-                    generator=generators,
-                    cond=cond,
-                    callback=after,
-                    x_init=spread * noise,
-                    times=times,
-                )
-            except _Interrupted as stop:
-                return stop.latents
-
-    def _call_back(self, callback: Callback, index: int, t: float, x: Tensor) -> Tensor:
-        """Give the user's callback its tensors, take the latents it returns, leave the loop if it asks for it."""
-        returned = callback(self, index, float(t), {"latents": x}) or {}
-        for name in returned:
-            if name not in self.callback_tensors:
-                raise UsageError(f"the callback returned '{name}'; it can return {', '.join(self.callback_tensors)}.")
-        latents = returned.get("latents", x)
-        if latents.shape != x.shape:
-            raise UsageError(f"the callback returned latents {tuple(latents.shape)}; expected {tuple(x.shape)}.")
-        if self._interrupt:
-            raise _Interrupted(latents)
-        return latents
 
     def crop(self, audio: Float[Tensor, "*b n"], seconds: float | None) -> Float[Tensor, "*b m"]:
         """Return the first `seconds` of decoded sounds (None: `max_audio_length_in_s`)."""

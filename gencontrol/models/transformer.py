@@ -123,6 +123,10 @@ class Transformer(nn.Module):
         """Dtype of the weights."""
         return self.out.weight.dtype
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute the blocks' activations again in the backward pass instead of keeping them."""
+        self.config = dataclasses.replace(self.config, gradient_checkpointing=True)
+
     def null_cond(self, batch: int) -> dict[str, Tensor]:
         """The learned null condition of `batch` samples; `forward` treats it like None."""
         return {"drop": torch.ones(batch, dtype=torch.bool, device=self.device)}
