@@ -10,6 +10,11 @@ from gencontrol.errors import UsageError, nearest
 ALGORITHMS = {
     "dragon": "gencontrol.algorithms.dragon:Dragon",
     "rwr": "gencontrol.algorithms.rwr:RewardWeightedRegression",
+    "flow-grpo": "gencontrol.algorithms.flow_grpo:FlowGrpo",
+    "ddpo": "gencontrol.algorithms.flow_grpo:Ddpo",
+    "crd": "gencontrol.algorithms.crd:Crd",
+    "nft": "gencontrol.algorithms.nft:Nft",
+    "awm": "gencontrol.algorithms.awm:Awm",
 }
 PRETRAIN = {
     "flow": "gencontrol.algorithms.pretrain_flow:FlowPretrain",
@@ -26,6 +31,13 @@ REWARDS = {
     "loudness-range": "gencontrol.rewards.signal:LoudnessRange",
     "spectral-centroid": "gencontrol.rewards.signal:SpectralCentroid",
     "digit-class": "gencontrol.rewards.classifier:DigitClassReward",
+    "clip": "gencontrol.rewards.clip:ClipReward",
+    "pickscore": "gencontrol.rewards.preference:PickScore",
+    "hps": "gencontrol.rewards.preference:Hps",
+    "aesthetic": "gencontrol.rewards.aesthetic:AestheticReward",
+    "compressibility": "gencontrol.rewards.compressibility:Compressibility",
+    "incompressibility": "gencontrol.rewards.compressibility:Incompressibility",
+    "remote": "gencontrol.rewards.remote:RemoteReward",
 }
 BENCHES = {
     "overhead": "gencontrol.bench.overhead:main",
