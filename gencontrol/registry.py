@@ -21,6 +21,7 @@ PRETRAIN = {
     "clap": "gencontrol.algorithms.pretrain_clap:ClapPretrain",
     "attributes": "gencontrol.algorithms.pretrain_attributes:AttributePretrain",
     "digits": "gencontrol.algorithms.pretrain_digits:DigitsPretrain",
+    "scenes": "gencontrol.algorithms.pretrain_scenes:ScenesPretrain",
 }
 REWARDS = {
     "clap": "gencontrol.rewards.clap:ClapReward",

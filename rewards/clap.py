@@ -6,7 +6,6 @@ mixed to mono, resampled and cut deterministically (`clap_features`); text embed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,9 +18,8 @@ from gencontrol.rewards.base import checked
 from gencontrol.rewards.clap_backend import ClapBackend, clap_backend
 from gencontrol.rewards.clap_features import LongClips
 from gencontrol.rewards.inputs import audio_batch
+from gencontrol.rewards.pretrained import TextCache, one_prompt_each
 from gencontrol.types import RewardContext, RewardOut
-
-_TEXT_CACHE = 50_000
 
 
 class ClapReward:
@@ -58,7 +56,8 @@ class ClapReward:
         self.backend: ClapBackend = clap_backend(reward_model, device, audio_tower)
         self._long_clips: LongClips = long_clips
         self._batch_size = batch_size
-        self._texts: dict[str, Tensor] = {}
+        #: unit text embeddings [b d] on the CPU, cached by text
+        self.text_embeddings = TextCache(lambda texts: self.backend.text(texts), batch_size)
 
     def audio_embeddings(self, samples: Float[Tensor, "b *c n"], rate: int) -> Float[Tensor, "b d"]:
         """Unit audio embeddings on the samples' device; the graph is kept when the samples require a gradient."""
@@ -71,23 +70,6 @@ class ClapReward:
                 parts.append(self.backend.audio(wave, self._long_clips).to(samples.device))
         return torch.cat(parts)
 
-    def text_embeddings(self, prompts: Sequence[str]) -> Float[Tensor, "b d"]:
-        """Unit text embeddings on the CPU, cached by text.
-
-        Raises:
-            UsageError: no text at all.
-        """
-        if isinstance(prompts, str) or not prompts:
-            raise UsageError("text embeddings need a non-empty list of texts.")
-        missing = list(dict.fromkeys(text for text in prompts if text not in self._texts))
-        if len(self._texts) + len(missing) > _TEXT_CACHE:
-            self._texts.clear()
-            missing = list(dict.fromkeys(prompts))
-        for start in range(0, len(missing), self._batch_size):
-            texts = missing[start : start + self._batch_size]
-            self._texts.update(zip(texts, self.backend.text(texts).cpu(), strict=True))
-        return torch.stack([self._texts[text] for text in prompts])
-
     def __call__(self, samples: Float[Tensor, "b *c n"], context: RewardContext) -> RewardOut:
         """Cosine per sample; `extras["audio_embeddings"]` [b d] holds the detached embeddings.
 
@@ -95,10 +77,8 @@ class ClapReward:
             UsageError: no prompts, a wrong count of them, no sampling rate, or samples that are not audio.
         """
         wave, finite, rate = audio_batch(samples, context, self.name)
-        if context.prompts is None or len(context.prompts) != wave.shape[0]:
-            given = "none" if context.prompts is None else str(len(context.prompts))
-            raise UsageError(f"reward 'clap' needs one prompt per sample: {wave.shape[0]} samples, {given} given.")
+        prompts = one_prompt_each(context.prompts, wave.shape[0], self.name)
         audio = self.audio_embeddings(wave, rate)
-        values = (audio * self.text_embeddings(context.prompts).to(audio.device)).sum(-1)
+        values = (audio * self.text_embeddings(prompts).to(audio.device)).sum(-1)
         out = checked(self.name, values, wave.shape[0], finite)
         return RewardOut(out.values, out.valid, {"audio_embeddings": audio.detach()})

@@ -8,7 +8,6 @@ nothing is random; the gradient reaches the audio.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
@@ -23,21 +22,21 @@ from torch.nn import functional as F
 from gencontrol.errors import EnvironmentMissing, UsageError
 from gencontrol.rewards.bundled import bundled_path
 from gencontrol.rewards.clap_features import ClapLogMel, LogMelConfig, LongClips
+from gencontrol.rewards.pretrained import (
+    SMALLEST_VOCABULARY,
+    check_vocabulary,
+    embedding_of,
+    first_line,
+    load_pretrained,
+    local_or_hub,
+    pick_device,
+    weights_digest,
+)
 
-_SMALLEST_VOCABULARY = 32
 _NO_ROBERTA = (
     "laion-clap could not load its text model 'roberta-base' (offline?); download it once, or put a folder "
     "'roberta-base' into the working directory."
 )
-
-
-def weights_digest(module: torch.nn.Module) -> str:
-    """Eight hexadecimal digits that change with any weight: the fingerprint of a model, wherever its folder lies."""
-    digest = hashlib.blake2b(digest_size=4)
-    for key, value in sorted(module.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 class ClapBackend(Protocol):
@@ -67,11 +66,6 @@ def bundled_clap() -> Path:
     return bundled_path("clap/config.json", "bundled CLAP model", remedy).parent
 
 
-def _embedding(output: Any) -> Tensor:
-    """The embedding tensor of get_*_features: a tensor in transformers 4, an output object in 5."""
-    return output if isinstance(output, Tensor) else output.pooler_output
-
-
 class TransformersClap:
     """A transformers ClapModel with its tokenizer and the settings of its feature extractor."""
 
@@ -82,11 +76,7 @@ class TransformersClap:
             UsageError: the tokenizer's vocabulary does not fit the model (a sign of missing tokenizer files).
         """
         text = model.config.text_config
-        if not _SMALLEST_VOCABULARY <= len(tokenizer) <= text.vocab_size:
-            raise UsageError(
-                f"the tokenizer of '{source}' has {len(tokenizer)} tokens, the model {text.vocab_size}; the tokenizer "
-                "files are missing or belong to another model."
-            )
+        check_vocabulary(tokenizer, text.vocab_size, source)
         self.device = device
         self.sampling_rate, self.max_seconds = features.sampling_rate, float(features.max_length_s)
         self._model = model.eval().requires_grad_(False).to(device, torch.float32)
@@ -102,7 +92,7 @@ class TransformersClap:
         longer = torch.zeros(mel.shape[0], 1, dtype=torch.bool, device=mel.device)
         with torch.autocast(mel.device.type, enabled=False):
             output = self._model.get_audio_features(input_features=mel, is_longer=longer)
-        units = F.normalize(_embedding(output), dim=-1)
+        units = F.normalize(embedding_of(output), dim=-1)
         return F.normalize(units.unflatten(0, crops.shape[:2]).mean(1), dim=-1)
 
     @torch.no_grad()
@@ -115,7 +105,7 @@ class TransformersClap:
             output = self._model.get_text_features(
                 input_ids=tokens["input_ids"].to(self.device), attention_mask=tokens["attention_mask"].to(self.device)
             )
-        return F.normalize(_embedding(output), dim=-1)
+        return F.normalize(embedding_of(output), dim=-1)
 
 
 def load_transformers_clap(source: str | Path, device: torch.device) -> TransformersClap:
@@ -124,27 +114,10 @@ def load_transformers_clap(source: str | Path, device: torch.device) -> Transfor
     Raises:
         UsageError: not found (or offline), not a CLAP model, missing weights, or an unfit tokenizer.
     """
-    from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoTokenizer
+    from transformers import AutoFeatureExtractor, AutoTokenizer
 
-    try:
-        config = AutoConfig.from_pretrained(source)
-        if config.model_type != "clap":
-            raise UsageError(f"reward_model '{source}' is a '{config.model_type}' model; expected a CLAP model.")
-        model, report = AutoModel.from_pretrained(source, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        extractor = AutoFeatureExtractor.from_pretrained(source)
-    except UsageError:
-        raise
-    except (OSError, ValueError) as error:
-        where = "cannot be loaded from its folder" if Path(source).is_dir() else "is no local folder and not on the hub"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(
-            f"reward_model '{source}' {where} ({reason}); offline, give a folder saved with save_pretrained, "
-            "or 'bundled'."
-        ) from error
-    if report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"])[:3])
-        raise UsageError(f"reward_model '{source}' lacks weights ({missing}, …); its file is incomplete.")
+    parts = (AutoTokenizer.from_pretrained, AutoFeatureExtractor.from_pretrained)
+    model, tokenizer, extractor = load_pretrained(source, "clap", "reward_model", parts, ", or 'bundled'")
     return TransformersClap(model, tokenizer, LogMelConfig.from_mapping(extractor.to_dict()), str(source), device)
 
 
@@ -160,7 +133,7 @@ class LaionClap:
         Raises:
             EnvironmentMissing: its tokenizer came up empty, which transformers does silently when offline.
         """
-        if len(module.tokenize) < _SMALLEST_VOCABULARY:
+        if len(module.tokenize) < SMALLEST_VOCABULARY:
             raise EnvironmentMissing(_NO_ROBERTA + f" Its tokenizer has only {len(module.tokenize)} tokens.")
         self.name, self.device = f"laion-clap:{weights_digest(module)}", device
         self._module = module.eval().requires_grad_(False).to(device)
@@ -208,13 +181,13 @@ def load_laion_clap(checkpoint: Path, device: torch.device, audio_tower: str) ->
             "pip install 'gencontrol[clap]', or give reward_model a transformers CLAP model."
         ) from error
     except OSError as error:
-        raise EnvironmentMissing(f"{_NO_ROBERTA} First cause: {str(error).strip().splitlines()[0]}") from error
+        raise EnvironmentMissing(f"{_NO_ROBERTA} First cause: {first_line(error)}") from error
     try:
         with contextlib.redirect_stdout(sys.stderr):  # the package prints; stdout belongs to the command line
             module.load_ckpt(str(checkpoint), verbose=False)
     except (RuntimeError, KeyError) as error:
         raise UsageError(
-            f"'{checkpoint}' does not fit laion-clap's {tower}: {str(error).splitlines()[0]}; set audio_tower to "
+            f"'{checkpoint}' does not fit laion-clap's {tower}: {first_line(error)}; set audio_tower to "
             "'HTSAT-tiny' or 'HTSAT-base'."
         ) from error
     return LaionClap(module, device)
@@ -227,8 +200,7 @@ def _load(reward_model: str, device: str, audio_tower: str) -> ClapBackend:
         return load_laion_clap(Path(reward_model).expanduser(), torch.device(device), audio_tower)
     if reward_model == "bundled":
         return load_transformers_clap(bundled_clap(), torch.device(device))
-    folder = Path(reward_model).expanduser()
-    return load_transformers_clap(folder if folder.is_dir() else reward_model, torch.device(device))
+    return load_transformers_clap(local_or_hub(reward_model), torch.device(device))
 
 
 def clap_backend(
@@ -246,5 +218,4 @@ def clap_backend(
     """
     if audio_tower not in ("auto", "HTSAT-tiny", "HTSAT-base"):
         raise UsageError(f"audio_tower is 'auto', 'HTSAT-tiny' or 'HTSAT-base', not '{audio_tower}'.")
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else str(device)
-    return _load(str(reward_model), chosen, audio_tower)
+    return _load(str(reward_model), pick_device(device), audio_tower)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from gencontrol.errors import EnvironmentMissing, UsageError, nearest
 from gencontrol.rewards.base import checked
+from gencontrol.rewards.inputs import image_batch
+from gencontrol.rewards.pretrained import pick_device
 from gencontrol.types import RewardContext, RewardOut
 
 #: names for several digits at once
@@ -66,8 +68,7 @@ class DigitClassReward:
             EnvironmentMissing: the bundled weights are not installed.
         """
         self.name = "digit-class"
-        chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else str(device)
-        self.classifier = _classifier(str(reward_model), chosen)
+        self.classifier = _classifier(str(reward_model), pick_device(device))
         self._groups = self._table()
         self._fixed = None if label is None else self._members(label)
 
@@ -106,17 +107,8 @@ class DigitClassReward:
         Raises:
             UsageError: no images in [0, 1] of the classifier's shape, or a prompt that names no label.
         """
-        if not isinstance(samples, Tensor) or samples.ndim != 4 or not samples.is_floating_point():
-            raise UsageError(f"reward '{self.name}' takes a float tensor [b 1 8 8] in [0, 1], not {_shape(samples)}.")
-        finite = torch.isfinite(samples.detach()).flatten(1).all(1)
-        images = torch.where(finite[:, None, None, None], samples.float(), 0.5)
-        if images.numel() and (float(images.detach().min()) < -0.01 or float(images.detach().max()) > 1.01):
-            raise UsageError(f"reward '{self.name}' takes images in [0, 1], as a pipeline's decode() gives them.")
+        images, finite = image_batch(samples, self.name, channels=1)
         device = next(self.classifier.parameters()).device
         log_probs = self.classifier.log_probs(images.to(device) * 2.0 - 1.0)
         asked = self._asked(len(samples), context).to(device)
         return checked(self.name, log_probs.masked_fill(~asked, float("-inf")).amax(1), len(samples), finite)
-
-
-def _shape(samples: Any) -> str:
-    return f"{list(samples.shape)} {samples.dtype}" if isinstance(samples, Tensor) else type(samples).__name__

@@ -20,8 +20,8 @@ from torch import Tensor
 from gencontrol.errors import UsageError, nearest
 from gencontrol.rewards.bundled import bundled_path
 from gencontrol.rewards.clap import ClapReward
-from gencontrol.rewards.clap_backend import weights_digest
 from gencontrol.rewards.clap_features import ClapLogMel, LogMelConfig
+from gencontrol.rewards.pretrained import pick_device, weights_digest
 
 #: Names of the encoders that `make_encoder` knows.
 ENCODERS = ("clap", "attributes", "mel")
@@ -104,7 +104,7 @@ class AttributeEncoder:
         """Load a folder of `AttributeNet` (None: the bundled one); `device` None takes the GPU when there is one."""
         from gencontrol.models.attributes import AttributeNet
 
-        chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+        chosen = pick_device(device)
         self._model = AttributeNet.from_pretrained(bundled_attributes() if folder is None else folder)
         self._model.to(chosen).eval().requires_grad_(False)
         self._device = torch.device(chosen)

@@ -1,4 +1,4 @@
-"""Rewards by name: "clap", "clap:0.7", "package.module:Name", and weighted lists of them.
+"""Rewards by name: "clap", "clap:0.7", "package.module:Name", "http://host:port/name", and weighted lists of them.
 
 A name with a dot before its colon is user code: an object with the Reward surface, a class of such objects, or a plain
 function `fn(samples, context)` that returns one number per sample (None where it cannot score).  User code is wrapped:
@@ -123,9 +123,16 @@ def _parameters(target: Any) -> list[str]:
     return [p.name for p in inspect.signature(target).parameters.values() if p.kind in kinds]
 
 
+def _named(config: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
+    """The options with `model` and `reward_model`, two names of one thing, under the one that the reward has."""
+    twins = {"model": "reward_model", "reward_model": "model"}
+    return {(twins[k] if k not in known and twins.get(k) in known else k): v for k, v in config.items()}
+
+
 def _build(target: Any, name: str, config: Mapping[str, Any]) -> Any:
     """Construct a reward class with options, refusing unknown ones."""
     known = _parameters(target)
+    config = _named(config, known)
     for key in config:
         if key not in known:
             raise UsageError(f"reward '{name}' has no option '{key}'; it takes: {', '.join(known) or 'none'}.")
@@ -150,11 +157,16 @@ def _user_reward(target: Any, name: str, config: Mapping[str, Any]) -> Reward:
 
 def _is_dotted(name: str) -> bool:
     """Whether a name points to user code (package.module:Name)."""
-    return ":" in name and name.split(":")[0] not in REWARDS
+    return ":" in name and not is_url(name) and name.split(":")[0] not in REWARDS
+
+
+def is_url(name: str) -> bool:
+    """Whether a name is the address of a reward server."""
+    return name.startswith(("http://", "https://"))
 
 
 def load_reward(name: str, **config: Any) -> Reward:
-    """Return the reward of that name: a registered one, user code "package.module:Name", or "name:weight".
+    """Return the reward of that name: registered, user code "package.module:Name", a URL, or any with ":weight".
 
     Args:
         config: options of the reward's constructor, e.g. reward_model="bundled", reference="folder".
@@ -167,6 +179,8 @@ def load_reward(name: str, **config: Any) -> Reward:
     plain, weight = parse_spec(name)
     if weight != 1.0:
         return weighted([(load_reward(plain, **config), weight)])
+    if is_url(plain):
+        plain, config = "remote", {"url": plain, **config}
     if _is_dotted(plain):
         return _user_reward(resolve_dotted(plain, "reward"), plain, config)
     built: Reward = _build(resolve(REWARDS, plain, "reward"), plain, config)
@@ -174,12 +188,16 @@ def load_reward(name: str, **config: Any) -> Reward:
 
 
 def parse_spec(spec: str) -> tuple[str, float]:
-    """Split "clap:0.7" into ("clap", 0.7) and "pkg.module:Name:0.7" likewise; without a weight it is 1.
+    """Split "clap:0.7" into ("clap", 0.7), "pkg.module:Name:0.7" and "http://host:port/name:0.7" likewise.
+
+    Without a weight it is 1; a URL has one only behind a path, for "http://host:8000" ends in a port.
 
     Raises:
         UsageError: an empty name.
     """
     name, _, last = spec.rpartition(":")
+    if is_url(spec) and "/" not in name.partition("://")[2]:
+        return spec, 1.0
     try:
         weight = float(last)
     except ValueError:
@@ -201,9 +219,8 @@ def compose_rewards(parts: Sequence[tuple[str | Reward, float]], **config: Any) 
         if not isinstance(part, str):
             loaded.append((part, weight))
             continue
-        target = resolve_dotted(part, "reward") if _is_dotted(part) else resolve(REWARDS, part, "reward")
-        takes = _parameters(target) if inspect.isclass(target) else []
-        own = {key: value for key, value in config.items() if key in takes}
+        takes = _options_of(part)
+        own = {key: value for key, value in config.items() if next(iter(_named({key: value}, takes))) in takes}
         used |= set(own)
         loaded.append((load_reward(part, **own), weight))
     if unused := sorted(set(config) - used):
@@ -242,5 +259,7 @@ def load_rewards(
 
 def _options_of(name: str) -> list[str]:
     """Options of the reward of that name; none for functions and objects."""
+    if is_url(name):
+        name = "remote"
     target = resolve_dotted(name, "reward") if _is_dotted(name) else resolve(REWARDS, name, "reward")
     return _parameters(target) if inspect.isclass(target) else []

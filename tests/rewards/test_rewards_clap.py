@@ -18,8 +18,9 @@ from gencontrol.data.audio import resample
 from gencontrol.errors import EnvironmentMissing, UsageError
 from gencontrol.rewards import load_reward, load_rewards
 from gencontrol.rewards.clap import ClapReward
-from gencontrol.rewards.clap_backend import _embedding, clap_backend
+from gencontrol.rewards.clap_backend import clap_backend
 from gencontrol.rewards.clap_features import ClapLogMel, LogMelConfig
+from gencontrol.rewards.pretrained import embedding_of
 from gencontrol.types import RewardContext
 
 RATE = 16_000
@@ -140,15 +141,15 @@ def test_score_is_the_cosine_that_transformers_computes(tmp_path: Path, fusion: 
     with torch.no_grad():
         audio = model.get_audio_features(features["input_features"], is_longer=torch.zeros(3, 1, dtype=torch.bool))
         text = model.get_text_features(**tokens)
-        expected = torch.cosine_similarity(_embedding(audio), _embedding(text))
+        expected = torch.cosine_similarity(embedding_of(audio), embedding_of(text))
     torch.testing.assert_close(out.values, expected, atol=1e-4, rtol=0)
     assert out.valid.all() and out.extras["audio_embeddings"].shape == (3, 12)
 
 
 def test_embeddings_of_transformers_four_and_five_are_both_understood() -> None:
     tensor = torch.ones(2, 3)
-    assert _embedding(tensor) is tensor
-    assert _embedding(types.SimpleNamespace(pooler_output=tensor)) is tensor
+    assert embedding_of(tensor) is tensor
+    assert embedding_of(types.SimpleNamespace(pooler_output=tensor)) is tensor
 
 
 def test_score_does_not_depend_on_batch_channels_or_chance(folder: Path, fenced_rng: None) -> None:

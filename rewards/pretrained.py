@@ -1,0 +1,131 @@
+"""What the rewards with a pretrained network share: device, loading with one-line errors, fingerprint, cached texts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gencontrol.errors import UsageError
+
+#: tokens; fewer mean that the tokenizer came up empty
+SMALLEST_VOCABULARY = 32
+_TEXT_CACHE = 50_000  # texts; 200 MB at 1024 numbers each
+
+
+def pick_device(device: str | torch.device | None) -> str:
+    """Name of the device; None takes the GPU when there is one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device is None else str(device)
+
+
+def weights_digest(module: torch.nn.Module) -> str:
+    """Eight hexadecimal digits that change with any weight: the fingerprint of a model, wherever its folder lies."""
+    digest = hashlib.blake2b(digest_size=4)
+    for key, value in sorted(module.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def embedding_of(output: Any) -> Tensor:
+    """The embedding tensor of get_*_features: a tensor in transformers 4, an output object in 5."""
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def local_or_hub(source: str | Path) -> str | Path:
+    """The expanded folder where it exists, else the text as it is: a hub id."""
+    folder = Path(source).expanduser()
+    return folder if folder.is_dir() else str(source)
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an exception's text, or its class."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def load_pretrained(
+    source: str | Path, kind: str, option: str, parts: Sequence[Callable[[str | Path], Any]], remedy: str = ""
+) -> tuple[Any, ...]:
+    """Load a transformers model of one type, and further parts that belong to it.
+
+    Args:
+        source: folder or hub id.
+        kind: `model_type` that its configuration must have, e.g. "clap".
+        option: how the user named the source, for messages.
+        parts: functions of the source, e.g. `AutoTokenizer.from_pretrained`.
+        remedy: what else may be given, for messages.
+
+    Raises:
+        UsageError: not found (or offline), another type of model, missing or unreadable weights.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        config = AutoConfig.from_pretrained(source)
+        if config.model_type != kind:
+            raise UsageError(
+                f"{option} '{source}' is a '{config.model_type}' model; expected a {kind.upper()} model{remedy}."
+            )
+        model, report = AutoModel.from_pretrained(source, output_loading_info=True)
+        loaded = [part(source) for part in parts]
+    except UsageError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        where = "cannot be loaded from its folder" if Path(source).is_dir() else "is no local folder and not on the hub"
+        raise UsageError(
+            f"{option} '{source}' {where} ({first_line(error)}); offline, give a folder saved with save_pretrained"
+            f"{remedy}."
+        ) from error
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise UsageError(f"{option} '{source}' lacks weights ({missing}, …); its file is incomplete.")
+    return (model, *loaded)
+
+
+def check_vocabulary(tokenizer: Any, model_size: int, source: str) -> None:
+    """Raise UsageError unless the tokenizer fits the model (transformers makes an empty one of missing files)."""
+    if not SMALLEST_VOCABULARY <= len(tokenizer) <= model_size:
+        raise UsageError(
+            f"the tokenizer of '{source}' has {len(tokenizer)} tokens, the model {model_size}; the tokenizer "
+            "files are missing or belong to another model."
+        )
+
+
+class TextCache:
+    """Unit text embeddings on the CPU, computed once per text."""
+
+    def __init__(self, encode: Callable[[Sequence[str]], Float[Tensor, "b d"]], batch_size: int) -> None:
+        """Wrap an encoder; `batch_size` texts go through it at a time."""
+        self._encode, self._batch_size = encode, batch_size
+        self._texts: dict[str, Tensor] = {}
+
+    def __call__(self, texts: Sequence[str]) -> Float[Tensor, "b d"]:
+        """Embeddings in the order of the texts.
+
+        Raises:
+            UsageError: no text at all.
+        """
+        if isinstance(texts, str) or not texts:
+            raise UsageError("text embeddings need a non-empty list of texts.")
+        missing = list(dict.fromkeys(text for text in texts if text not in self._texts))
+        if len(self._texts) + len(missing) > _TEXT_CACHE:
+            self._texts.clear()
+            missing = list(dict.fromkeys(texts))
+        for start in range(0, len(missing), self._batch_size):
+            part = missing[start : start + self._batch_size]
+            self._texts.update(zip(part, self._encode(part).cpu(), strict=True))
+        return torch.stack([self._texts[text] for text in texts])
+
+
+def one_prompt_each(prompts: Sequence[str] | None, batch: int, name: str) -> Sequence[str]:
+    """Return the prompts; raises UsageError unless there is one per sample."""
+    if prompts is None or isinstance(prompts, str) or len(prompts) != batch:
+        given = "none" if prompts is None else str(len(prompts))
+        raise UsageError(f"reward '{name}' needs one prompt per sample: {batch} samples, {given} given.")
+    return prompts
