@@ -10,6 +10,7 @@ from gencontrol.errors import UsageError, nearest
 ALGORITHMS = {
     "dragon": "gencontrol.algorithms.dragon:Dragon",
     "rwr": "gencontrol.algorithms.rwr:RewardWeightedRegression",
+    "ctrl": "gencontrol.algorithms.ctrl:Ctrl",
     "flow-grpo": "gencontrol.algorithms.flow_grpo:FlowGrpo",
     "ddpo": "gencontrol.algorithms.flow_grpo:Ddpo",
     "crd": "gencontrol.algorithms.crd:Crd",
@@ -32,6 +33,7 @@ REWARDS = {
     "loudness-range": "gencontrol.rewards.signal:LoudnessRange",
     "spectral-centroid": "gencontrol.rewards.signal:SpectralCentroid",
     "digit-class": "gencontrol.rewards.classifier:DigitClassReward",
+    "classifier": "gencontrol.rewards.classifier:ClassifierReward",
     "clip": "gencontrol.rewards.clip:ClipReward",
     "pickscore": "gencontrol.rewards.preference:PickScore",
     "hps": "gencontrol.rewards.preference:Hps",

@@ -6,7 +6,7 @@ Conventions (design.md §2): t in [0, 1], t = 0 is data; x_t = a(t)·x0 + s(t)·
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -72,6 +72,15 @@ class RewardContext:
     prompts: Sequence[str] | None = None
     sampling_rate: int | None = None
     metadata: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+    def rows(self, rows: Sequence[int]) -> RewardContext:
+        """The context of the samples with these indices."""
+        prompts = self.prompts
+        return replace(
+            self,
+            prompts=None if prompts is None else [prompts[i] for i in rows],
+            metadata={key: [value[i] for i in rows] for key, value in self.metadata.items()},
+        )
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from gencontrol.rng import item_generators, stream
 from gencontrol.sampling import Path, sample
 from gencontrol.sampling.guidance import cfg
 from gencontrol.sampling.state import Step
+from gencontrol.sampling.state import Step
 from gencontrol.types import Cond, RewardContext, cond_to, index_cond
 
 #: prefix of the values of a weighted sum's parts while they are collected

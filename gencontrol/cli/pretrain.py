@@ -1,4 +1,4 @@
-"""`gencontrol pretrain`: sound-data, clap, attributes, flow and digits, which together make all that is bundled."""
+"""`gencontrol pretrain`: sound-data, clap, attributes, flow, digits and scenes, which together make all that is bundled."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any
 from gencontrol.cli.environment import choose_device, prepare
 from gencontrol.cli.pretrain_digits import DigitsRun
 from gencontrol.cli.pretrain_digits import train_defaults as digits_defaults
+from gencontrol.cli.pretrain_scenes import ScenesRun
+from gencontrol.cli.pretrain_scenes import train_defaults as scenes_defaults
 from gencontrol.cli.runs import RunFolder, fit, open_run
 from gencontrol.cli.settings import describe, given_flags, merge, run_mode
 from gencontrol.config import build, dump_toml
 from gencontrol.errors import UsageError, nearest
 
-STAGES = ("sound-data", "clap", "attributes", "flow", "digits")
+STAGES = ("sound-data", "clap", "attributes", "flow", "digits", "scenes")
 SECTIONS = ("run", "train", "algorithm", "model", "process")
 
 ROUTES = {
@@ -109,9 +111,11 @@ def _train(stage: str, table: dict[str, dict[str, Any]], parameters: Mapping[str
 
     table["run"]["stage"] = stage
     table["run"].setdefault("output", f"runs/{stage}")
-    run: PretrainRun | DigitsRun
+    run: PretrainRun | DigitsRun | ScenesRun
     if stage == "digits":
         run, defaults = build(DigitsRun, table["run"], "run"), digits_defaults(table["train"])
+    elif stage == "scenes":
+        run, defaults = build(ScenesRun, table["run"], "run"), scenes_defaults(table["train"])
     else:
         run, defaults = build(PretrainRun, table["run"], "run"), _train_defaults(table["train"])
     train = build(TrainConfig, {**defaults, **table["train"]}, "train")
@@ -133,15 +137,18 @@ def _train(stage: str, table: dict[str, dict[str, Any]], parameters: Mapping[str
 
 def _architecture(stage: str, table: Mapping[str, Mapping[str, Any]]) -> tuple[Any, Any] | None:
     """Sizes of the network and the process of a denoiser's stage; None for the others, which have neither."""
-    if stage not in ("flow", "digits"):
+    if stage not in ("flow", "digits", "scenes"):
         if table["model"] or table["process"]:
-            raise UsageError(f"pretrain {stage} has no sections [model] and [process]; only flow and digits have.")
+            raise UsageError(f"pretrain {stage} has no sections [model] and [process]; only flow, digits and scenes have.")
         return None
-    from gencontrol.cli import pretrain_digits, pretrain_flow
+    from gencontrol.cli import pretrain_digits, pretrain_flow, pretrain_scenes
 
     if stage == "flow":
         sizes: Any = build(pretrain_flow.FlowModel, table["model"], "model")
         return sizes, pretrain_flow.flow_process(table["process"])
+    if stage == "scenes":
+        sizes = build(pretrain_scenes.ScenesModel, table["model"], "model")
+        return sizes, pretrain_flow.flow_process({**pretrain_scenes.PROCESS, **table["process"]})
     sizes = build(pretrain_digits.DigitsModel, table["model"], "model")
     return sizes, pretrain_flow.flow_process({**pretrain_digits.PROCESS, **table["process"]})
 
@@ -159,7 +166,7 @@ def _check_data(folder: str) -> None:
 def _fit(
     stage: str,
     algorithm: Any,
-    run: PretrainRun | DigitsRun,
+    run: PretrainRun | DigitsRun | ScenesRun,
     options: Any,
     train: Any,
     architecture: tuple[Any, Any] | None,
@@ -168,9 +175,11 @@ def _fit(
     device = choose_device(train.device)
     if not isinstance(run, PretrainRun):
         from gencontrol.cli.pretrain_digits import make_digits
+        from gencontrol.cli.pretrain_scenes import make_scenes
 
         assert architecture is not None  # of `_architecture`
-        made = make_digits(algorithm, options, *architecture, seed=train.seed, device=device)
+        make = make_digits if isinstance(run, DigitsRun) else make_scenes
+        made = make(algorithm, options, *architecture, seed=train.seed, device=device)
     elif architecture is not None:
         from gencontrol.cli.pretrain_flow import make_flow
 

@@ -78,6 +78,9 @@ class Conditioned(nn.Module):
         self.process, self.prediction, self.sigma_data = like.process, like.prediction, like.sigma_data
         self.grid: tuple[float, ...] | None = None
         self.control: nn.Module | None = None
+        #: a residual control leaves the backbone's own output of its last call here, with its graph
+        self.base_output: Tensor | None = None
+        self.detach_backbone = False
         self._offset: Tensor | None = None
         if config.inject == "time":
             module, width = time_module(network)
@@ -123,6 +126,7 @@ class Conditioned(nn.Module):
         labels, strength, rest = self.split(cond)
         given = None if labels is None else self._given(labels, t)
         if labels is None or given is None or not bool(given.any()):
+            self.base_output = None
             with self._plain():
                 return self.network(x, t, rest)
         if not bool(given.all()) and _lora_layers(self.network):
@@ -130,9 +134,15 @@ class Conditioned(nn.Module):
         vectors = self.labels.vectors(self.embed, labels) * given[:, None]
         if self.control is None:
             return self._timed(x, t, rest, vectors if strength is None else vectors * strength[:, None])
-        raw = self.network(x, t, rest)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_backbone):
+            raw = self.network(x, t, rest)
+        self.base_output = None if _lora_layers(self.network) else raw
         moved = raw + self._residual(x, t, raw, vectors, strength).to(raw.dtype)
         return torch.where(given.reshape(-1, *[1] * (raw.ndim - 1)), moved, raw)
+
+    def acts(self, labels: Tensor, t: Float[Tensor, " b"]) -> bool:
+        """Whether any row has a label that acts at its time."""
+        return bool(self._given(labels, t).any())
 
     def _given(self, labels: Tensor, t: Float[Tensor, " b"]) -> Bool[Tensor, " b"]:
         """Which rows have a label that acts at their time."""
@@ -153,6 +163,7 @@ class Conditioned(nn.Module):
         out = torch.zeros_like(x, dtype=parts[0][1].dtype)
         for rows_of, value in parts:
             out = out.index_copy(0, rows_of, value)
+        self.base_output = None
         return out
 
     def _timed(self, x: Tensor, t: Tensor, rest: Cond, vectors: Tensor) -> Tensor:

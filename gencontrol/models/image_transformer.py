@@ -1,4 +1,4 @@
-"""The sequence backbone on small square images: patches as tokens, a class label as pooled condition.
+"""The sequence backbone on small square images: patches as tokens, conditioned on a class label or a text.
 
 An image [b c s s] becomes (s/p)² tokens of its p x p patches, each with the one-hot number of its place (which makes
 the first linear layer a learned position embedding); the output is put together the same way.
@@ -73,6 +73,10 @@ class PatchTransformer(nn.Module):
         """Number of class labels that the condition can name."""
         return self.backbone.config.pooled_dim
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute the blocks' activations again in the backward pass instead of keeping them."""
+        self.backbone.enable_gradient_checkpointing()
+
     def null_cond(self, batch: int) -> dict[str, Tensor]:
         """The learned null condition, shaped as a condition of labels: {"pooled": [b classes], "drop": [b] bool}."""
         return {
@@ -86,7 +90,8 @@ class PatchTransformer(nn.Module):
         """Return the network's output for images at times t in [0, 1].
 
         Args:
-            cond: None, or {"pooled": one-hot labels [b classes], "drop": [b] bool} as of `Transformer`.
+            cond: None, {"pooled": one-hot labels [b classes], "drop": [b] bool}, or {"pooled", "tokens", "mask", "drop"}
+                of a text, as of `Transformer`.
 
         Raises:
             UsageError: images of another shape.
@@ -127,9 +132,14 @@ class PatchTransformer(nn.Module):
 
 
 def backbone_config(
-    config: PatchConfig, *, classes: int, dim: int, depth: int, heads: int, mlp_ratio: float = 4.0
+    config: PatchConfig, *, classes: int, dim: int, depth: int, heads: int, mlp_ratio: float = 4.0, context: int = 0
 ) -> TransformerConfig:
-    """Sizes of the backbone that fits a way of cutting; see `TransformerConfig` for the arguments."""
+    """Sizes of the backbone that fits a way of cutting; see `TransformerConfig` for the arguments.
+
+    Args:
+        classes: channels of cond["pooled"]: class labels, or a text encoder's pooled embedding.
+        context: channels of cond["tokens"] for cross-attention; 0 = none.
+    """
     return TransformerConfig(
         in_dim=config.values + config.tokens,
         out_dim=config.values,
@@ -138,5 +148,6 @@ def backbone_config(
         heads=heads,
         mlp_ratio=mlp_ratio,
         pooled_dim=classes,
+        context_dim=context,
         max_tokens=config.tokens,
     )

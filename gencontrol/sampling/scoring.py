@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -136,13 +136,7 @@ class Scorer:
 
     def _context(self, roots: Int64[Tensor, " b"]) -> RewardContext:
         """The context's entries of the rows."""
-        rows = roots.tolist()
-        prompts = self.context.prompts
-        return replace(
-            self.context,
-            prompts=None if prompts is None else [prompts[i] for i in rows],
-            metadata={key: [value[i] for i in rows] for key, value in self.context.metadata.items()},
-        )
+        return self.context.rows(roots.tolist())
 
     def _score(self, x0: Tensor, roots: Tensor) -> Scores:
         """One decode, `repeats` reward calls, averaged over the valid ones."""
@@ -176,7 +170,11 @@ class Scorer:
             return Scores(torch.cat([s.values for s in single]), torch.cat([s.valid for s in single]))
         valid = out.valid.cpu()
         if missing := size - int(valid.sum()):
-            self._reason("returned NaN or infinity", missing)
+            named = out.extras.get("reasons", {})
+            for reason, count in named.items():
+                self._reason(reason, count)
+            if (rest := missing - sum(named.values())) > 0:
+                self._reason("returned NaN or infinity", rest)
         return Scores(out.values.detach().double().cpu(), valid)
 
     def _reason(self, text: str, count: int = 1) -> None:

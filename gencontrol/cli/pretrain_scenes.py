@@ -1,0 +1,111 @@
+"""What scene pretraining is made of: the sizes of network and text encoder, and the settings of the bundled model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+#: the [process] section unless another is given: rectified flow
+PROCESS = {"schedule": "linear", "prediction": "velocity", "step": "euler", "steps": 20, "guidance_scale": 1.0}
+
+
+@dataclass(frozen=True)
+class ScenesRun:
+    """The [run] section of scene pretraining: the stage and the run folder; the images are drawn as they are needed."""
+
+    stage: str
+    output: str = ""
+
+
+@dataclass(frozen=True)
+class ScenesModel:
+    """The [model] section: patch size in pixels, sizes of the transformer and of the text encoder."""
+
+    patch: int = 4
+    dim: int = 128
+    depth: int = 6
+    heads: int = 4
+    mlp_ratio: float = 4.0
+    text_width: int = 128
+    text_depth: int = 3
+
+
+def train_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults of [train] that make the bundled model in about 45 minutes on two cores."""
+    steps = given.get("steps", 3400)
+    if not isinstance(steps, int):
+        return {}
+    return {
+        "steps": steps,
+        "lr": 1.5e-3,
+        "lr_schedule": "cosine",
+        "warmup": min(150, steps // 10),
+        "weight_decay": 0.01,
+        "micro_batch": 64,
+        "precision": "bf16",
+        "save_every": max(1, steps // 12),
+        "eval_every": max(1, steps // 6),
+    }
+
+
+def make_scenes(algorithm: Any, options: Any, sizes: ScenesModel, spec: Any, *, seed: int, device: str) -> Any:
+    """Assemble network and text encoder with fresh weights and return the pretraining algorithm on the scenes."""
+    import torch
+
+    from gencontrol.data.scenes.corpus import SceneCorpus
+    from gencontrol.data.scenes.render import SIDE
+    from gencontrol.errors import UsageError
+    from gencontrol.models.image_transformer import PatchConfig, PatchTransformer, backbone_config
+    from gencontrol.models.scene_text import CaptionedNetwork, build_text_encoder, build_tokenizer
+    from gencontrol.models.transformer import Transformer
+
+    try:
+        cut = PatchConfig(channels=3, size=SIDE, patch=sizes.patch)
+        shape = backbone_config(
+            cut,
+            classes=sizes.text_width,
+            context=sizes.text_width,
+            dim=sizes.dim,
+            depth=sizes.depth,
+            heads=sizes.heads,
+            mlp_ratio=sizes.mlp_ratio,
+        )
+        text_encoder = build_text_encoder(seed, width=sizes.text_width, depth=sizes.text_depth)
+    except ValueError as error:
+        raise UsageError(f"[model] {error}") from error
+    tokenizer = build_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = CaptionedNetwork(text_encoder, PatchTransformer(cut, Transformer(shape))).to(device)
+    return algorithm(
+        spec.denoiser(network),
+        SceneCorpus(tokenizer, "train", seed=seed),
+        options,
+        held_out=SceneCorpus(tokenizer, "test", seed=seed),
+        seed=seed,
+        save=lambda folder: save_text_to_image(folder, network.transformer, text_encoder, tokenizer, spec),
+    )
+
+
+def save_text_to_image(folder: Path, transformer: Any, text_encoder: Any, tokenizer: Any, spec: Any) -> None:
+    """Write the folder of a TextToImagePipeline; weights are stored in half precision and loaded in single."""
+    import torch
+
+    from gencontrol.models.scene_text import save_text
+    from gencontrol.pipelines.backend import write_index
+
+    folder.mkdir(parents=True, exist_ok=True)
+    transformer.save_pretrained(folder / "transformer", torch.float16)
+    save_text(folder, text_encoder, tokenizer)
+    spec.write(folder)
+    write_index(
+        folder,
+        "TextToImagePipeline",
+        {
+            "transformer": ("gencontrol", "PatchTransformer"),
+            "text_encoder": ("transformers", type(text_encoder).__name__),
+            "tokenizer": ("transformers", type(tokenizer).__name__),
+        },
+    )
