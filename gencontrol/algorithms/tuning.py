@@ -184,6 +184,16 @@ class RewardTuning:
         """Return the roles that a run with this configuration needs; a method with more of them overrides it."""
         return default_roles(config)
 
+    @staticmethod
+    def prepare(task: PromptTask, reward: Reward | SetReward, config: Any) -> PromptTask:
+        """Return the task that the method works on, before the roles are made; a method that adds to it overrides."""
+        return task
+
+    @staticmethod
+    def whole_parameters(config: Any) -> tuple[str, ...]:
+        """Return beginnings of the names of parameters that are trained whole beside LoRA (see `Roles`)."""
+        return ()
+
     def after_update(self, ctx: StepContext, update: int) -> None:
         """Move the averaged weights."""
         self.shell.updated()

@@ -139,14 +139,10 @@ def train(job: Job) -> None:
     """Load the model and the reward, make the algorithm, fit it; writes final/ with its card, and report.html."""
     device = choose_device(job.train.device)
     pipeline = load_pipeline(job.run.model, device, online=job.run.online)
-    task = pipeline.task(job.prompts, job.eval_prompts)
-    algorithm = job.kind(
-        task,
-        load_reward(job.run, device),
-        job.algorithm,
-        roles=make_roles(job, task.denoiser.network),
-        seed=job.train.seed,
-    )
+    reward = load_reward(job.run, device)
+    task = job.kind.prepare(pipeline.task(job.prompts, job.eval_prompts), reward, job.algorithm)
+    roles = make_roles(job, task.denoiser.network)
+    algorithm = job.kind(task, reward, job.algorithm, roles=roles, seed=job.train.seed)
     fit(job.folder, job.train, algorithm, {"kind": "finetune", "eval_prompts": job.eval_prompts})
 
 
@@ -175,4 +171,5 @@ def make_roles(job: Job, network: Any) -> Any:
     lora = None
     if job.run.lora_rank:
         lora = LoraConfig(job.run.lora_rank, job.run.lora_alpha, job.run.lora_targets or None)
-    return Roles(network, job.kind.role_names(job.algorithm), lora, job.train.seed)
+    whole = job.kind.whole_parameters(job.algorithm) if lora is not None else ()
+    return Roles(network, job.kind.role_names(job.algorithm), lora, job.train.seed, whole)
