@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from gencontrol.pipelines.outputs import AudioPipelineOutput, ImagePipelineOutput
     from gencontrol.pipelines.search_outputs import AudioSearchOutput, ImageSearchOutput
     from gencontrol.pipelines.text_to_audio import TextToAudioPipeline
+    from gencontrol.pipelines.text_to_image import TextToImagePipeline
     from gencontrol.pipelines.tree_search import TreeSearchPipeline
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Pipeline",
     "ProcessSpec",
     "TextToAudioPipeline",
+    "TextToImagePipeline",
     "TreeSearchPipeline",
 ]
 
@@ -35,6 +37,7 @@ _WHERE = {
     "Pipeline": "base",
     "ProcessSpec": "backend",
     "TextToAudioPipeline": "text_to_audio",
+    "TextToImagePipeline": "text_to_image",
     "TreeSearchPipeline": "tree_search",
 }
 

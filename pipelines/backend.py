@@ -17,6 +17,7 @@ from torch import Tensor
 from gencontrol.errors import UsageError, nearest
 from gencontrol.models.denoiser import Denoiser
 from gencontrol.pipelines.hub import INDEX, check_component, own_memory, quiet
+from gencontrol.pipelines.lora import uncompiled
 from gencontrol.types import Cond, Prediction
 
 PROCESS_FILE = "process.json"
@@ -160,14 +161,86 @@ class ProcessSpec:
         return Denoiser(network, law, prediction, sigma_data=self.sigma_data)
 
 
-class NativeAudio:
-    """Our own architecture: CLAP text encoder, `Transformer`, `MelCodec`; mono, of one fixed length."""
+#: class names that a tokenizer of ours may have in an index; all are loaded by AutoTokenizer
+TOKENIZERS = (
+    "AutoTokenizer",
+    "RobertaTokenizer",
+    "RobertaTokenizerFast",
+    "CLIPTokenizer",
+    "CLIPTokenizerFast",
+    "PreTrainedTokenizerFast",
+    "TokenizersBackend",
+)
+
+
+def load_text(folder: Path, kind: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Load text_encoder/ (a class of transformers, by a name from a list of ours) and tokenizer/.
+
+    Raises:
+        UsageError: they are missing or damaged, or do not fit.
+    """
+    import transformers
+
+    try:
+        with quiet():
+            text_encoder = getattr(transformers, kind).from_pretrained(
+                folder / "text_encoder", dtype=dtype, use_safetensors=True, local_files_only=True
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"'{folder}': text_encoder or tokenizer cannot be loaded ({error}); copy it again.") from error
+    if len(tokenizer) > text_encoder.config.vocab_size or len(tokenizer) < 16:
+        raise UsageError(
+            f"'{folder}': the tokenizer has {len(tokenizer)} tokens, the text encoder "
+            f"{text_encoder.config.vocab_size}; its files are damaged or of another model."
+        )
+    return text_encoder, tokenizer
+
+
+class NativeText:
+    """What our own architectures share: a small text encoder of transformers, and a network that takes its states."""
 
     network_name = "transformer"
+    components: dict[str, Any]
+
+    def encode(self, prompts: Sequence[str], extent: Any, device: torch.device) -> Cond:
+        """Condition {"pooled", "tokens", "mask", "drop"} of prompts."""
+        from gencontrol.models.text_condition import MAX_TEXT_TOKENS, encode_text
+
+        tokenizer = self.components["tokenizer"]
+        for prompt, ids in zip(prompts, tokenizer(list(prompts), verbose=False)["input_ids"]):
+            if len(ids) > MAX_TEXT_TOKENS:
+                warnings.warn(
+                    f"only the first {MAX_TEXT_TOKENS} of {len(ids)} tokens are used: '{prompt}'", stacklevel=2
+                )
+        return encode_text(self.components["text_encoder"], tokenizer, prompts)
+
+    def uncond(self, extent: Any, device: torch.device) -> Cond:
+        """The network's learned null condition, in the shape of `encode`'s."""
+        from gencontrol.models.text_condition import null_text
+
+        return null_text(self.encode([""], extent, device))
+
+    def offload_order(self) -> list[torch.nn.Module]:
+        """Text encoder, transformer; what decodes is small."""
+        return [self.components["text_encoder"], self.components["transformer"]]
+
+    def times(self, steps: int, extent: Any = None) -> None:
+        """The sampler's own grid."""
+        return None
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Checkpoint the transformer's blocks."""
+        uncompiled(self.components["transformer"]).enable_gradient_checkpointing()
+
+
+class NativeAudio(NativeText):
+    """Our own architecture: CLAP text encoder, `Transformer`, `MelCodec`; mono, of one fixed length."""
+
     allowed: Mapping[str, tuple[str, ...]] = {
         "transformer": ("Transformer",),
         "text_encoder": ("ClapTextModelWithProjection",),
-        "tokenizer": ("AutoTokenizer", "RobertaTokenizer", "RobertaTokenizerFast", "PreTrainedTokenizerFast"),
+        "tokenizer": TOKENIZERS,
         "codec": ("MelCodec",),
     }
     libraries: Mapping[str, str] = {"transformer": "gencontrol", "codec": "gencontrol"}
@@ -206,28 +279,12 @@ class NativeAudio:
         Raises:
             UsageError: a component is missing, of a class that is not on the list, or does not fit.
         """
-        from transformers import AutoTokenizer, ClapTextModelWithProjection
-
         from gencontrol.models.codec import MelCodec
         from gencontrol.models.transformer import Transformer
 
         for name in cls.allowed:
             check_component(index, name, cls.allowed, folder)
-        try:
-            with quiet():
-                text_encoder = ClapTextModelWithProjection.from_pretrained(
-                    folder / "text_encoder", dtype=dtype, use_safetensors=True, local_files_only=True
-                )
-                tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise UsageError(
-                f"'{folder}': text_encoder or tokenizer cannot be loaded ({error}); copy it again."
-            ) from error
-        if len(tokenizer) > text_encoder.config.vocab_size or len(tokenizer) < 16:
-            raise UsageError(
-                f"'{folder}': the tokenizer has {len(tokenizer)} tokens, the text encoder "
-                f"{text_encoder.config.vocab_size}; its files are damaged or of another model."
-            )
+        text_encoder, tokenizer = load_text(folder, "ClapTextModelWithProjection", dtype)
         transformer = Transformer.from_pretrained(folder / "transformer").to(dtype).eval()
         codec = MelCodec.from_pretrained(folder / "codec")
         for module in (text_encoder, transformer, codec):
@@ -238,28 +295,6 @@ class NativeAudio:
         """Shape [tokens channels] of one latent; the length is fixed, so shorter sounds are cropped."""
         return tuple(self.components["codec"].latent_shape)
 
-    def offload_order(self) -> list[torch.nn.Module]:
-        """Text encoder, transformer; the codec is small."""
-        return [self.components["text_encoder"], self.components["transformer"]]
-
-    def encode(self, prompts: Sequence[str], seconds: float | None, device: torch.device) -> Cond:
-        """Condition {"pooled", "tokens", "mask", "drop"} of prompts."""
-        from gencontrol.models.text_condition import MAX_TEXT_TOKENS, encode_text
-
-        tokenizer = self.components["tokenizer"]
-        for prompt, ids in zip(prompts, tokenizer(list(prompts), verbose=False)["input_ids"]):
-            if len(ids) > MAX_TEXT_TOKENS:
-                warnings.warn(
-                    f"only the first {MAX_TEXT_TOKENS} of {len(ids)} tokens are used: '{prompt}'", stacklevel=2
-                )
-        return encode_text(self.components["text_encoder"], tokenizer, prompts)
-
-    def uncond(self, seconds: float | None, device: torch.device) -> Cond:
-        """The network's learned null condition, in the shape of `encode`'s."""
-        from gencontrol.models.text_condition import null_text
-
-        return null_text(self.encode([""], seconds, device))
-
     def decode(self, latents: Float[Tensor, "b tokens channels"]) -> Float[Tensor, "b n"]:
         """Waveforms of latents."""
         return self.components["codec"].decode(latents)
@@ -267,14 +302,6 @@ class NativeAudio:
     def replace(self, components: Mapping[str, Any]) -> NativeAudio:
         """The same process around other components."""
         return NativeAudio(**components, spec=self.spec)
-
-    def times(self, steps: int, extent: float | None = None) -> None:
-        """The sampler's own grid."""
-        return None
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Checkpoint the transformer's blocks."""
-        self.components["transformer"].enable_gradient_checkpointing()
 
     def save(self, folder: Path, weights: Callable[[], dict[str, Tensor]] | None) -> None:
         """Write each component into its folder, `process.json`, and the index last."""

@@ -33,7 +33,9 @@ _DTYPES = {
     "float16": torch.float16,
 }
 #: libraries whose components a model_index.json may name
-_LIBRARIES = frozenset({"gencontrol", "diffusers", "transformers", "stable_audio", "audioldm2"})
+_LIBRARIES = frozenset(
+    {"gencontrol", "diffusers", "transformers", "stable_audio", "audioldm2", "stable_diffusion"}
+)
 
 
 @dataclass(frozen=True)

@@ -304,6 +304,8 @@ SEARCHABLE: Mapping[str, Callable[[Any], Searchable]] = {
     "StableDiffusionXLPipeline": _diffusers_image("StableDiffusionXLPipeline"),
     "StableDiffusion3Pipeline": _diffusers_image("StableDiffusion3Pipeline"),
     "FluxPipeline": _diffusers_image("FluxPipeline"),
+    "PixArtAlphaPipeline": _diffusers_image("PixArtAlphaPipeline"),
+    "PixArtSigmaPipeline": _diffusers_image("PixArtSigmaPipeline"),
 }
 
 

@@ -1,8 +1,9 @@
-"""diffusers' text-to-image pipelines for a search: Stable Diffusion 1 and 2, XL, 3, and FLUX.
+"""diffusers' text-to-image pipelines taken apart: Stable Diffusion 1 and 2, XL, 3, FLUX, PixArt-α and -Σ.
 
 Each class says how its pipeline encodes prompts, shapes and scales latents, and spaces its noise levels; text encoders,
-scheduler and VAE are the pipeline's own objects, looked up at every call.  The safety checker and the watermark are not
-run: a search scores thousands of images, and what leaves it is the caller's to check.
+scheduler and VAE are the pipeline's own objects, looked up at every call.  Searches and `TextToImagePipeline` work on
+them.  The safety checker and the watermark are not run: a search or a training scores thousands of images, and what
+leaves it is the caller's to check.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class DiffusersImage(ABC):
         texts = arguments.texts(ask.prompt, "prompt")
         scale = arguments.guidance(self.default_guidance if ask.guidance_scale is None else ask.guidance_scale)
         negatives = self.negatives(ask, len(texts), scale)
-        size = self._size(ask)
+        size = self.size(ask)
         sides = [self.encode(text, other, scale, size) for text, other in zip(texts, negatives, strict=True)]
         free = None if sides[0][1] is None else cat_cond([side[1] for side in sides])
         denoiser = self.denoiser()
@@ -134,7 +135,7 @@ class DiffusersImage(ABC):
         found = arguments.negatives(ask.negative_prompt, count, 1, scale)
         return [None] * count if found is None else found
 
-    def _size(self, ask: Request) -> Size:
+    def size(self, ask: Request) -> Size:
         """Height and width in pixels.
 
         Raises:
@@ -155,18 +156,23 @@ class DiffusersImage(ABC):
         return (image.float() / 2 + 0.5).clamp(0, 1)
 
     @contextmanager
-    def at_work(self) -> Iterator[None]:
-        """Freeze network and VAE; a VAE that overflows in float16 (force_upcast) is float32 for the time."""
+    def upcast(self) -> Iterator[None]:
+        """A VAE that overflows in float16 (force_upcast) is float32 inside the block."""
         vae = self.pipe.vae
-        upcast = vae.dtype == torch.float16 and bool(vae.config.get("force_upcast", False))
-        if upcast:
+        needed = vae.dtype == torch.float16 and bool(vae.config.get("force_upcast", False))
+        if needed:
             vae.to(torch.float32)
         try:
-            with frozen(self.network, vae):
-                yield
+            yield
         finally:
-            if upcast:
+            if needed:
                 vae.to(torch.float16)
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Freeze network and VAE; a VAE that overflows in float16 (force_upcast) is float32 for the time."""
+        with self.upcast(), frozen(self.network, self.pipe.vae):
+            yield
 
 
 class StableDiffusion(DiffusersImage):
@@ -293,6 +299,40 @@ class Flux(DiffusersImage):
         return cond, None
 
 
+class PixArt(DiffusersImage):
+    """PixArtAlphaPipeline and PixArtSigmaPipeline: T5 states and their mask; α at 1024 pixels also takes the size.
+
+    Captions are used as they are (lower case, no HTML cleaning), and sizes are not mapped to the training's buckets.
+    """
+
+    default_steps, default_guidance = 20, 4.5
+
+    def default_size(self) -> Size:
+        """The transformer's sample size, times the VAE's factor."""
+        side = int(self.network.config.sample_size * self.pipe.vae_scale_factor)
+        return side, side
+
+    def multiple(self) -> int:
+        """The VAE's factor times the patch size."""
+        return int(self.pipe.vae_scale_factor * self.network.config.patch_size)
+
+    def encode(self, prompt: str, negative: str | None, scale: float, size: Size) -> tuple[Cond, Cond | None]:
+        """T5 states with their mask, and of the negative or empty prompt."""
+        given, mask, free, free_mask = self.pipe.encode_prompt(
+            [prompt], scale > 1, negative_prompt=negative or "", device=self.text_device, clean_caption=False
+        )
+        other = self._cond(free, free_mask, size) if scale > 1 else None
+        return self._cond(given, mask, size), other
+
+    def _cond(self, tokens: Tensor, mask: Tensor, size: Size) -> Cond:
+        cond = {"tokens": tokens, "mask": mask.bool()}
+        extra = self.network.config.use_additional_conditions
+        if self.network.config.sample_size == 128 if extra is None else extra:
+            pixels = torch.tensor([size], dtype=torch.float32, device=tokens.device)
+            cond |= {"resolution": pixels, "aspect_ratio": pixels[:, :1] / pixels[:, 1:]}
+        return cond
+
+
 def _listed(text: str | None) -> list[str] | None:
     """A prompt as encode_prompt takes it."""
     return None if text is None else [text]
@@ -313,4 +353,6 @@ IMAGES: Mapping[str, type[DiffusersImage]] = {
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusion3Pipeline": StableDiffusion3,
     "FluxPipeline": Flux,
+    "PixArtAlphaPipeline": PixArt,
+    "PixArtSigmaPipeline": PixArt,
 }

@@ -205,3 +205,38 @@ def tiny_flux(seed: int = 0, *, guidance_embeds: bool = True) -> Any:
 def noise(shape: tuple[int, ...], seed: int = 5) -> torch.Tensor:
     """Unit noise from a fixed seed."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tiny_pixart(seed: int = 0, *, sizes: bool = False) -> Any:
+    """diffusers' PixArtAlphaPipeline: latents [4, 8, 8], images of 16 pixels; `sizes` as its 1024 pixel model has."""
+    from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
+
+    with seeded(seed):
+        transformer = PixArtTransformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=8,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=3,
+            cross_attention_dim=24,
+            caption_channels=16,
+            norm_type="ada_norm_single",
+            use_additional_conditions=sizes,
+        )
+        return _quiet(
+            PixArtAlphaPipeline(
+                tokenizer=t5_tokenizer(),
+                text_encoder=t5_encoder(16),
+                vae=vae(),
+                transformer=randomise(transformer).eval(),
+                scheduler=DPMSolverMultistepScheduler(beta_end=0.02),
+            )
+        )
+
+
+#: name → builder of the five families that TextToImagePipeline takes
+FAMILIES = {"sd": tiny_sd, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux, "pixart": tiny_pixart}
+#: FLUX tells no size of its own; the tests make small images
+SIZES = {"flux": (16, 16)}

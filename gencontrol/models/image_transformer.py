@@ -15,8 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gencontrol.errors import UsageError
+from gencontrol.models.denoiser import TakesGroups
 from gencontrol.models.transformer import Transformer, TransformerConfig
-from gencontrol.types import Cond
+from gencontrol.types import Cond, Grouped
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class PatchConfig:
         return self.channels * self.patch**2
 
 
-class PatchTransformer(nn.Module):
+class PatchTransformer(TakesGroups):
     """`Transformer` between cutting an image and putting it together; called as a Denoiser's network."""
 
     places: Tensor
@@ -83,6 +84,10 @@ class PatchTransformer(nn.Module):
             "pooled": torch.zeros(batch, self.classes, device=self.backbone.device),
             "drop": torch.ones(batch, dtype=torch.bool, device=self.backbone.device),
         }
+
+    def prepare(self, cond: Grouped) -> Grouped:
+        """Return the condition with keys and values of the backbone's blocks; see `Transformer.prepare`."""
+        return self.backbone.prepare(cond)
 
     def forward(
         self, x: Float[Tensor, "b c s s"], t: Float[Tensor, " b"] | Float[Tensor, ""] | float, cond: Cond = None
