@@ -129,11 +129,13 @@ class RewardContext:
         prompts: one text per sample, or None.
         sampling_rate: Hz, for audio samples.
         metadata: any per-sample lists (labels, ids), keyed by name.
+        poll: called now and then by a reward that waits; raises when the run has to stop.
     """
 
     prompts: Sequence[str] | None = None
     sampling_rate: int | None = None
     metadata: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    poll: Callable[[], None] | None = field(default=None, repr=False, compare=False)
 
     def rows(self, rows: Sequence[int]) -> RewardContext:
         """The context of the samples with these indices."""

@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
-from gencontrol.errors import RewardError, UsageError
+from gencontrol.errors import UsageError
 from gencontrol.rewards.base import checked
 from gencontrol.types import RewardContext, RewardOut
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+_POLL_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,17 @@ class _Run(Generic[Item, Result]):
                 self._done[index] = outcome
                 self._changed.notify()
 
-    def wait(self, patience: int) -> list[Outcome[Result]]:
+    def wait(self, patience: int, poll: Callable[[], None] | None) -> list[Outcome[Result]]:
         """Wait for all items; `patience` calls may hang before the waiting items are given up."""
         with self._changed:
             try:
                 while len(self._done) < len(self._items):
                     running = [at for index, at in self._started.items() if index not in self._done]
                     now = time.monotonic()
-                    self._changed.wait(max(0.0, min(running, default=now) + self._timeout_s - now))
+                    left = max(0.0, min(running, default=now) + self._timeout_s - now)
+                    self._changed.wait(left if poll is None else min(left, _POLL_S))
+                    if poll is not None:
+                        poll()
                     patience = self._give_up(patience)
             finally:
                 self._next = len(self._items)  # after an interrupt nothing further starts
@@ -93,9 +97,18 @@ class _Run(Generic[Item, Result]):
 
 
 def bounded_map(
-    work: Callable[[Item], Result], items: Sequence[Item], *, workers: int, timeout_s: float
+    work: Callable[[Item], Result],
+    items: Sequence[Item],
+    *,
+    workers: int,
+    timeout_s: float,
+    poll: Callable[[], None] | None = None,
 ) -> list[Outcome[Result]]:
-    """Call `work` on every item in at most `workers` threads; outcomes in the order of the items, never an exception.
+    """Call `work` on every item in at most `workers` threads; outcomes in the order of the items.
+
+    Args:
+        timeout_s: seconds for one call.
+        poll: called a few times a second while waiting; what it raises ends the wait.
 
     Raises:
         UsageError: workers below 1, or a timeout that is not positive.
@@ -105,7 +118,7 @@ def bounded_map(
     run = _Run(work, items, timeout_s)
     for _ in range(min(workers, len(items))):
         run.start()
-    return run.wait(workers)
+    return run.wait(workers, poll)
 
 
 def counted(outcomes: Sequence[Outcome[Any]]) -> dict[str, int]:
@@ -122,15 +135,12 @@ class PooledReward:
         name: for messages and metrics.
         workers: threads, that is calls at a time.
         timeout_s: seconds for one call.
-        min_answers: share of samples that must not raise or hang; below it the whole call is an error, because then
-            the reward is broken rather than the samples.
     """
 
     call: Callable[[Any, RewardContext], float | None]
     name: str
     workers: int = 8
     timeout_s: float = 60.0
-    min_answers: float = 0.0
 
     @property
     def kind(self) -> Literal["item", "set"]:
@@ -143,23 +153,16 @@ class PooledReward:
         return False
 
     def __call__(self, samples: Any, context: RewardContext) -> RewardOut:
-        """Score; `extras["reasons"]` counts why samples are invalid.
-
-        Raises:
-            RewardError: fewer than the share `min_answers` of the calls came back.
-        """
+        """Score; `extras["reasons"]` counts why samples are invalid."""
         outcomes = bounded_map(
             lambda row: self.call(samples[row], context.rows([row])),
             range(len(samples)),
             workers=self.workers,
             timeout_s=self.timeout_s,
+            poll=context.poll,
         )
-        reasons = counted(outcomes)
-        if sum(reasons.values()) > (1.0 - self.min_answers) * len(outcomes):
-            worst = max(reasons, key=lambda reason: reasons[reason])
-            raise RewardError(f"reward '{self.name}' failed for {sum(reasons.values())} of {len(outcomes)}: {worst}")
         out = checked(self.name, [outcome.result for outcome in outcomes], len(outcomes))
-        return RewardOut(out.values, out.valid, {"reasons": reasons})
+        return RewardOut(out.values, out.valid, {"reasons": counted(outcomes)})
 
 
 def pooled(

@@ -4,7 +4,7 @@ A message with tensors is one safetensors file; its facts are a JSON object in t
 key "json".  Protocol 1:
 
     GET  /health       → {"status": "ok"}; no token needed
-    GET  /NAME         → {"protocol": 1, "reward", "kind", "version", "identity", "max_bytes", …}
+    GET  /NAME         → {"protocol": 1, "reward", "kind", "version", "identity", "max_bytes"}; "/" does as well
     POST /NAME         facts {"protocol": 1, "prompts": [...] or null, "sampling_rate": Hz or null, "metadata": {...}},
                        tensor "samples" [b *d]  (uint8 stands for [0, 1] in steps of 1/255)
                        → facts {"protocol": 1, "reward", "identity", "reasons": {...}}, tensors "values" [b] float32,
@@ -97,19 +97,22 @@ def one_line(text: str, limit: int = 300) -> str:
 
 
 @contextmanager
-def deadline(connection: socket.socket, seconds: float) -> Iterator[None]:
-    """Inside the block the connection is cut after that many seconds, however slowly the other side drips."""
+def deadline(connection: socket.socket, seconds: float) -> Iterator[threading.Timer]:
+    """Inside the block the connection is cut after that many seconds, however slowly the other side drips.
+
+    The timer is yielded; cancelling it lifts the limit.
+    """
     timer = threading.Timer(max(0.0, seconds), _cut, (connection,))
     timer.daemon = True
     timer.start()
     try:
-        yield
+        yield timer
     finally:
         timer.cancel()
 
 
 def _cut(connection: socket.socket) -> None:
     try:
-        connection.shutdown(socket.SHUT_RDWR)
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)  # below TLS: its own shutdown is not for two threads
     except OSError:
         pass  # closed already

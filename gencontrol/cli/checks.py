@@ -27,13 +27,16 @@ def check_names(run: RunConfig) -> None:
 
 
 def check_rewards(specs: Sequence[str]) -> None:
-    """Raise UsageError for an unknown reward (nearest one named) or user code that cannot be imported."""
+    """Raise UsageError for an unknown reward (nearest one named), a wrong URL, or user code that cannot be imported."""
     from gencontrol.registry import REWARDS, resolve_dotted
-    from gencontrol.rewards.loading import parse_spec
+    from gencontrol.rewards.loading import is_url, parse_spec
+    from gencontrol.rewards.remote_http import check_url
 
     for spec in specs:
         name, _ = parse_spec(spec)
-        if ":" in name:
+        if is_url(name):
+            check_url(name)
+        elif ":" in name:
             if os.getcwd() not in sys.path:
                 sys.path.append(os.getcwd())  # as `python -m` does: user code beside the run
             resolve_dotted(name, "reward")

@@ -52,7 +52,7 @@ Seed = Annotated[Number, _option("--seed", "Seed of everything that is random.",
 Device = Annotated[Text, _option("--device", "Where it runs.", TRAINING, "auto|cpu|cuda")]
 Threads = Annotated[Number, _option("--threads", "CPU threads; 0 leaves it to the library.", TRAINING)]
 Reward = Annotated[
-    Many, _option("--reward", "clap, fad:0.3, package.module:Name …; repeat to sum.", WHAT, "NAME[:WEIGHT]")
+    Many, _option("--reward", "clap, clip:0.3, package.module:Name, http://…; repeat to sum.", WHAT, "NAME[:WEIGHT]")
 ]
 RewardModel = Annotated[Text, _option("--reward-model", "Network of the reward.", WHAT, "FOLDER|HUB_ID")]
 Reference = Annotated[Text, _option("--reference", "What set rewards compare with.", WHAT, "FOLDER|FILE.txt")]
@@ -235,6 +235,44 @@ def search(
     command(ctx.params)
 
 
+def serve_reward(
+    ctx: typer.Context,
+    reward: Reward = None,
+    reward_model: RewardModel = None,
+    reference: Reference = None,
+    host: Annotated[
+        str,
+        typer.Option("--host", help="Address to listen at; others than 127.0.0.1 need a token.", rich_help_panel=RUN),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", help="Port; 0 takes a free one.", rich_help_panel=RUN, min=0, max=65535)
+    ] = 8000,
+    name: Annotated[Text, _option("--name", "Path of the URL (default: the reward's name).", RUN, "NAME")] = None,
+    max_mb: Annotated[int, typer.Option("--max-mb", help="Largest request in MiB.", rich_help_panel=RUN, min=1)] = 64,
+    merge: Annotated[
+        int,
+        typer.Option(
+            "--merge",
+            help="Score waiting requests together, up to so many samples; 0 never.",
+            rich_help_panel=RUN,
+            min=0,
+        ),
+    ] = 0,
+    device: Device = None,
+    threads: Threads = None,
+    online: Online = None,
+) -> None:
+    """Serve a reward over HTTP; a run elsewhere uses it as --reward http://HOST:PORT/NAME.
+
+    The token that clients must send is read from GENCONTROL_REWARD_TOKEN, on both sides.
+
+    Example: gencontrol serve-reward --reward clip --reward-model clip-folder --port 8000
+    """
+    from gencontrol.cli.serve_reward import command
+
+    command(ctx.params)
+
+
 def report(
     run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="The run folder.")],
     open_: Annotated[bool, typer.Option("--open/--no-open", help="Show it in a browser.")] = False,
@@ -279,6 +317,7 @@ TABLE: dict[str, tuple[Callable[..., Any], str]] = {
     "sample": (sample, "Work"),
     "search": (search, "Work"),
     "pretrain": (pretrain, "Work"),
+    "serve-reward": (serve_reward, "Work"),
     "report": (report, "Look"),
     "bench": (bench, "Look"),
     "doctor": (doctor, "Look"),

@@ -24,7 +24,9 @@ class SignalGuard:
     Outside the main thread no handler can be set; the guard is then inert.  Forked workers get the default behaviour.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, doing: str = "saving the last whole step") -> None:
+        """Say what is still done after the first signal."""
+        self._doing = doing
         self.pending: signal.Signals | None = None
         self._owner = 0
         self._previous: dict[signal.Signals, object] = {}
@@ -37,7 +39,7 @@ class SignalGuard:
         if self.pending is not None:
             os._exit(128 + number)
         self.pending = signal.Signals(number)
-        text = f"\n{self.pending.name}: saving the last whole step; a second signal exits at once.\n"
+        text = f"\n{self.pending.name}: {self._doing}; a second signal exits at once.\n"
         os.write(2, text.encode())
 
     def __enter__(self) -> SignalGuard:
