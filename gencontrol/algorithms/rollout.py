@@ -22,13 +22,13 @@ from gencontrol.algorithms.parallel import gather_rows, shared_fate
 from gencontrol.algorithms.sets import Scores
 from gencontrol.algorithms.task import PromptTask
 from gencontrol.errors import RewardError, UsageError
+from gencontrol.models.denoiser import TakesGroups
 from gencontrol.rewards.base import Reward, SetReward, as_set_reward
 from gencontrol.rng import item_generators, stream
 from gencontrol.sampling import Path, sample
 from gencontrol.sampling.guidance import cfg
 from gencontrol.sampling.state import Step
-from gencontrol.sampling.state import Step
-from gencontrol.types import Cond, RewardContext, cond_to, index_cond
+from gencontrol.types import Cond, Grouped, RewardContext, cond_to, grouped, index_cond
 
 #: prefix of the values of a weighted sum's parts while they are collected
 _PART = "part/"
@@ -47,7 +47,8 @@ class Sampling:
 class Pool:
     """Rows of this rank (`latents`, and `cond` with one row per group) and the scores of all ranks' rows.
 
-    `first_row` is the global row of `latents[0]`; `path` holds all states of this rank's rows where it was asked for.
+    `first_row` is the global row of `latents[0]`; `path` holds all states of this rank's rows where it was asked for;
+    `shared` says that the network takes conditions that rows share.
     """
 
     latents: Float[Tensor, "rows *d"]
@@ -57,6 +58,7 @@ class Pool:
     scores: Scores
     seconds: dict[str, float]
     path: Path | None = None
+    shared: bool = False
 
     def owned(self, rows: Int64[Tensor, " p"]) -> Tensor:
         """Return which global rows lie on this rank."""
@@ -67,9 +69,9 @@ class Pool:
         return self.latents[(rows - self.first_row).to(self.latents.device)]
 
     def take_cond(self, rows: Int64[Tensor, " p"]) -> Cond:
-        """Return the conditions of global rows that lie on this rank, one row each."""
+        """Return the conditions of global rows that lie on this rank, `Grouped` by prompt where the network can."""
         local = torch.div(rows - self.first_row, self.generations, rounding_mode="floor")
-        return index_cond(self.cond, local.to(self.latents.device))
+        return grouped(self.cond, local) if self.shared else index_cond(self.cond, local.to(self.latents.device))
 
 
 def device_of(task: PromptTask) -> torch.device:
@@ -102,13 +104,29 @@ def prompts_of_step(prompts: Sequence[str], count: int, seed: int, name: str, st
     return chosen
 
 
-def guided(task: PromptTask, scale: float) -> Any:
-    """Return the denoiser, under classifier-free guidance where the scale is not 1."""
+def guided(task: PromptTask, scale: float, uncond: Cond = None) -> Any:
+    """Return the denoiser, under classifier-free guidance where the scale is not 1 (`uncond`: None is the task's)."""
     if scale == 1.0:
         return task.denoiser
     if task.uncond is None:
         raise UsageError(f"guidance_scale {scale} needs an unconditional condition, and this model has none; use 1.0.")
-    return cfg(task.denoiser, scale, task.uncond)
+    return cfg(task.denoiser, scale, task.uncond if uncond is None else uncond)
+
+
+@torch.no_grad()
+def ready(task: PromptTask, scale: float, cond: Cond, ctx: StepContext) -> tuple[Any, Cond]:
+    """Return the guided model and condition for sampling with the active weights.
+
+    Where batch rows share a condition, what depends on it alone is computed here, once for all sampler steps.
+    """
+    network = task.denoiser.network
+    if not isinstance(cond, Grouped) or not isinstance(network, TakesGroups):
+        return guided(task, scale), cond
+    with autocast(ctx):
+        if scale == 1.0 or task.uncond is None:
+            return guided(task, scale), network.prepare(cond)
+        empty = network.prepare(Grouped(task.uncond, torch.zeros(1, dtype=torch.int64)))
+        return guided(task, scale, empty.unique), network.prepare(cond)
 
 
 @torch.no_grad()
@@ -125,7 +143,8 @@ def generate(
 
     Each part's states and log-probabilities are appended to `record` where it is given.
     """
-    model, parts = guided(task, how.guidance_scale), []
+    model, cond = ready(task, how.guidance_scale, cond, ctx)
+    parts = []
     for part in chunks(len(generators), ctx.micro_batch):
         draw = partial(
             sample,
@@ -167,7 +186,7 @@ def score(
     for part in chunks(len(latents), ctx.micro_batch):
         ctx.poll()
         samples = task.decode(latents[part])
-        context = RewardContext(prompts=list(prompts[part]), sampling_rate=task.sampling_rate)
+        context = RewardContext(list(prompts[part]), task.sampling_rate, poll=ctx.poll)
         kept += [x.detach().cpu() for x in samples[: max(0, keep - len(kept))]]
         if reward.kind == "set":
             outs.append(
@@ -228,11 +247,21 @@ def _draw(
         cond = cond_to(task.encode(mine), device_of(task))
         rows = torch.arange(len(mine)).repeat_interleave(generations)
         generators = item_generators(*noise, range(first, first + len(rows)))
-        latents = generate(task, index_cond(cond, rows.to(device_of(task))), generators, how, ctx, record=record)
+        latents = generate(task, grouped(cond, rows), generators, how, ctx, record=record)
         drawn = time.perf_counter()
         scores, _ = score(task, reward, latents, [mine[i] for i in rows.tolist()], ctx)
     seconds = {"time/rollout": drawn - began, "time/reward": time.perf_counter() - drawn}
-    return Pool(latents, cond, generations, first, _gathered(scores), seconds, joined(record) if record else None)
+    path = joined(record) if record else None
+    return Pool(
+        latents,
+        cond,
+        generations,
+        first,
+        _gathered(scores),
+        seconds,
+        path,
+        isinstance(task.denoiser.network, TakesGroups),
+    )
 
 
 def draw_pool(

@@ -17,7 +17,7 @@ from gencontrol.process.convert import combine, convert, from_x0_eps, rows, solv
 from gencontrol.process.gaussian import GaussianProcess, Time
 from gencontrol.process.masked import MaskedProcess
 from gencontrol.process.schedule import Coeffs, Scalar
-from gencontrol.types import Cond, Prediction
+from gencontrol.types import Cond, Grouped, Prediction
 
 #: An EPS network is never asked below this log-SNR: x0 = (x - s·eps)/a needs a > 0 (ours; exp(-7) of float32's 1e-7).
 EPS_LOGSNR_FLOOR = -14.0
@@ -121,6 +121,14 @@ class TokenPred:
         return TokenPred(logits, self.xt)
 
 
+class TakesGroups(nn.Module):
+    """Base of networks that take a `Grouped` condition as it is; others get it expanded."""
+
+    def prepare(self, cond: Grouped) -> Grouped:
+        """Return the condition with all that depends on it alone, under the present weights; valid for these alone."""
+        raise NotImplementedError(f"{type(self).__name__}.prepare")
+
+
 class Model(Protocol):
     """What samplers, controls and algorithms need: a process and a call."""
 
@@ -167,6 +175,8 @@ class Denoiser(nn.Module):
 
     def forward(self, xt: Tensor, t: Time, cond: Cond = None) -> Pred | TokenPred:
         """Run the network at x_t [b *d] and t (float or [b])."""
+        if isinstance(cond, Grouped) and not isinstance(self.network, TakesGroups):
+            cond = cond.expand()
         if self.prediction is None or isinstance(self.process, MaskedProcess):
             return TokenPred(self.network(xt, self._times(xt, t, torch.float32), cond), xt)
         wide = torch.promote_types(xt.dtype, torch.float32)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from gencontrol.errors import UsageError
 from gencontrol.models.denoiser import TakesGroups

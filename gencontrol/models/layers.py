@@ -69,6 +69,10 @@ class SelfAttention(nn.Module):
         return self.to_out(attention(q, k, v, backend=self.backend).flatten(2))
 
 
+#: How batch rows share condition rows: None = one each; g = each serves g adjacent rows; [b] = the row of each.
+Sharing = int | Tensor | None
+
+
 class CrossAttention(nn.Module):
     """Multi-head attention to condition tokens with QK-norm; its output starts at zero."""
 
@@ -81,14 +85,34 @@ class CrossAttention(nn.Module):
         self.q_norm = nn.Parameter(torch.ones(dim // heads))
         self.k_norm = nn.Parameter(torch.ones(dim // heads))
 
-    def forward(
-        self, x: Float[Tensor, "b n d"], context: Float[Tensor, "b m c"], mask: Bool[Tensor, "b m"] | None
-    ) -> Float[Tensor, "b n d"]:
-        """Read the visible condition tokens."""
-        q = self.to_q(x).unflatten(-1, (self.heads, -1))
+    def project(self, context: Float[Tensor, "u m c"]) -> tuple[Float[Tensor, "u m h d"], Float[Tensor, "u m h d"]]:
+        """Return keys and values of condition tokens: all that attention needs of them, whatever x and t are."""
         k, v = self.to_kv(context).unflatten(-1, (2, self.heads, -1)).unbind(2)
-        q, k = head_norm(q, self.q_norm).to(v.dtype), head_norm(k, self.k_norm).to(v.dtype)
-        return self.to_out(attention(q, k, v, mask=mask, backend=self.backend).flatten(2))
+        return head_norm(k, self.k_norm).to(v.dtype), v
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        keys_values: tuple[Float[Tensor, "u m h e"], Float[Tensor, "u m h e"]],
+        mask: Bool[Tensor, "u m"] | None,
+        sharing: Sharing = None,
+    ) -> Float[Tensor, "b n d"]:
+        """Read the visible condition tokens.
+
+        Args:
+            x: tokens that ask.
+            keys_values: of `project`, one row per batch row, or fewer under `sharing`.
+            mask: which condition tokens are visible, rows as in `keys_values`.
+            sharing: how batch rows share rows of `keys_values`.
+        """
+        k, v = keys_values
+        q = head_norm(self.to_q(x).unflatten(-1, (self.heads, -1)), self.q_norm).to(v.dtype)
+        if isinstance(sharing, int):  # the queries of a group are one longer sequence: nothing is copied
+            q = q.reshape(len(k), -1, *q.shape[2:])
+        elif sharing is not None:
+            k, v, mask = k[sharing], v[sharing], None if mask is None else mask[sharing]
+        out = attention(q, k, v, mask=mask, backend=self.backend)
+        return self.to_out(out.reshape(x.shape))
 
 
 class FeedForward(nn.Module):
@@ -123,12 +147,14 @@ class Block(nn.Module):
         modulation: Float[Tensor, "b 6 d"],
         cos: Tensor,
         sin: Tensor,
-        context: Float[Tensor, "b m c"] | None,
-        mask: Bool[Tensor, "b m"] | None,
+        context: Float[Tensor, "u m c"] | tuple[Tensor, Tensor] | None,
+        mask: Bool[Tensor, "u m"] | None,
+        sharing: Sharing = None,
     ) -> Float[Tensor, "b n d"]:
-        """Return the tokens after this block."""
+        """Return the tokens after this block; `context` may be projected already."""
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (modulation + self.offset).unsqueeze(2).unbind(1)
         x = x + gate_a * self.attention(modulate(x, shift_a, scale_a), cos, sin)
         if self.cross is not None and context is not None:
-            x = x + self.cross(x, context, mask)
+            known = self.cross.project(context) if isinstance(context, Tensor) else context
+            x = x + self.cross(x, known, mask, sharing)
         return x + gate_f * self.feed_forward(modulate(x, shift_f, scale_f))

@@ -5,7 +5,9 @@ sequence [b n c] (or token ids [b n] when `vocab_size` is set) at times t in [0,
 
     {"pooled": [b p], "tokens": [b m c], "mask": [b m] bool, "drop": [b] bool}
 
-each entry optional.  What is missing, or dropped for a sample, is replaced by a learned null condition.
+each entry optional.  What is missing, or dropped for a sample, is replaced by a learned null condition.  Under a
+`Grouped` condition keys and values of the tokens are projected once per distinct row; `prepare` does so once for all
+steps of a sampler (entry "kv" [b blocks m 2 heads d]).
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ from torch.utils.checkpoint import checkpoint
 
 from gencontrol.errors import UsageError
 from gencontrol.kernels.attention import check_backend
-from gencontrol.models.layers import Block, modulate, rotary_table, time_embedding
-from gencontrol.types import Cond
+from gencontrol.models.denoiser import TakesGroups
+from gencontrol.models.layers import Block, Sharing, modulate, rotary_table, time_embedding
+from gencontrol.types import Cond, Grouped, cond_rows
 
-_COND_KEYS = frozenset({"pooled", "tokens", "mask", "drop"})
+_COND_KEYS = frozenset({"pooled", "tokens", "mask", "drop", "kv"})
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,27 @@ class TransformerConfig:
             raise ValueError("depth, heads, max_tokens ≥ 1 and context_dim, pooled_dim ≥ 0 are needed")
 
 
-class Transformer(nn.Module):
+def _sharing(cond: Cond, b: int, device: torch.device) -> tuple[Sharing, int]:
+    """How the b batch rows share rows of the condition, and the number of these.
+
+    Raises:
+        ValueError: a `Grouped` condition of another batch.
+    """
+    if not isinstance(cond, Grouped):
+        return None, b
+    if len(cond) != b:
+        raise ValueError(f"a grouped condition of {len(cond)} rows for a batch of {b}")
+    return cond.repeats() or cond.rows.to(device), cond_rows(cond.unique)
+
+
+def _spread(rows: Float[Tensor, "u d"], sharing: Sharing) -> Float[Tensor, "b d"]:
+    """Give each batch row its row."""
+    if isinstance(sharing, int):
+        return rows.repeat_interleave(sharing, 0)
+    return rows if sharing is None else rows[sharing]
+
+
+class Transformer(TakesGroups):
     """Sequence backbone; at initialisation its output is zero for every input."""
 
     cos: Tensor
@@ -142,30 +165,42 @@ class Transformer(nn.Module):
             cond: see the module docstring; None is the learned null condition.
 
         Raises:
-            ValueError: a sequence longer than `max_tokens`, or a condition the configuration has no place for.
+            ValueError: a sequence longer than `max_tokens`, a condition the configuration has no place for, or a
+                `Grouped` one of another batch.
         """
         b, n = x.shape[0], x.shape[1]
         if n > self.config.max_tokens:
             raise ValueError(
                 f"sequence of {n} elements; this model takes at most {self.config.max_tokens} (max_tokens)"
             )
-        cond = self._check(cond)
+        sharing, count = _sharing(cond, b, self.device)
+        cond = self._check(cond.unique if isinstance(cond, Grouped) else cond)
         h = self.embed(x) if self.config.vocab_size else self.embed(x.to(self.dtype))
         times = torch.as_tensor(t, device=self.device, dtype=torch.float32).expand(b)
         vector = self.time(time_embedding(times, self.config.dim).to(self.dtype))
-        vector = vector if self.pooled is None else vector + self._pooled(cond, b)
+        vector = vector if self.pooled is None else vector + _spread(self._pooled(cond, count), sharing)
         modulation = self.modulation(nn.functional.silu(vector)).unflatten(-1, (6, -1))
-        context, mask = self._context(cond, b)
+        context, mask = self._context(cond, count)
+        projected = [tuple(layer.unbind(2)) for layer in cond["kv"].unbind(1)] if "kv" in cond else None
         cos, sin = self.cos[:n], self.sin[:n]
-        for block in self.blocks:
+        for index, block in enumerate(self.blocks):
+            inputs = (h, modulation, cos, sin, context if projected is None else projected[index], mask, sharing)
             if self.config.gradient_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(
-                    block, h, modulation, cos, sin, context, mask, use_reentrant=False, preserve_rng_state=False
-                )
+                h = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
-                h = block(h, modulation, cos, sin, context, mask)
+                h = block(*inputs)
         shift, scale = (vector.unsqueeze(1) + self.final_offset).unsqueeze(2).unbind(1)
         return self.out(modulate(h, shift, scale))
+
+    def prepare(self, cond: Grouped) -> Grouped:
+        """Return the condition with the keys and values of all blocks under the present weights (autocast's dtype)."""
+        if self.null_token is None:
+            return cond
+        unique = self._check(cond.unique)
+        context, _ = self._context(unique, cond_rows(unique))
+        crosses = [block.cross for block in self.blocks if isinstance(block, Block)]
+        layers = [torch.stack(cross.project(context), 2) for cross in crosses if cross is not None]
+        return Grouped({**unique, "kv": torch.stack(layers, 1)}, cond.rows)
 
     def _check(self, cond: Cond) -> Mapping[str, Tensor]:
         if cond is None:
@@ -174,7 +209,7 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"condition of type {type(cond).__name__}; expected None or a mapping of {sorted(_COND_KEYS)}"
             )
-        places = {"pooled": self.pooled, "tokens": self.null_token, "mask": self.null_token}
+        places = {"pooled": self.pooled, "tokens": self.null_token, "mask": self.null_token, "kv": self.null_token}
         for key, value in cond.items():
             if key not in _COND_KEYS or (key in places and places[key] is None):
                 raise ValueError(f"condition '{key}' has no place in this model (see pooled_dim, context_dim)")

@@ -20,7 +20,7 @@ from gencontrol.process.gaussian import GaussianProcess, Time
 from gencontrol.process.masked import MaskedProcess
 from gencontrol.process.schedule import column
 from gencontrol.sampling.state import repeat_cond
-from gencontrol.types import Cond, Prediction, cat_cond
+from gencontrol.types import Cond, Grouped, Prediction, cat_cond, cond_rows
 
 #: (prediction at (x_t, t), t, condition) → a score [b *d] to add; x_t and x0 are attributes of the prediction.
 ScoreFn = Callable[[Pred, Time, Cond], Tensor]
@@ -45,7 +45,7 @@ class _Guided(Control):
         """Predict with one call of the doubled batch (two calls if one of the conditions is None)."""
         if self.scale == 1.0:
             return self.model(xt, t, cond)
-        uncond = repeat_cond(self.uncond, len(xt))
+        uncond = _like(cond, self.uncond, len(xt))
         if cond is None or uncond is None:
             given, free = self.model(xt, t, cond), self.model(xt, t, uncond)
         else:
@@ -65,6 +65,13 @@ def cfg(model: Any, scale: float, uncond: Cond) -> Control:
     if not math.isfinite(scale):
         raise ValueError(f"guidance scale is {scale}; it must be finite")
     return _Guided(model, float(scale), uncond)
+
+
+def _like(cond: Cond, uncond: Cond, count: int) -> Cond:
+    """The empty condition for `count` rows, its one row shared where rows of the condition are."""
+    if isinstance(cond, Grouped) and uncond is not None and cond_rows(uncond) == 1:
+        return Grouped(uncond.unique if isinstance(uncond, Grouped) else uncond, torch.zeros(count, dtype=torch.int64))
+    return repeat_cond(uncond, count)
 
 
 def _rows(both: Pred | TokenPred, index: slice) -> Pred | TokenPred:

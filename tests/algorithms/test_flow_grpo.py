@@ -236,7 +236,7 @@ def test_training_raises_the_reward(make: Any) -> None:
         demo_steps=5,
     )
     run_in_memory(algorithm, 25, Loop(3e-2), seed=0)
-    assert float(algorithm.roles.trainable()[0]) == pytest.approx(1.0, abs=0.25)
+    assert float(algorithm.roles.trainable()[0].detach()) == pytest.approx(1.0, abs=0.25)
 
 
 def test_records_are_per_prompt() -> None:
