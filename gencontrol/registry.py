@@ -23,6 +23,7 @@ PRETRAIN = {
     "attributes": "gencontrol.algorithms.pretrain_attributes:AttributePretrain",
     "digits": "gencontrol.algorithms.pretrain_digits:DigitsPretrain",
     "scenes": "gencontrol.algorithms.pretrain_scenes:ScenesPretrain",
+    "scene-readers": "gencontrol.algorithms.pretrain_scene_readers:SceneReadersPretrain",
 }
 REWARDS = {
     "clap": "gencontrol.rewards.clap:ClapReward",
@@ -47,6 +48,7 @@ BENCHES = {
     "dragon": "gencontrol.bench.dragon:main",
     "faults": "gencontrol.bench.faults:main",
     "dts": "gencontrol.bench.dts:main",
+    "crd": "gencontrol.bench.crd:main",
 }
 
 

@@ -49,11 +49,10 @@ def check_rewards(specs: Sequence[str]) -> None:
 
 def check_model(source: str) -> None:
     """Raise UsageError or EnvironmentMissing unless the source is "bundled", a pipeline folder or a hub id."""
-    from gencontrol.pipelines.hub import bundled_folder, read_index
-    from gencontrol.pipelines.text_to_audio import TextToAudioPipeline
+    from gencontrol.pipelines.hub import BUNDLED_NAMES, bundled_folder, read_index
 
-    if source == "bundled":
-        bundled_folder(TextToAudioPipeline.bundled)
+    if source in BUNDLED_NAMES:
+        bundled_folder(BUNDLED_NAMES[source])
     elif Path(source).expanduser().is_dir():
         read_index(Path(source).expanduser())
     else:
@@ -116,12 +115,18 @@ def load_prompts(run: RunConfig) -> tuple[list[str], list[str]]:
     Raises:
         UsageError: a prompt file that cannot be used; see `read_prompts`.
     """
+    from gencontrol.cli.models import medium_of
+
+    medium = medium_of(run.model, run.task)
+    if run.prompts is None and medium is None:
+        raise UsageError(f"--model {run.model}: give --prompts FILE, or --task image or audio for the bundled prompts.")
+    kind = medium or "audio"
     if run.prompts is None:
-        train = bundled_prompts("train", run.prompt_count)
+        train = bundled_prompts("train", run.prompt_count, kind)
     else:
         train = read_prompts(run.prompts)
     if run.eval_prompts is not None:
         return train, read_prompts(run.eval_prompts)
     if run.prompts is None:
-        return train, bundled_prompts("test", run.eval_count)
+        return train, bundled_prompts("test", run.eval_count, kind)
     return train, list(dict.fromkeys(train))[: run.eval_count]

@@ -56,8 +56,13 @@ Reward = Annotated[
 ]
 RewardModel = Annotated[Text, _option("--reward-model", "Network of the reward.", WHAT, "FOLDER|HUB_ID")]
 Reference = Annotated[Text, _option("--reference", "What set rewards compare with.", WHAT, "FOLDER|FILE.txt")]
-Algorithm = Annotated[Text, _option("--algorithm", "The method.", WHAT, "dragon|rwr")]
-Model = Annotated[Text, _option("--model", "The base model (default: bundled).", WHAT, "bundled|FOLDER|HUB_ID")]
+Algorithm = Annotated[Text, _option("--algorithm", "The method, e.g. crd, dragon, flow-grpo, nft, rwr.", WHAT, "NAME")]
+Model = Annotated[Text, _option("--model", "The base model (default: bundled).", WHAT, "bundled|bundled-image|FOLDER|HUB_ID")]
+Task = Annotated[Text, _option("--task", "What it makes; needed for a hub id without --prompts.", WHAT, "image|audio")]
+Checkpointing = Annotated[
+    Flag, _option("--gradient-checkpointing", "Less memory for more time in the backward pass.", TRAINING, " ")
+]
+Compile = Annotated[Flag, _option("--compile", "Run the network through torch.compile.", TRAINING, " ")]
 Prompts = Annotated[Text, _option("--prompts", "txt, jsonl or csv (default: bundled prompts).", WHAT, "FILE")]
 EvalPrompts = Annotated[Text, _option("--eval-prompts", "Fixed prompts for before and after.", WHAT, "FILE")]
 EvalSamples = Annotated[Number, _option("--eval-samples", "Samples per evaluation prompt.", RUN)]
@@ -75,6 +80,7 @@ def finetune(
     reward: Reward = None,
     algorithm: Algorithm = None,
     model: Model = None,
+    task: Task = None,
     prompts: Prompts = None,
     eval_prompts: EvalPrompts = None,
     reward_model: RewardModel = None,
@@ -90,6 +96,8 @@ def finetune(
     lora_alpha: LoraAlpha = None,
     lora_targets: LoraTargets = None,
     precision: Precision = None,
+    gradient_checkpointing: Checkpointing = None,
+    compile_: Compile = None,
     seed: Seed = None,
     device: Device = None,
     threads: Threads = None,

@@ -14,6 +14,7 @@ from typing import Any
 
 from gencontrol.cli.checks import check_names, download_hint, load_prompts
 from gencontrol.cli.environment import choose_device, launched_precision, prepare
+from gencontrol.cli.models import load_pipeline
 from gencontrol.cli.runs import RunFolder, fit, open_run
 from gencontrol.cli.settings import RunConfig, describe, given_flags, merge, run_mode
 from gencontrol.config import build
@@ -24,7 +25,7 @@ ROUTES = {
         name: f"run.{name}"
         for name in (
             "model reward algorithm prompts eval_prompts reward_model reference output lora_rank lora_alpha "
-            "lora_targets online"
+            "lora_targets online task gradient_checkpointing"
         ).split()
     },
     **{
@@ -35,6 +36,7 @@ ROUTES = {
         ).split()
     },
     "batch": "algorithm.batch",
+    "compile_": "train.compile",
     "eval_samples": "algorithm.eval_samples",
 }
 
@@ -85,6 +87,7 @@ def check(parameters: Mapping[str, Any]) -> Job:
     mode = run_mode(parameters)
     overrides = [*(parameters["overrides"] or []), *(parameters["set_"] or [])]
     table = merge(parameters["config"], given_flags(parameters, ROUTES), overrides)
+    table["run"] = {**_run_defaults(table["run"]), **table["run"]}
     run = build(RunConfig, table["run"], "run")
     precision = launched_precision(table["train"].get("precision"))
     table["train"] |= {} if precision is None else {"precision": precision}
@@ -101,6 +104,14 @@ def check(parameters: Mapping[str, Any]) -> Job:
     sections = describe([("run", run), ("train", trainer), ("algorithm", algorithm)])
     folder = open_run(run.output, sections, mode=mode, allow=parameters["allow_change"] or ())
     return Job(run, trainer, algorithm, kind, prompts, eval_prompts, folder)
+
+
+def _run_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A reward that means something for what the model makes."""
+    from gencontrol.cli.models import DEFAULT_REWARD, medium_of
+
+    medium = medium_of(str(given.get("model", "bundled")), str(given.get("task", "auto")))
+    return {} if medium is None else {"reward": [DEFAULT_REWARD[medium]]}
 
 
 def _train_defaults(given: Mapping[str, Any], *, lora: bool) -> dict[str, Any]:
@@ -138,20 +149,14 @@ def _with_fingerprint(run: RunConfig, prompts: list[str], eval_prompts: list[str
 def train(job: Job) -> None:
     """Load the model and the reward, make the algorithm, fit it; writes final/ with its card, and report.html."""
     device = choose_device(job.train.device)
-    pipeline = load_pipeline(job.run.model, device, online=job.run.online)
+    pipeline = load_pipeline(job.run.model, device, online=job.run.online, task=job.run.task)
+    if job.run.gradient_checkpointing:
+        pipeline.enable_gradient_checkpointing()
     reward = load_reward(job.run, device)
     task = job.kind.prepare(pipeline.task(job.prompts, job.eval_prompts), reward, job.algorithm)
     roles = make_roles(job, task.denoiser.network)
     algorithm = job.kind(task, reward, job.algorithm, roles=roles, seed=job.train.seed)
     fit(job.folder, job.train, algorithm, {"kind": "finetune", "eval_prompts": job.eval_prompts})
-
-
-def load_pipeline(model: str, device: str, *, online: bool) -> Any:
-    """Load the model in float32 (autocast gives the lower precision) onto the device."""
-    from gencontrol.pipelines import TextToAudioPipeline
-
-    with download_hint(model, online=online):
-        return TextToAudioPipeline.from_pretrained(model, local_files_only=not online).to(device)
 
 
 def load_reward(run: RunConfig, device: str) -> Any:

@@ -41,7 +41,6 @@ ONLY_IN = {"num-inference-steps": ("sample", "search")}
 #: names of other trainers that have no twin here, with what to do instead
 HINTS = {
     "gradient-accumulation-steps": "it follows from --batch and --micro-batch",
-    "gradient-checkpointing": "lower --micro-batch to save memory",
     "num-train-epochs": "training is counted in --steps",
     "use-8bit-adam": "the optimizer is AdamW in fp32",
     "push-to-hub": "upload the folder final/ yourself: hf upload NAME RUN/final",

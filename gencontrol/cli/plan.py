@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gencontrol.cli.models import folder_of
 from gencontrol.cli.settings import RunConfig
 from gencontrol.config import dump_toml, to_table
 from gencontrol.errors import UsageError
@@ -55,7 +56,7 @@ def count_parameters(folder: Path, run: RunConfig) -> Sizes:
     network: dict[str, list[int]] = {}
     rest = 0
     for part in sorted(path for path in folder.iterdir() if path.is_dir()):
-        for file in sorted(part.glob("*.safetensors")):
+        for file in sorted(part.rglob("*.safetensors")):
             shapes = read_shapes(file)
             if part.name in _NETWORKS:
                 network |= shapes
@@ -143,7 +144,7 @@ def _arithmetic(job: Job) -> Iterator[str]:
 
 def _memory(job: Job) -> Iterator[str]:
     """Weights in fp32, gradients, two Adam moments, and one copy per further role."""
-    folder = _folder(job.run.model)
+    folder = folder_of("bundled-image" if (job.run.model, job.run.task) == ("bundled", "image") else job.run.model)
     if folder is None:
         yield f"  memory         {job.run.model} is a hub id: sizes are known after the download"
         return
@@ -161,16 +162,6 @@ def _memory(job: Job) -> Iterator[str]:
         f"= {human_bytes(weights + training)}"
     )
     yield "                 and activations, which grow with --micro-batch; the reward's network comes on top"
-
-
-def _folder(model: str) -> Path | None:
-    """Where the model lies, or None for a hub id."""
-    if model == "bundled":
-        from gencontrol.cli.bundled import BUNDLED
-
-        return BUNDLED / "text_to_audio"
-    path = Path(model).expanduser()
-    return path if path.is_dir() else None
 
 
 def _millions(count: int) -> str:

@@ -1,4 +1,4 @@
-"""`gencontrol pretrain`: sound-data, clap, attributes, flow, digits and scenes, which together make all that is bundled."""
+"""`gencontrol pretrain`: the stages that together make all that is bundled, from sound-data and clap to scenes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from gencontrol.cli.environment import choose_device, prepare
 from gencontrol.cli.pretrain_digits import DigitsRun
 from gencontrol.cli.pretrain_digits import train_defaults as digits_defaults
-from gencontrol.cli.pretrain_scenes import ScenesRun
+from gencontrol.cli.pretrain_scenes import ScenesRun, readers_defaults
 from gencontrol.cli.pretrain_scenes import train_defaults as scenes_defaults
 from gencontrol.cli.runs import RunFolder, fit, open_run
 from gencontrol.cli.settings import describe, given_flags, merge, run_mode
 from gencontrol.config import build, dump_toml
 from gencontrol.errors import UsageError, nearest
 
-STAGES = ("sound-data", "clap", "attributes", "flow", "digits", "scenes")
+STAGES = ("sound-data", "clap", "attributes", "flow", "digits", "scenes", "scene-readers")
 SECTIONS = ("run", "train", "algorithm", "model", "process")
 
 ROUTES = {
@@ -114,8 +114,9 @@ def _train(stage: str, table: dict[str, dict[str, Any]], parameters: Mapping[str
     run: PretrainRun | DigitsRun | ScenesRun
     if stage == "digits":
         run, defaults = build(DigitsRun, table["run"], "run"), digits_defaults(table["train"])
-    elif stage == "scenes":
-        run, defaults = build(ScenesRun, table["run"], "run"), scenes_defaults(table["train"])
+    elif stage in ("scenes", "scene-readers"):
+        settings = scenes_defaults if stage == "scenes" else readers_defaults
+        run, defaults = build(ScenesRun, table["run"], "run"), settings(table["train"])
     else:
         run, defaults = build(PretrainRun, table["run"], "run"), _train_defaults(table["train"])
     train = build(TrainConfig, {**defaults, **table["train"]}, "train")
@@ -139,7 +140,9 @@ def _architecture(stage: str, table: Mapping[str, Mapping[str, Any]]) -> tuple[A
     """Sizes of the network and the process of a denoiser's stage; None for the others, which have neither."""
     if stage not in ("flow", "digits", "scenes"):
         if table["model"] or table["process"]:
-            raise UsageError(f"pretrain {stage} has no sections [model] and [process]; only flow, digits and scenes have.")
+            raise UsageError(
+                f"pretrain {stage} has no sections [model] and [process]; only flow, digits and scenes have."
+            )
         return None
     from gencontrol.cli import pretrain_digits, pretrain_flow, pretrain_scenes
 
@@ -175,11 +178,13 @@ def _fit(
     device = choose_device(train.device)
     if not isinstance(run, PretrainRun):
         from gencontrol.cli.pretrain_digits import make_digits
-        from gencontrol.cli.pretrain_scenes import make_scenes
+        from gencontrol.cli.pretrain_scenes import make_readers, make_scenes
 
-        assert architecture is not None  # of `_architecture`
-        make = make_digits if isinstance(run, DigitsRun) else make_scenes
-        made = make(algorithm, options, *architecture, seed=train.seed, device=device)
+        if architecture is None:
+            made = make_readers(algorithm, options, seed=train.seed, device=device)
+        else:
+            make = make_digits if isinstance(run, DigitsRun) else make_scenes
+            made = make(algorithm, options, *architecture, seed=train.seed, device=device)
     elif architecture is not None:
         from gencontrol.cli.pretrain_flow import make_flow
 

@@ -25,7 +25,7 @@ class ScenesModel:
 
     patch: int = 4
     dim: int = 128
-    depth: int = 6
+    depth: int = 5
     heads: int = 4
     mlp_ratio: float = 4.0
     text_width: int = 128
@@ -34,16 +34,16 @@ class ScenesModel:
 
 def train_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     """Defaults of [train] that make the bundled model in about 45 minutes on two cores."""
-    steps = given.get("steps", 3400)
+    steps = given.get("steps", 5000)
     if not isinstance(steps, int):
         return {}
     return {
         "steps": steps,
-        "lr": 1.5e-3,
+        "lr": 1.2e-3,
         "lr_schedule": "cosine",
         "warmup": min(150, steps // 10),
         "weight_decay": 0.01,
-        "micro_batch": 64,
+        "micro_batch": 32,
         "precision": "bf16",
         "save_every": max(1, steps // 12),
         "eval_every": max(1, steps // 6),
@@ -109,3 +109,32 @@ def save_text_to_image(folder: Path, transformer: Any, text_encoder: Any, tokeni
             "tokenizer": ("transformers", type(tokenizer).__name__),
         },
     )
+
+
+def readers_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults of [train] that make the bundled reader and judge in a few minutes on two cores."""
+    steps = given.get("steps", 2500)
+    if not isinstance(steps, int):
+        return {}
+    return {
+        "steps": steps,
+        "lr": 3e-3,
+        "lr_schedule": "cosine",
+        "warmup": min(100, steps // 10),
+        "weight_decay": 0.01,
+        "micro_batch": 64,
+        "save_every": max(1, steps // 10),
+        "eval_every": max(1, steps // 5),
+    }
+
+
+def make_readers(algorithm: Any, options: Any, *, seed: int, device: str) -> Any:
+    """Draw both scene networks from the seed and return the pretraining algorithm on them."""
+    import torch
+
+    from gencontrol.models.scene_networks import SceneJudge, SceneReader
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        reader, judge = SceneReader().to(device), SceneJudge().to(device)
+    return algorithm(reader, judge, options, seed=seed)

@@ -8,6 +8,7 @@ import json
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Literal
 
 from gencontrol.errors import UsageError
 
@@ -44,11 +45,14 @@ def read_prompts(path: str | Path) -> list[str]:
 _SEEDS = {"train": 0, "test": 1}
 
 
-def bundled_prompts(split: str, count: int) -> list[str]:
-    """Return `count` prompts of the bundled sound grammar; "test" describes sounds that training never had."""
-    from gencontrol.data.sound.grammar import sample_captions
+def bundled_prompts(split: Literal["train", "test"], count: int, medium: str = "audio") -> list[str]:
+    """Return `count` prompts of the bundled sound or scene grammar; "test" describes what training never had."""
+    from gencontrol.data.scenes.corpus import sample_captions as scenes
+    from gencontrol.data.sound.grammar import sample_captions as sounds
 
-    return sample_captions(count, _SEEDS[split], split)
+    if medium == "image":
+        return scenes(count, split=split, seed=_SEEDS[split])
+    return sounds(count, _SEEDS[split], split)
 
 
 def _decode(file: Path) -> str:

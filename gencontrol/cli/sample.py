@@ -10,11 +10,12 @@ from typing import Any
 
 from gencontrol.cli.checks import check_model, check_reference, check_rewards, check_source, download_hint
 from gencontrol.cli.environment import choose_device, prepare
+from gencontrol.cli.models import load_pipeline
 from gencontrol.cli.prompts import read_prompts
 from gencontrol.cli.settings import check_output
 from gencontrol.errors import UsageError
 
-_CHUNK = 16  # sounds in one pass of the network
+_CHUNK = 16  # samples in one pass of the network
 
 
 def command(parameters: Mapping[str, Any]) -> None:
@@ -26,11 +27,14 @@ def command(parameters: Mapping[str, Any]) -> None:
     folder = check_output(parameters["output"])
     device = choose_device(parameters["device"] or "auto")
     reward = _reward(parameters, device)
-    pipeline = _pipeline(model, parameters["lora"], device, online=bool(parameters["online"]))
+    from gencontrol.pipelines import TextToAudioPipeline
+
+    pipeline = load_pipeline(model, device, online=bool(parameters["online"]), lora=parameters["lora"])
+    rate = pipeline.sampling_rate if isinstance(pipeline, TextToAudioPipeline) else None
     texts = [prompt for prompt in prompts for _ in range(parameters["num"])]
     seeds = [parameters["seed"] + index for index in range(len(texts))]
     sounds = _draw(pipeline, texts, seeds, parameters)
-    scores, set_value = _score(reward, sounds, texts, pipeline.sampling_rate)
+    scores, set_value = _score(reward, sounds, texts, rate)
     items = _write(folder, pipeline, sounds, texts, seeds, scores, parameters["num"])
     table = {
         "model": model,
@@ -38,7 +42,7 @@ def command(parameters: Mapping[str, Any]) -> None:
         "steps": parameters["steps"],
         "guidance_scale": parameters["guidance_scale"],
         "negative_prompt": parameters["negative_prompt"],
-        "sampling_rate": pipeline.sampling_rate,
+        **({} if rate is None else {"sampling_rate": rate}),
         "reward": list(parameters["reward"] or []),
         "set_reward": set_value,
         "samples": items,
@@ -87,18 +91,8 @@ def _reward(parameters: Mapping[str, Any], device: str) -> Any | None:
         )
 
 
-def _pipeline(model: str, lora: str | None, device: str, *, online: bool) -> Any:
-    from gencontrol.pipelines import TextToAudioPipeline
-
-    with download_hint(model, online=online):
-        pipeline = TextToAudioPipeline.from_pretrained(model, local_files_only=not online)
-    if lora is not None:
-        pipeline.load_lora_weights(lora)
-    return pipeline.to(device)
-
-
 def _draw(pipeline: Any, texts: Sequence[str], seeds: Sequence[int], parameters: Mapping[str, Any]) -> list[Any]:
-    """Sounds as tensors on the CPU; sound i depends on its prompt and seed alone (up to rounding)."""
+    """Sounds or images as tensors on the CPU; sample i depends on its prompt and seed alone (up to rounding)."""
     sounds: list[Any] = []
     for start in range(0, len(texts), _CHUNK):
         part = slice(start, start + _CHUNK)
@@ -108,13 +102,14 @@ def _draw(pipeline: Any, texts: Sequence[str], seeds: Sequence[int], parameters:
             guidance_scale=parameters["guidance_scale"],
             negative_prompt=parameters["negative_prompt"],
             seed=list(seeds[part]),
+            output_type="pt",
         )
-        sounds += list(output.audios.cpu())
+        sounds += list(output[0].cpu())
     return sounds
 
 
 def _score(
-    reward: Any | None, sounds: Sequence[Any], texts: Sequence[str], rate: int
+    reward: Any | None, sounds: Sequence[Any], texts: Sequence[str], rate: int | None
 ) -> tuple[list[float | None] | None, float | None]:
     """Per-sound values (None for an invalid sound), and the value of the whole set for a set reward."""
     if reward is None:

@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gencontrol.cli.checks import download_hint
+from gencontrol.cli.models import folder_of
 from gencontrol.cli.search_settings import SearchConfig, SourceConfig, branch_of
 from gencontrol.errors import UsageError
 
 if TYPE_CHECKING:
     from gencontrol.pipelines.searchable import Problem
 
-#: name of a bundled model → its folder
-BUNDLED_MODELS = {"bundled": "text_to_audio", "bundled-digits": "digits"}
 #: our own pipelines, whose law is read from files
-_OWN = ("TextToAudioPipeline", "ClassToImagePipeline")
+_OWN = ("TextToAudioPipeline", "ClassToImagePipeline", "TextToImagePipeline")
 
 
 @dataclass(frozen=True)
@@ -67,20 +66,6 @@ class SearchModel:
 
         with torch.no_grad():
             return self.problem.decode(x).cpu()
-
-
-def folder_of(model: str) -> Path | None:
-    """Return where a model lies, or None for a hub id.
-
-    Raises:
-        EnvironmentMissing: a bundled model is not in this installation.
-    """
-    from gencontrol.pipelines.hub import bundled_folder
-
-    if model in BUNDLED_MODELS:
-        return bundled_folder(BUNDLED_MODELS[model])
-    path = Path(model).expanduser()
-    return path if path.is_dir() else None
 
 
 def read_law(model: str, search: SearchConfig) -> Law | None:
@@ -173,11 +158,11 @@ def check_gradient(model: SearchModel, reward: Any, sampler: str) -> None:
 
 def _load(model: str, *, online: bool) -> Any:
     """Load the pipeline that the model's index names."""
-    from gencontrol.pipelines import ClassToImagePipeline, TextToAudioPipeline
-    from gencontrol.pipelines.hub import LoadOptions, check_pipeline_class, locate
+    from gencontrol.pipelines import ClassToImagePipeline, TextToAudioPipeline, TextToImagePipeline
+    from gencontrol.pipelines.hub import BUNDLED_NAMES, LoadOptions, check_pipeline_class, locate
     from gencontrol.pipelines.searchable import SEARCHABLE
 
-    name = BUNDLED_MODELS.get(model, BUNDLED_MODELS["bundled"])
+    name = BUNDLED_NAMES.get(model, BUNDLED_NAMES["bundled"])
     index, where = locate(model, LoadOptions(local_files_only=not online), name)
     kind = check_pipeline_class(index, SEARCHABLE, where, "a search")
     ours: dict[str, Any] = {
@@ -185,6 +170,7 @@ def _load(model: str, *, online: bool) -> Any:
         "StableAudioPipeline": TextToAudioPipeline,
         "AudioLDM2Pipeline": TextToAudioPipeline,
         "ClassToImagePipeline": ClassToImagePipeline,
+        "TextToImagePipeline": TextToImagePipeline,
     }
     if kind in ours:
         return ours[kind].from_pretrained(model, local_files_only=not online)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gencontrol.config import apply_overrides, load_toml
 from gencontrol.errors import UsageError, nearest
@@ -19,7 +19,8 @@ class RunConfig:
     """The [run] section: what is trained, on what, towards what, and where.
 
     Args:
-        model: "bundled", a folder or a hub id.
+        model: "bundled" (sound), "bundled-image", a folder or a hub id.
+        task: "audio" or "image"; "auto" takes what the model is ("bundled" with "image" is "bundled-image").
         reward: reward specs such as "clap:0.7"; several are summed with their weights.
         algorithm: name in the registry.
         prompts: prompt file (txt, jsonl, csv); None takes prompts of the bundled grammar.
@@ -32,11 +33,13 @@ class RunConfig:
         lora_rank: rank of the adapter; 0 trains all weights.
         lora_alpha: scale of the adapter; None means the rank.
         lora_targets: names of the linear layers; empty takes the library's choice.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
         online: allow downloads from the hub.
         prompts_hash: written by a run, so that edited prompt files are noticed; not meant to be set.
     """
 
     model: str = "bundled"
+    task: Literal["auto", "audio", "image"] = "auto"
     reward: tuple[str, ...] = ("clap",)
     algorithm: str = "dragon"
     prompts: str | None = None
@@ -50,12 +53,15 @@ class RunConfig:
     lora_rank: int = 16
     lora_alpha: float | None = None
     lora_targets: tuple[str, ...] = ()
+    gradient_checkpointing: bool = False
     online: bool = False
     prompts_hash: str | None = None
 
     def __post_init__(self) -> None:
         if not self.reward:
             raise ValueError("reward is empty; name at least one, e.g. reward = ['clap']")
+        if self.task not in ("auto", "audio", "image"):
+            raise ValueError(f"task = {self.task!r}; expected auto, audio or image")
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank = {self.lora_rank}; expected 0 (all weights) or a positive rank")
         if self.lora_alpha is not None and self.lora_alpha <= 0:
