@@ -15,13 +15,15 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from gencontrol.algorithms.anchor import anchor_penalty, reference_prediction
 from gencontrol.algorithms.base import Collected, LossOut, StepContext
-from gencontrol.algorithms.preference import denoising_error
+from gencontrol.algorithms.preference import predict
 from gencontrol.algorithms.rollout import autocast
 from gencontrol.algorithms.sets import item_values, reward_of
 from gencontrol.algorithms.task import PromptTask
 from gencontrol.algorithms.tuning import RewardTuning, check_counts, check_tuning
 from gencontrol.models.roles import Roles
+from gencontrol.process.gaussian import GaussianProcess
 from gencontrol.rewards.base import Reward, SetReward
 from gencontrol.types import Cond, index_cond
 
@@ -36,6 +38,7 @@ class RwrConfig:
         updates_per_round: optimizer steps on one round's samples.
         temperature: of the softmax weights, in standard deviations of the round's rewards, > 0.
         demo_steps, eval_steps, sampler, guidance_scale: as in `DragonConfig`.
+        kl_coef, kl_guidance: weight (0 = none) and guidance scale of the pull to the base; see `algorithms.anchor`.
         ema_decay: of the averaged weights that evaluation and the final model use; 0 = use the policy.
         min_valid: least share of prompts with valid rewards; below it the round is drawn once more.
         eval_samples: samples per evaluation prompt.
@@ -49,6 +52,8 @@ class RwrConfig:
     eval_steps: int = 40
     sampler: str = "euler"
     guidance_scale: float = 1.0
+    kl_coef: float = 0.0
+    kl_guidance: float = 1.0
     ema_decay: float = 0.99
     min_valid: float = 0.8
     eval_samples: int = 1
@@ -58,6 +63,8 @@ class RwrConfig:
         check_counts(self, "prompts_per_round", "updates_per_round")
         if not self.temperature > 0:
             raise ValueError(f"temperature = {self.temperature}; expected a number above 0")
+        if self.kl_coef < 0 or self.kl_guidance < 0:
+            raise ValueError(f"kl_coef = {self.kl_coef}, kl_guidance = {self.kl_guidance}; expected at least 0")
 
 
 def softmax_weights(
@@ -136,13 +143,24 @@ class RewardWeightedRegression(RewardTuning):
             yield WeightedMicro(data.latents[part], data.weights[part], cond, t, noise)
 
     def loss(self, micro: WeightedMicro, ctx: StepContext) -> LossOut:
-        """Weighted denoising error of one micro-batch."""
+        """Weighted denoising error of one micro-batch, with the pull to the base where it is asked for."""
         ctx.poll()
+        cfg, denoiser = self.config, self.shell.task.denoiser
+        anchor = None
+        if cfg.kl_coef > 0:
+            assert isinstance(denoiser.process, GaussianProcess)
+            xt = denoiser.process.corrupt(micro.latents, micro.t, micro.noise)
+            with autocast(ctx):
+                anchor = reference_prediction(self.shell.task, self.roles, xt, micro.t, micro.cond, cfg.kl_guidance)
         with self.roles.use("policy"), autocast(ctx):
-            errors = denoising_error(self.shell.task.denoiser, micro.latents, micro.t, micro.noise, micro.cond)
-        total = (micro.weights * errors).sum()
-        metrics = {"loss/weighted": total.detach(), "loss/denoising": errors.detach().sum()}
-        return LossOut(total, len(errors), metrics)
+            prediction, target = predict(denoiser, micro.latents, micro.t, micro.noise, micro.cond)
+        errors = (prediction - target).square().flatten(1).mean(1)
+        losses = micro.weights * errors
+        metrics = {"loss/weighted": losses.detach().sum(), "loss/denoising": errors.detach().sum()}
+        if anchor is not None:
+            penalty = anchor_penalty(prediction, anchor.raw)
+            losses, metrics["policy/anchor_distance"] = losses + cfg.kl_coef * penalty, penalty.detach().sum()
+        return LossOut(losses.sum(), len(errors), metrics)
 
     def state_dict(self) -> dict[str, Any]:
         """Number of updates taken (for the warm-up of the average)."""

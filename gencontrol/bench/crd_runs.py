@@ -1,0 +1,160 @@
+"""One run of `gencontrol bench crd`: a method's own class on equal samples, with its network passes counted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gencontrol.algorithms.task import PromptTask
+from gencontrol.bench.base import Loop, run_in_memory
+from gencontrol.errors import NumericsError
+from gencontrol.models.denoiser import Denoiser
+from gencontrol.models.roles import Roles
+from gencontrol.registry import ALGORITHMS, resolve
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the bench: label, name in the registry, and the options that differ from the bench's common ones."""
+
+    label: str
+    algorithm: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+#: settings of crd.md §6 that are the same for all forward-process methods
+COMMON = {"train_times": 6}
+#: the anchor of §6, as each family of methods names it
+ANCHOR = {"kl_coef": 0.1, "kl_guidance": 3.0, "kl_adapt": "raw_reward"}
+_NFT_OCR = {"beta": 0.1, "decay": "75-0-0.0075-0.999"}
+_OCR_OLD = "0-0.25-0.005-0.999"
+
+METHODS = (
+    Method("CRD", "crd", ANCHOR),
+    Method("CRD, no decoupling (sampler = old)", "crd", ANCHOR | {"sampling_decay": _OCR_OLD}),
+    Method("CRD, no anchor", "crd", {"kl_coef": 0.0}),
+    Method("CRD, no anchor, old = policy", "crd", {"kl_coef": 0.0, "old_decay": "none", "sampling_decay": "none"}),
+    Method("CRD, anchor without CFG", "crd", ANCHOR | {"kl_guidance": 1.0}),
+    Method("CRD, constant KL", "crd", ANCHOR | {"kl_adapt": "off"}),
+    Method("CRD, no adaptive weights", "crd", ANCHOR | {"weighting": "none"}),
+    Method("NFT, official GenEval", "nft", {}),
+    Method("NFT, official OCR", "nft", _NFT_OCR),
+    Method("NFT + anchor", "nft", ANCHOR),
+    Method("AWM", "awm", {"updates_per_round": 2}),
+    Method("AWM + anchor", "awm", ANCHOR | {"updates_per_round": 2}),
+    Method("Flow-GRPO", "flow-grpo", {}),
+    Method("Flow-GRPO + anchor", "flow-grpo", {"kl": 0.0, "anchor": 0.1, "anchor_scale": 3.0}),
+    Method("RWR", "rwr", {}),
+    Method("RWR + anchor", "rwr", {"kl_coef": 0.1, "kl_guidance": 3.0}),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all methods of a comparison share: rounds, groups, samples per group, updates, sampler steps, rate."""
+
+    rounds: int = 150
+    groups: int = 10
+    generations: int = 24
+    updates: int = 2
+    demo_steps: int = 10
+    lr: float = 5e-4
+    measured: tuple[int, ...] = (25, 50, 75, 100, 125, 150)
+
+
+@dataclass
+class Calls:
+    """Rows that passed through a network while counting was on."""
+
+    rows: int = 0
+    counting: bool = True
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what happens inside the block."""
+        self.counting = False
+        try:
+            yield
+        finally:
+            self.counting = True
+
+    def watch(self, network: nn.Module) -> None:
+        """Count this network's rows."""
+
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            self.rows += len(inputs[0]) if self.counting else 0
+
+        network.register_forward_pre_hook(hook)
+
+
+def available() -> tuple[Method, ...]:
+    """Return the rows whose algorithm is in the registry."""
+    return tuple(method for method in METHODS if method.algorithm in ALGORITHMS)
+
+
+def build(method: Method, plan: Plan, task: PromptTask, reward: Any, seed: int) -> Any:
+    """Return the method's algorithm on this task; raw weights are measured, so no average is kept."""
+    kind = resolve(ALGORITHMS, method.algorithm, "algorithm")
+    shared = {
+        "prompts_per_round": plan.groups,
+        "generations": plan.generations,
+        "updates_per_round": plan.updates,
+        "demo_steps": plan.demo_steps,
+        "ema_decay": 0.0,
+    }
+    forward = COMMON if method.algorithm in ("crd", "nft", "awm") else {}
+    config = kind.Config(**{**shared, **forward, **method.options})
+    roles = Roles(task.denoiser.network, kind.role_names(config), seed=seed)
+    return kind(task, reward, config, roles=roles, seed=seed)
+
+
+def kept_run(folder: Path, method: Method, plan: Plan, world: Any, seed: int) -> dict[str, dict[int, float]]:
+    """Return a run from the folder, or make it and leave it there; a file's name is a hash of all that defines it."""
+    settings = [method.algorithm, dict(method.options), COMMON, vars(plan), world.steps, seed]
+    mark = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    path = folder / f"{method.algorithm}_{seed}_{mark}.json"
+    if path.exists():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return {key: {int(at): value for at, value in points.items()} for key, points in kept.items()}
+    run = run_method(method, plan, world.task(), world.reward, world.measure, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(run), encoding="utf-8")
+    return run
+
+
+def run_method(
+    method: Method,
+    plan: Plan,
+    task: PromptTask,
+    reward: Any,
+    measure: Callable[[Denoiser], dict[str, float]],
+    seed: int,
+) -> dict[str, dict[int, float]]:
+    """Fine-tune; returns metric → {round: value} with the raw policy's measurements and the passes of training so far.
+
+    A run whose loss is no longer finite ends there; its later measurements are missing, which the tables show.
+    """
+    algorithm, calls = build(method, plan, task, reward, seed), Calls()
+    calls.watch(task.denoiser.network)
+    curves: dict[str, dict[int, float]] = {}
+
+    def look(step: int) -> None:
+        if step + 1 not in plan.measured:
+            return
+        with calls.paused(), algorithm.roles.use("policy"):
+            found = measure(task.denoiser)
+        for key, value in (found | {"passes": float(calls.rows)}).items():
+            curves.setdefault(key, {})[step + 1] = value
+
+    try:
+        run_in_memory(algorithm, plan.rounds, Loop(plan.lr), seed=seed, on_step=look)
+    except NumericsError:
+        pass
+    return curves
