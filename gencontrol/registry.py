@@ -42,6 +42,8 @@ REWARDS = {
     "compressibility": "gencontrol.rewards.compressibility:Compressibility",
     "incompressibility": "gencontrol.rewards.compressibility:Incompressibility",
     "remote": "gencontrol.rewards.remote:RemoteReward",
+    "compositional": "gencontrol.rewards.compositional:Compositional",
+    "ocr": "gencontrol.rewards.ocr:OcrReward",
 }
 BENCHES = {
     "overhead": "gencontrol.bench.overhead:main",
