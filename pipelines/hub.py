@@ -32,6 +32,13 @@ _DTYPES = {
     "fp16": torch.float16,
     "float16": torch.float16,
 }
+#: names of the bundled models → their folders
+BUNDLED_NAMES: Mapping[str, str] = {
+    "bundled": "text_to_audio",
+    "bundled-sound": "text_to_audio",
+    "bundled-image": "text_to_image",
+    "bundled-digits": "digits",
+}
 #: libraries whose components a model_index.json may name
 _LIBRARIES = frozenset(
     {"gencontrol", "diffusers", "transformers", "stable_audio", "audioldm2", "stable_diffusion"}
@@ -99,7 +106,7 @@ def locate(source: str | Path, options: LoadOptions, bundled: str) -> tuple[dict
         UsageError: neither a folder of a pipeline nor a reachable hub repository.
         EnvironmentMissing: "bundled" (or "bundled-" and the model's name) was asked for and is not installed.
     """
-    if str(source) in ("bundled", f"bundled-{bundled}"):
+    if source == "bundled" or BUNDLED_NAMES.get(str(source)) == bundled:
         folder = bundled_folder(bundled)
         return read_index(folder), folder
     path = Path(source).expanduser()

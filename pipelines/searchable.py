@@ -21,6 +21,7 @@ from gencontrol.models.denoiser import Pred, TokenPred
 from gencontrol.pipelines import arguments
 from gencontrol.pipelines.class_to_image import ClassToImagePipeline
 from gencontrol.pipelines.text_to_audio import TextToAudioPipeline
+from gencontrol.pipelines.text_to_image import TextToImagePipeline
 from gencontrol.process import GaussianProcess
 from gencontrol.process.gaussian import Time
 from gencontrol.rng import randn
@@ -277,6 +278,50 @@ class ClassSearch:
         return frozen(self.pipe.network)
 
 
+class ImageSearch:
+    """TextToImagePipeline around our own architecture; around diffusers' pipelines it is theirs that is searched."""
+
+    kind: Literal["image", "audio"] = "image"
+
+    def __init__(self, pipe: TextToImagePipeline) -> None:
+        refuse_offloaded(pipe.network, type(pipe).__name__)
+        self.pipe = pipe
+
+    @torch.no_grad()
+    def problem(self, ask: Request) -> Problem:
+        """Encode the prompts."""
+        pipe, backend = self.pipe, self.pipe.backend
+        without_effect("a text-to-image pipeline", audio_end_in_s=ask.seconds)
+        texts = arguments.texts(ask.prompt, "prompt")
+        chosen = backend.defaults.guidance_scale if ask.guidance_scale is None else ask.guidance_scale
+        scale = arguments.guidance(chosen)
+        negative = arguments.negatives(ask.negative_prompt, len(texts), 1, scale)
+        size = backend.size(ask.height, ask.width)
+        free = None
+        if scale > 1:
+            free = pipe.uncond() if negative is None else pipe.encode_prompt(negative)
+        return Problem(
+            Guided(pipe.denoiser, scale, None),
+            both_sides(pipe.encode_prompt(texts), free),
+            backend.latent_shape(size),
+            backend.defaults.steps if ask.steps is None else ask.steps,
+            None,
+            pipe.decode,
+            texts,
+        )
+
+    def at_work(self) -> AbstractContextManager[None]:
+        """Freeze all networks."""
+        return frozen(*self.pipe.modules().values())
+
+
+def _text_to_image(pipe: TextToImagePipeline) -> Searchable:
+    """Our own architecture, or the diffusers pipeline inside."""
+    from gencontrol.pipelines.image_backend import NativeImage
+
+    return ImageSearch(pipe) if isinstance(pipe.backend, NativeImage) else searchable(pipe.backend.pipe)
+
+
 def _foreign_audio(pipe: Any) -> AudioSearch:
     """diffusers' audio pipelines, through ours."""
     return AudioSearch(TextToAudioPipeline(pipe))
@@ -298,6 +343,7 @@ def _diffusers_image(name: str) -> Callable[[Any], Searchable]:
 SEARCHABLE: Mapping[str, Callable[[Any], Searchable]] = {
     "TextToAudioPipeline": AudioSearch,
     "ClassToImagePipeline": ClassSearch,
+    "TextToImagePipeline": _text_to_image,
     "StableAudioPipeline": _foreign_audio,
     "AudioLDM2Pipeline": _foreign_audio,
     "StableDiffusionPipeline": _diffusers_image("StableDiffusionPipeline"),
