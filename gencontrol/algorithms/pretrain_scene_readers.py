@@ -1,8 +1,8 @@
 """Pretraining of the two scene networks, in one run: the reader of words and the judge of attributes.
 
-They share no weights; one optimizer step moves both.  Item p of the run is a pure function of (seed, p).  Half of the
-reader's images hold letters at random places, some of them scrambled and not to be read; the rest are scenes without
-words, which must read as nothing.  The judge sees the scenes and the grammar's own word pictures.
+They share no weights; one optimizer step moves both.  Item p of the run is a pure function of (seed, p): a picture with
+letters at random places, some of them scrambled and not to be read, and a scene of the grammar.  The reader learns from
+the letters and, where the scene has no word, that there is nothing to read; the judge learns from the scene.
 """
 
 from __future__ import annotations
@@ -102,7 +102,6 @@ class SceneReadersPretrain(AveragedPretraining):
         judged = damage(images, blur, noise, drawn[:, 0])
         spelled = damage(torch.from_numpy(np.stack(letters)), blur, noise, drawn[:, 1])
         empty = torch.tensor([not scene.word for scene in scenes])
-        empty[: len(items) // 2] = False  # as many pictures of nothing as half the batch would be too many
         device = next(self.judge.parameters()).device
         return ReadersMicro(
             torch.cat([spelled, judged[empty]]).to(device),
@@ -112,14 +111,13 @@ class SceneReadersPretrain(AveragedPretraining):
         )
 
     def loss(self, micro: ReadersMicro, ctx: StepContext) -> LossOut:
-        """Mean CTC loss of the reader plus mean attribute loss of the judge, times the number of items."""
+        """Sum of the reader's CTC losses and of the judge's attribute losses."""
         with ctx.autocast():
             read, judged = self.reader(micro.to_read), self.judge(micro.to_judge)
-        reading = reader_loss(read, micro.words).mean()
-        judging = judge_loss(judged, micro.truth).mean()
-        count = len(micro.truth)
-        metrics = {"loss/reader": count * reading.detach(), "loss/judge": count * judging.detach()}
-        return LossOut(count * (reading + judging), count, metrics)
+        reading = reader_loss(read, micro.words).sum()
+        judging = judge_loss(judged, micro.truth).sum()
+        metrics = {"loss/reader": reading.detach(), "loss/judge": judging.detach()}
+        return LossOut(reading + judging, len(micro.truth), metrics)
 
     @torch.no_grad()
     def evaluate(self, ctx: StepContext) -> Evaluation:
