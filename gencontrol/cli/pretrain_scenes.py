@@ -113,7 +113,7 @@ def save_text_to_image(folder: Path, transformer: Any, text_encoder: Any, tokeni
 
 def readers_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     """Defaults of [train] that make the bundled reader and judge in a few minutes on two cores."""
-    steps = given.get("steps", 2500)
+    steps = given.get("steps", 2000)
     if not isinstance(steps, int):
         return {}
     return {
