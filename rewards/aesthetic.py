@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gencontrol.errors import UsageError
 from gencontrol.rewards.base import checked
-from gencontrol.rewards.clip_backend import ClipEmbeddings, Precision, clip_backend
+from gencontrol.rewards.clip_backend import ClipEmbeddings, FitImage, Precision, clip_backend
 from gencontrol.rewards.inputs import image_batch
 from gencontrol.rewards.preference import CLIP_MODEL
 from gencontrol.types import RewardContext, RewardOut
@@ -90,7 +90,7 @@ class AestheticReward:
         head: str | Path | None = None,
         model: str | Path = CLIP_MODEL,
         device: str | torch.device | None = None,
-        resize: str = "auto",
+        resize: FitImage = "auto",
         batch_size: int = 32,
         precision: Precision = "fp32",
     ) -> None:
@@ -117,7 +117,7 @@ class AestheticReward:
         layers = load_head(beside if head is None else head)
         self.embeddings = ClipEmbeddings(clip_backend(model, device, precision), resize, batch_size)
         self._head = layers.to(self.embeddings.backend.device)
-        width, expected = int(self.embeddings.backend.width), int(self._head[0].weight.shape[1])
+        width, expected = self.embeddings.backend.width, next(self._head.parameters()).shape[1]
         if width != expected:
             raise UsageError(
                 f"the aesthetic head takes embeddings of {expected} numbers, the CLIP model gives {width}; the "

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from gencontrol.rewards.clip_backend import ClipEmbeddings, Precision, clip_backend
+from gencontrol.rewards.clip_backend import ClipEmbeddings, FitImage, Precision, clip_backend
 from gencontrol.rewards.preference import CLIP_MODEL, Similarity
 
 
@@ -19,7 +19,7 @@ class ClipReward(Similarity):
         device: str | torch.device | None = None,
         architecture: str | None = None,
         processor: str | Path | None = None,
-        resize: str = "auto",
+        resize: FitImage = "auto",
         batch_size: int = 32,
         precision: Precision = "fp32",
         *,

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from gencontrol.errors import EnvironmentMissing, UsageError
+from gencontrol.errors import EnvironmentMissing, UsageError, nearest
 from gencontrol.rewards.clip_features import RESIZES, ImagePrep, Resize
 from gencontrol.rewards.pretrained import (
     TextCache,
@@ -32,6 +32,7 @@ from gencontrol.rewards.pretrained import (
 )
 
 Precision = Literal["fp32", "bf16", "fp16"]
+FitImage = Literal["auto", "crop", "squash", "pad"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FILES = (".pt", ".pth", ".bin", ".safetensors")
 _OPEN_CLIP = "open_clip:"
@@ -181,14 +182,18 @@ def load_open_clip(name: str, device: torch.device, precision: Precision, weight
             f"'{name}' needs open_clip_torch, which is not here ({error}); pip install 'gencontrol[image]', or give "
             "the folder of a transformers CLIP model."
         ) from error
+    if ":" not in name and name not in (known := open_clip.list_models()):
+        raise UsageError(
+            f"open_clip has no architecture '{name}'.{nearest(name, known)} open_clip.list_models() names them."
+        )
     try:
         model = open_clip.create_model(name, pretrained=weights, device="cpu", require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(name)
     except (RuntimeError, ValueError, OSError, KeyError, AssertionError) as error:
         given = f"'{weights}' as '{name}'" if weights else f"'{name}'"
         raise UsageError(
-            f"open_clip cannot load {given}: {first_line(error)}; check the file and set architecture to the one it "
-            "was trained with (open_clip.list_models() names them)."
+            f"open_clip cannot load {given}: {first_line(error)}; check the file, and that its architecture is the "
+            "one it was trained with."
         ) from error
     return OpenClip(model, tokenizer, device, precision)
 
@@ -247,7 +252,7 @@ def clip_backend(
 class ClipEmbeddings:
     """A CLIP model ready for scoring: images in [0, 1] and texts to unit embeddings, in batches, texts cached."""
 
-    def __init__(self, backend: ClipBackend, resize: str = "auto", batch_size: int = 32) -> None:
+    def __init__(self, backend: ClipBackend, resize: FitImage = "auto", batch_size: int = 32) -> None:
         """Wrap a backend.
 
         Args:
@@ -262,8 +267,9 @@ class ClipEmbeddings:
         if resize not in ("auto", *RESIZES):
             raise UsageError(f"resize is auto, {', '.join(RESIZES)}, not '{resize}'.")
         self.backend = backend
-        own = resize in ("auto", backend.prep.resize)
-        self._prep = backend.prep if own else dataclasses.replace(backend.prep, resize=resize, shortest=None)
+        self._prep = backend.prep
+        if resize != "auto" and resize != backend.prep.resize:
+            self._prep = dataclasses.replace(backend.prep, resize=resize, shortest=None)
         self._batch_size = batch_size
         #: unit text embeddings [b d] on the CPU, cached by text
         self.texts = TextCache(lambda texts: self.backend.text(texts), batch_size)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gencontrol.errors import UsageError
 from gencontrol.rewards.base import checked
-from gencontrol.rewards.clip_backend import ClipEmbeddings, Precision, clip_backend
+from gencontrol.rewards.clip_backend import ClipEmbeddings, FitImage, Precision, clip_backend
 from gencontrol.rewards.inputs import image_batch
 from gencontrol.rewards.pretrained import one_prompt_each
 from gencontrol.types import RewardContext, RewardOut
@@ -64,7 +64,7 @@ class PickScore(Similarity):
         model: str | Path = PICKSCORE_MODEL,
         device: str | torch.device | None = None,
         processor: str | Path | None = None,
-        resize: str = "auto",
+        resize: FitImage = "auto",
         batch_size: int = 32,
         precision: Precision = "fp32",
         *,
@@ -100,7 +100,7 @@ class Hps(Similarity):
         model: str | Path | None = None,
         device: str | torch.device | None = None,
         architecture: str = HPS_ARCHITECTURE,
-        resize: str = "pad",
+        resize: FitImage = "pad",
         batch_size: int = 32,
         precision: Precision = "fp32",
     ) -> None:

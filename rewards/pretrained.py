@@ -44,8 +44,8 @@ def local_or_hub(source: str | Path) -> str | Path:
 
 
 def first_line(error: BaseException) -> str:
-    """First line of an exception's text, or its class."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """First line of an exception's text, at most 300 characters, or its class."""
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
 
 
 def load_pretrained(

@@ -267,8 +267,10 @@ def _read_facts(answer: bytes, url: str) -> ServerFacts:
     try:
         facts = json.loads(answer)
         protocol = facts["protocol"]
-        texts = [one_line(str(facts[key]), 80) for key in ("reward", "kind", "version", "identity")]
-        found = ServerFacts(*texts, max_bytes=max(1, int(facts["max_bytes"])))
+        reward, kind, version, identity = (
+            one_line(str(facts[k]), 80) for k in ("reward", "kind", "version", "identity")
+        )
+        found = ServerFacts(reward, kind, version, identity, max(1, int(facts["max_bytes"])))
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"what answers at {url} is no reward server; give http://host:port/name.") from error
     if protocol != PROTOCOL:

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import torch
 
-WORDS = "a an red green blue square circle triangle above below two three photo of the small large cat dog and".split()
-
 
 def write_clip(folder: Path, *, edge: int = 24, seed: int = 0, size: int | None = None, squash: bool = False) -> Path:
     """Save a random CLIPModel with tokenizer and preprocessor_config.json as the hub lays them out."""
