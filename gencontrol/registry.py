@@ -13,6 +13,7 @@ ALGORITHMS = {
     "ctrl": "gencontrol.algorithms.ctrl:Ctrl",
     "flow-grpo": "gencontrol.algorithms.flow_grpo:FlowGrpo",
     "ddpo": "gencontrol.algorithms.flow_grpo:Ddpo",
+    "draft": "gencontrol.algorithms.draft:Draft",
     "crd": "gencontrol.algorithms.crd:Crd",
     "nft": "gencontrol.algorithms.nft:Nft",
     "awm": "gencontrol.algorithms.awm:Awm",
