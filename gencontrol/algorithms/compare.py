@@ -30,6 +30,8 @@ from gencontrol.types import Cond, cond_to, index_cond
 DRAWS = 100
 #: Samples that are written for people to look at.
 SHOWN = 4
+#: pictures are small, and looked at faster
+SHOWN_PICTURES = 8
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ class Comparison:
         generators = item_generators(self.seed, self.name, range(len(self.prompts)))
         with self.roles.use(role):
             latents = generate(self.task, self._cond(), generators, self.how, ctx)
-        scores, shown = score(self.task, self.reward, latents, self.prompts, ctx, keep=SHOWN)
+        keep = SHOWN_PICTURES if self.task.sampling_rate is None else SHOWN
+        scores, shown = score(self.task, self.reward, latents, self.prompts, ctx, keep=keep)
         return Sampled(latents, scores, shown)
 
     def base(self, ctx: StepContext) -> Sampled:

@@ -25,6 +25,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_LESS_MEMORY = "lower --micro-batch, or add --gradient-checkpointing or --precision bf16."
+
 
 def _version(value: bool | None) -> None:
     if value:
@@ -74,7 +76,8 @@ def _explain(error: BaseException) -> int:
         message = error.format_message()
         return _say(message if message.rstrip().endswith("?") else f"{message.rstrip('.')}; see --help.", 2)
     if isinstance(error, GencontrolError):
-        return _say(str(error), error.exit_code)
+        full = "out of memory" in str(error).lower()
+        return _say(f"{error} {_LESS_MEMORY.capitalize()}" if full else str(error), error.exit_code)
     if isinstance(error, KeyboardInterrupt):
         return _say("interrupted; run the same command again (a training or search goes on from its last save).", 130)
     if isinstance(error, typer.Abort):
@@ -101,7 +104,7 @@ def _explain_os(error: OSError) -> int:
 def _explain_unknown(error: BaseException) -> int:
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, MemoryError) or "out of memory" in text.lower():
-        return _say(f"out of memory ({text[:200]}); lower --micro-batch, or use --precision bf16.", 6)
+        return _say(f"out of memory ({text[:200]}); {_LESS_MEMORY}", 6)
     if isinstance(error, ImportError):
         name = error.name or "a package"
         return _say(f"{name} is missing or broken ({error}); `gencontrol doctor` lists the install lines.", 6)

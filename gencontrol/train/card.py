@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,13 @@ from gencontrol.train.report_data import RunData, read_run
 
 _METHODS = {
     "dragon": ("DRAGON, distributional rewards (Bai et al. 2025)", "https://arxiv.org/abs/2504.15217"),
+    "crd": ("CRD, centred reward distillation", "https://arxiv.org/abs/2603.14128"),
+    "ctrl": ("CTRL, a new condition by reward (Zhao et al. 2024)", "https://arxiv.org/abs/2406.12120"),
+    "nft": ("DiffusionNFT (Zheng et al. 2025)", "https://arxiv.org/abs/2509.16117"),
+    "awm": ("advantage-weighted matching (2025)", "https://arxiv.org/abs/2509.25050"),
+    "flow-grpo": ("Flow-GRPO (Liu et al. 2025)", "https://arxiv.org/abs/2505.05470"),
+    "ddpo": ("DDPO (Black et al. 2023)", "https://arxiv.org/abs/2305.13301"),
+    "draft": ("DRaFT, direct reward fine-tuning (Clark et al. 2023)", "https://arxiv.org/abs/2309.17400"),
     "rwr": ("reward-weighted regression (Peters & Schaal 2007; Lee et al. 2023)", "https://arxiv.org/abs/2302.12192"),
 }
 _REWARDS = {
@@ -20,8 +29,19 @@ _REWARDS = {
     "quality": "absence of clipping, silence and clicks",
     "loudness-range": "loudness range",
     "spectral-centroid": "brightness",
+    "compositional": "whether the picture shows what the caption says: objects, colours, numbers, positions",
+    "ocr": "whether the rendered word can be read",
+    "clip": "cosine of the CLIP embeddings of the image and of its prompt",
+    "pickscore": "PickScore, human preference",
+    "hps": "HPS, human preference",
+    "aesthetic": "LAION's aesthetic predictor",
+    "compressibility": "minus the size of the image as JPEG",
     "digit-class": "log-probability of a digit by the bundled calibrated classifier",
 }
+
+
+#: pipelines whose samples are sounds
+_SOUNDS = ("TextToAudioPipeline", "StableAudioPipeline", "AudioLDM2Pipeline")
 
 
 def write_card(run_dir: str | Path) -> Path | None:
@@ -60,18 +80,43 @@ def loading(run: RunData) -> tuple[str, str]:
             f'pipe = ClassToImagePipeline.from_pretrained("{final}")\nimage = pipe(3, seed=0).images[0]',
             "gencontrol doctor",
         )
+    words = _words(run)
     lines = [
-        "from gencontrol.pipelines import TextToAudioPipeline\n",
-        f'pipe = TextToAudioPipeline.from_pretrained("{final}")',
-        'sound = pipe("a slow sad piano melody", seed=0).audios[0]',
+        f"from gencontrol.pipelines import {words.pipeline}\n",
+        f'pipe = {words.pipeline}.from_pretrained("{final}")',
+        f'{words.item} = pipe("{words.example}", seed=0)[0][0]',
     ]
     if (final / "lora").is_dir():
         lines += [
             "\n# or only the adapter, on top of the base model",
-            f'pipe = TextToAudioPipeline.from_pretrained("{run.config.get("run", {}).get("model", "bundled")}")',
+            f'pipe = {words.pipeline}.from_pretrained("{run.config.get("run", {}).get("model", "bundled")}")',
             f'pipe.load_lora_weights("{final / "lora"}")',
         ]
-    return "\n".join(lines), f'gencontrol sample --model {final} --prompt "a slow sad piano melody" --output samples'
+    return "\n".join(lines), f'gencontrol sample --model {final} --prompt "{words.example}" --output samples'
+
+
+@dataclass(frozen=True)
+class _Words:
+    """How a card speaks of what the model makes."""
+
+    item: str
+    task: str
+    pipeline: str
+    example: str
+    grammar: str
+
+
+_SOUND = _Words("sound", "text-to-audio", "TextToAudioPipeline", "a slow sad piano melody", "sound")
+_IMAGE = _Words("image", "text-to-image", "TextToImagePipeline", "a red circle left of a blue square", "scene")
+
+
+def _words(run: RunData) -> _Words:
+    """By the class that final/ names; a sound where there is none yet."""
+    try:
+        index = json.loads((run.path / "final" / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return _SOUND
+    return _SOUND if index.get("_class_name") in _SOUNDS else _IMAGE
 
 
 def _loading(run: RunData) -> str:
@@ -86,7 +131,8 @@ def render_card(run: RunData) -> str:
         return _pretrain_card(run)
     method, link = _METHODS.get(str(settings.get("algorithm")), (str(settings.get("algorithm")), ""))
     base = str(settings.get("model", "bundled"))
-    metadata = ["---", "library_name: gencontrol", "pipeline_tag: text-to-audio", "tags:", "- gencontrol"]
+    words = _words(run)
+    metadata = ["---", "library_name: gencontrol", f"pipeline_tag: {words.task}", "tags:", "- gencontrol"]
     metadata += [f"- {settings.get('algorithm')}", "- reward-fine-tuning"]
     if "/" in base and not Path(base).exists():
         metadata += [f"base_model: {base}"]
@@ -95,7 +141,7 @@ def render_card(run: RunData) -> str:
             *metadata,
             "---\n",
             f"# {run.path.resolve().name}\n",
-            f"A text-to-audio model, fine-tuned from {_base(base)} with gencontrol.\n",
+            f"A {words.task} model, fine-tuned from {_base(base)} with gencontrol.\n",
             "## Method\n",
             f"{method}{f', <{link}>' if link else ''}. {_adapter(settings)}\n",
             "## Reward\n",
@@ -103,12 +149,12 @@ def render_card(run: RunData) -> str:
             "## Results\n",
             *_results(run),
             "## Data\n",
-            f"{_data(settings)}\n",
+            f"{_data(settings, words)}\n",
             "## Hyper-parameters\n",
             *_parameters(run),
             "## Limits\n",
             "The model was moved towards a reward, which is a stand-in for what people want: pushed far enough, a "
-            "reward rises while the sound gets worse (reward over-optimisation), and variety can shrink. The numbers "
+            f"reward rises while the {words.item} gets worse (reward over-optimisation), and variety can shrink. The numbers "
             "above are of one run and one seed, on the reward that was trained on. Licence and biases of the base "
             "model, of its data and of the reward's network carry over.\n",
             "## How to load\n",
@@ -119,7 +165,7 @@ def render_card(run: RunData) -> str:
 
 
 def _base(base: str) -> str:
-    if base == "bundled":
+    if base.startswith("bundled"):
         return "the model bundled with gencontrol (Apache-2.0)"
     return f"`{base}` (its licence applies)"
 
@@ -165,7 +211,7 @@ def _results(run: RunData) -> list[str]:
     return [
         *rows,
         "",
-        f"{run.last('eval/items') or 0:.0f} samples, step {run.step}. Curves and sounds: report.html of the run.\n",
+        f"{run.last('eval/items') or 0:.0f} samples, step {run.step}. Curves and samples: report.html of the run.\n",
     ]
 
 
@@ -178,13 +224,13 @@ def _range(run: RunData, name: str) -> str:
     return "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
 
 
-def _data(settings: Any) -> str:
+def _data(settings: Any, words: _Words) -> str:
     prompts = settings.get("prompts")
     if prompts:
-        return f"Prompts of `{prompts}`; the sounds to learn from were drawn from the model itself."
+        return f"Prompts of `{prompts}`; the {words.item}s to learn from were drawn from the model itself."
     return (
-        f"{settings.get('prompt_count', 0)} prompts of the bundled sound grammar; evaluation prompts describe "
-        "sounds that training never had. The sounds to learn from were drawn from the model itself."
+        f"{settings.get('prompt_count', 0)} prompts of the bundled {words.grammar} grammar; evaluation prompts "
+        f"describe {words.item}s that training never had. The {words.item}s to learn from were drawn from the model itself."
     )
 
 

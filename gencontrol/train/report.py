@@ -12,6 +12,7 @@ from pathlib import Path
 
 from gencontrol.train.report_data import RunData, read_run
 from gencontrol.train.report_parts import tables
+from gencontrol.train.report_pictures import has_pictures, looking
 from gencontrol.train.report_sections import curves, headline, listening
 from gencontrol.train.report_style import page
 
@@ -43,7 +44,7 @@ def render(run: RunData) -> str:
         )
     body = [headline(run), _state(run), "<h2>Curves</h2>", curves(run)]
     if run.pairs:
-        body.insert(2, listening(run))
+        body.insert(2, looking(run) if has_pictures(run.pairs) else listening(run))
     body += [_use(run), tables(run)]
     title = f"{run.path.resolve().name}: {_what(run)}"
     return page(title, _header(run), "\n".join(part for part in body if part), _footer(run))

@@ -176,10 +176,11 @@ def _plain(folder: Path) -> list[Pair]:
 
 def _sound(folder: Path, stem: str, reward: Any) -> Sound | None:
     wav, png = folder / f"{stem}.wav", folder / f"{stem}.png"
-    if not wav.is_file():
-        return None
+    sound = wav.read_bytes() if wav.is_file() else None
     picture = png.read_bytes() if png.is_file() else None
-    return Sound(wav.read_bytes(), picture, float(reward) if is_number(reward) else None)
+    if sound is None and picture is None:
+        return None
+    return Sound(sound, picture, float(reward) if is_number(reward) else None)
 
 
 def _within_budget(pairs: list[Pair]) -> tuple[list[Pair], float | None]:

@@ -81,6 +81,10 @@ pre { background: var(--card); border: 1px solid var(--rule); border-radius: 8px
   background: #08060f; image-rendering: auto; }
 .side audio { width: 100%; margin-top: 8px; height: 40px; }
 .side img.picture { width: auto; max-width: min(100%, 320px); height: auto; object-fit: contain; }
+.scroll { overflow-x: auto; } table.grid { width: auto; } table.grid th { width: auto; max-width: 190px; }
+table.grid th[scope="row"] { color: var(--c); font-weight: 600; white-space: nowrap; }
+table.grid img { display: block; width: 160px; border-radius: 6px; image-rendering: pixelated; }
+table.grid td span { color: var(--soft); font-size: .84rem; }
 .column { fill: var(--c); opacity: .5; }
 .tree .note { margin: 2px 0 4px; }
 .edge { fill: none; stroke: var(--soft); opacity: .45; } .edge.best { stroke: var(--base); opacity: 1; }
