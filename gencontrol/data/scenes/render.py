@@ -52,10 +52,11 @@ class Scene:
 
 
 def _radii(spec: SceneSpec, rng: np.random.Generator) -> np.ndarray:
-    """Half-widths of all objects; many objects of free size are small, objects counted together have one size."""
+    """Half-widths of all objects; objects counted together have one size, four of free size are small to fit."""
     sizes: list[str] = []
     for thing in spec.things:
         free = "small" if spec.total > 2 and rng.random() < 0.7 else str(rng.choice(SIZES))
+        free = "small" if spec.total > 3 else free
         sizes += [thing.size or free] * thing.count
     return np.array([rng.uniform(*RADII[size]) for size in sizes])
 
