@@ -7,6 +7,7 @@ counts with the mean over the set.  An item is valid when every part could score
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
@@ -47,7 +48,7 @@ class _Weighted(Generic[Part]):
 
 @dataclass(frozen=True)
 class WeightedItems(_Weighted[Reward]):
-    """Item reward Σ w_i·r_i; `extras["parts"]` holds the values of each part by name."""
+    """Item reward Σ w_i·r_i; `extras["parts"]` holds the values of each part by name, "reasons" why items lack."""
 
     @property
     def kind(self) -> Literal["item", "set"]:
@@ -66,7 +67,8 @@ class WeightedItems(_Weighted[Reward]):
         valid = torch.stack([out.valid for out in outs]).all(0)
         result = checked(self.name, total, len(valid), valid)
         values = {part.name: out.values.detach() for part, out in zip(self.parts, outs, strict=True)}
-        return RewardOut(result.values, result.valid, {"parts": values})
+        reasons = sum((Counter(out.extras.get("reasons", {})) for out in outs), Counter[str]())
+        return RewardOut(result.values, result.valid, {"parts": values, "reasons": dict(reasons)})
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def rapid_engine() -> Callable[[np.ndarray], str]:
         from rapidocr_onnxruntime import RapidOCR
     except ImportError as error:
         raise EnvironmentMissing(
-            'reward \'ocr\' reads images larger than 32x32 with RapidOCR: pip install "gencontrol[ocr]".'
+            "reward 'ocr' reads images larger than 32x32 with RapidOCR: pip install \"gencontrol[ocr]\"."
         ) from error
     engine = RapidOCR()
 

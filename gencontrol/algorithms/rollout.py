@@ -7,6 +7,7 @@ micro-batch and on any number of ranks.  A pool has `groups × generations` rows
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -90,18 +91,27 @@ def chunks(count: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + max(1, size), count))
 
 
-def prompts_of_step(prompts: Sequence[str], count: int, seed: int, name: str, step: int) -> list[str]:
-    """Return the prompts of a step: consecutive stretches of a fresh permutation per epoch, so all are seen equally."""
-    if not prompts:
-        raise UsageError("the list of training prompts is empty; give at least one prompt (--prompts FILE).")
+def rows_of_step(total: int, count: int, seed: int, name: str, step: int) -> list[int]:
+    """Return `count` row numbers below `total`: stretches of a fresh permutation per epoch, so all are seen equally."""
     chosen = []
     orders: dict[int, list[int]] = {}
     for position in range(step * count, (step + 1) * count):
-        epoch, place = divmod(position, len(prompts))
+        epoch, place = divmod(position, total)
         if epoch not in orders:
-            orders[epoch] = torch.randperm(len(prompts), generator=stream(seed, name, epoch)).tolist()
-        chosen.append(prompts[orders[epoch][place]])
+            orders[epoch] = torch.randperm(total, generator=stream(seed, name, epoch)).tolist()
+        chosen.append(orders[epoch][place])
     return chosen
+
+
+def prompts_of_step(prompts: Sequence[str], count: int, seed: int, name: str, step: int) -> list[str]:
+    """Return the prompts of a step, by `rows_of_step`.
+
+    Raises:
+        UsageError: there are none.
+    """
+    if not prompts:
+        raise UsageError("the list of training prompts is empty; give at least one prompt (--prompts FILE).")
+    return [prompts[row] for row in rows_of_step(len(prompts), count, seed, name, step)]
 
 
 def guided(task: PromptTask, scale: float, uncond: Cond = None) -> Any:
@@ -183,6 +193,7 @@ def score(
     """
     outs: list[dict[str, Tensor]] = []
     kept: list[Tensor] = []
+    reasons: Counter[str] = Counter()
     for part in chunks(len(latents), ctx.micro_batch):
         ctx.poll()
         samples = task.decode(latents[part])
@@ -195,6 +206,7 @@ def score(
         else:
             out = reward(samples, context)
             outs.append({"values": out.values.detach().float().cpu(), "valid": out.valid.detach().cpu()})
+            reasons.update(out.extras.get("reasons", {}))
             parts = out.extras.get("parts", {})
             outs[-1] |= {f"{_PART}{name}": part.detach().float().cpu() for name, part in parts.items()}
         if len(outs[-1]["valid"]) != len(samples):
@@ -205,7 +217,8 @@ def score(
     if reward.kind == "set":
         return Scores(valid=merged["valid"], features=merged), kept
     parts = {key.removeprefix(_PART): value for key, value in merged.items() if key.startswith(_PART)}
-    return Scores(merged["valid"] & merged["values"].isfinite(), merged["values"], parts=parts), kept
+    valid = merged["valid"] & merged["values"].isfinite()
+    return Scores(valid, merged["values"], parts=parts, reasons=reasons), kept
 
 
 def _gathered(scores: Scores) -> Scores:
@@ -214,6 +227,7 @@ def _gathered(scores: Scores) -> Scores:
         values=None if scores.values is None else gather_rows(scores.values),
         features=None if scores.features is None else {k: gather_rows(v) for k, v in scores.features.items()},
         parts={name: gather_rows(part) for name, part in scores.parts.items()},
+        reasons=scores.reasons,
     )
 
 
@@ -297,7 +311,8 @@ def draw_pool(
             items = float(pool.scores.valid.double().mean())
             metrics = {"reward/valid_fraction": items, "rollout/valid_groups": valid, "rollout/redrawn": float(attempt)}
             return pool, metrics | pool.seconds
+    why = "; ".join(f"{reason} ({count})" for reason, count in pool.scores.reasons.items())
     raise RewardError(
         f"reward '{reward.name}' was valid for {valid:.0%} of the groups, twice; at least {min_valid:.0%} are needed: "
-        "listen to the samples, check the reward's inputs, or lower min_valid."
+        f"{why or 'look at the samples'}; mend the reward or its inputs, or lower min_valid."
     )

@@ -29,13 +29,15 @@ TIE = 1e-10
 class Scores:
     """What a reward says about a pool of samples: `values` for an item reward, `features` for a set reward.
 
-    `parts` holds the values of each reward of a weighted sum of item rewards, by name.
+    `parts` holds the values of each reward of a weighted sum of item rewards, by name; `reasons` counts why samples of
+    this rank could not be scored, where the reward says it.
     """
 
     valid: Bool[Tensor, " pool"]
     values: Float[Tensor, " pool"] | None = None
     features: Features | None = None
     parts: Mapping[str, Float[Tensor, " pool"]] = field(default_factory=dict)
+    reasons: Mapping[str, int] = field(default_factory=dict)
 
 
 def item_values(reward: Reward | SetReward, scores: Scores) -> Float[Tensor, " pool"]:
