@@ -14,6 +14,7 @@ ALGORITHMS = {
     "flow-grpo": "gencontrol.algorithms.flow_grpo:FlowGrpo",
     "ddpo": "gencontrol.algorithms.flow_grpo:Ddpo",
     "draft": "gencontrol.algorithms.draft:Draft",
+    "diffusion-dpo": "gencontrol.algorithms.diffusion_dpo:DiffusionDpo",
     "crd": "gencontrol.algorithms.crd:Crd",
     "nft": "gencontrol.algorithms.nft:Nft",
     "awm": "gencontrol.algorithms.awm:Awm",
@@ -51,6 +52,7 @@ BENCHES = {
     "dragon": "gencontrol.bench.dragon:main",
     "faults": "gencontrol.bench.faults:main",
     "dts": "gencontrol.bench.dts:main",
+    "ctrl": "gencontrol.bench.ctrl:main",
     "crd": "gencontrol.bench.crd:main",
 }
 

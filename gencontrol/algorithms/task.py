@@ -26,6 +26,8 @@ class PromptTask:
         artefacts: (file stem, one sample) → {file name: bytes} for people to look at or listen to.
         save_final: (folder) writes everything that `from_pretrained` needs, with the current weights.
         sampling_rate: Hz for audio, else None.
+        encode_samples: samples, as `decode` gives them, → latents [b *d] without gradient (the mode of a VAE's
+            posterior, the map to [-1, 1] of a pixel model), for training on files; None where the model has none.
     """
 
     denoiser: Denoiser
@@ -38,3 +40,4 @@ class PromptTask:
     artefacts: Callable[[str, Tensor], dict[str, bytes]]
     save_final: Callable[[Path], None]
     sampling_rate: int | None = None
+    encode_samples: Callable[[Tensor], Tensor] | None = None
