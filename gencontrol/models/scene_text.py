@@ -85,13 +85,19 @@ class CaptionedNetwork(nn.Module):
         self.reader = nn.Linear(config.projection_dim, sum(FACTS))
 
     def forward(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Return the image network's output under the encoded captions; "drop" [b] marks the learned null."""
-        states = text_states(self.text_encoder, cond["ids"], cond["mask"])
-        return self.transformer(x, t, {**states, "drop": cond.get("drop", states["drop"])})
+        """Return the image network's output; "drop" [b] of the condition marks the learned null."""
+        return self.transformer(x, t, self.encode(cond))
 
-    def read(self, cond: Mapping[str, Tensor]) -> Float[Tensor, "b facts"]:
-        """Return logits of what the captions say, `FACTS` one after the other."""
-        return self.reader(text_states(self.text_encoder, cond["ids"], cond["mask"])["pooled"])
+    def encode(self, cond: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the image network's condition of token ids; one that is encoded already stays as it is."""
+        if "ids" not in cond:
+            return cond
+        states = text_states(self.text_encoder, cond["ids"], cond["mask"])
+        return {**states, "drop": cond.get("drop", states["drop"])}
+
+    def read(self, encoded: Mapping[str, Tensor]) -> Float[Tensor, "b facts"]:
+        """Return logits of what encoded captions say, `FACTS` one after the other."""
+        return self.reader(encoded["pooled"])
 
 
 def caption_targets(specs: Sequence[SceneSpec]) -> Int64[Tensor, "b f"]:
@@ -124,6 +130,13 @@ def reading_loss(logits: Float[Tensor, "b facts"], targets: Int64[Tensor, "b f"]
 
 
 def save_text(folder: Path, text_encoder: Any, tokenizer: Any) -> None:
-    """Write text_encoder/ and tokenizer/ of a pipeline folder."""
-    text_encoder.save_pretrained(folder / "text_encoder")
-    tokenizer.save_pretrained(folder / "tokenizer")
+    """Write text_encoder/ and tokenizer/ of a pipeline folder; the weights in half precision, to be loaded in single."""
+    import copy
+
+    from gencontrol.pipelines.hub import quiet
+
+    with quiet():
+        copy.deepcopy(text_encoder).half().save_pretrained(folder / "text_encoder")
+        tokenizer.save_pretrained(folder / "tokenizer")
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(config.read_text(encoding="utf-8").replace('"float16"', '"float32"'), encoding="utf-8")
