@@ -1,8 +1,8 @@
 """E-CTRL-1 and E-CTRL-3: CTRL where everything is known (methods/ctrl.md §4).
 
-Rows of E-CTRL-1: full backpropagation for γ = 1 and 3, through the last half of the steps, adjoint matching, and the time
-no gradient is asked for.  log Z is estimated from base samples of the same chain, the truth of the modes from the same
-samples reweighted.  J is measured on paths that training did not see.
+Rows of E-CTRL-1: full backpropagation for γ = 1 and 3, through the last half of the steps, and adjoint matching.  log Z is
+estimated from base samples of the same chain, the truth of the modes from the same samples reweighted.  J is measured on
+paths that training did not see.
 """
 
 from __future__ import annotations
