@@ -64,6 +64,8 @@ def check(parameters: Mapping[str, Any]) -> tuple[str, str | None]:
     if any(is_url(spec) for spec in specs):
         raise UsageError("a URL is a reward that is served already; give the run --reward URL itself.")
     check_rewards(specs)
+    for spec in specs:
+        _check_kind(parse_spec(spec)[0])
     if parameters["reward_model"]:
         check_source(parameters["reward_model"], "--reward-model")
     if parameters["reference"]:
@@ -78,6 +80,14 @@ def check(parameters: Mapping[str, Any]) -> tuple[str, str | None]:
     if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name) or name in ("health", ".", ".."):
         raise UsageError(f"--name {name}: letters, digits, dash, dot and underscore only, and not 'health'.")
     return name, token
+
+
+def _check_kind(name: str) -> None:
+    """Refuse a set reward of ours before its networks are loaded; the server looks at user code."""
+    from gencontrol.registry import REWARDS, resolve
+
+    if name in REWARDS and resolve(REWARDS, name, "reward").kind == "set":
+        raise UsageError(f"reward '{name}' scores whole sets; serve a reward of single samples (fad for fad-set).")
 
 
 def _load(parameters: Mapping[str, Any], device: str) -> Any:
