@@ -1,8 +1,8 @@
 """Does the image show what the caption says?  An exact check on the bundled scenes, in GenEval's categories.
 
 The caption is read by the grammar of `gencontrol.data.scenes`, the objects are found by its exact analysis (tests state
-its accuracy), words by the bundled reader.  After GenEval (Ghosh et al. 2023, arXiv 2310.11513), with one thing stricter:
-an object that nobody asked for makes the image wrong.
+its accuracy), words by the bundled reader.  After GenEval (Ghosh et al. 2023, arXiv 2310.11513), with one thing
+stricter: an object that nobody asked for makes the image wrong.
 """
 
 from __future__ import annotations

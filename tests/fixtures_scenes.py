@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tests.fixtures_models import randomise
 
 from gencontrol.cli.pretrain_scenes import PROCESS, save_text_to_image
 from gencontrol.models.image_transformer import PatchConfig, PatchTransformer, backbone_config
 from gencontrol.models.scene_text import build_text_encoder, build_tokenizer
 from gencontrol.models.transformer import Transformer
 from gencontrol.pipelines.backend import ProcessSpec
+from tests.fixtures_models import randomise
 
 
 def tiny_text_to_image(folder: Path, *, size: int = 8, seed: int = 0) -> Path:

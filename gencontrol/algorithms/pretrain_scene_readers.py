@@ -95,7 +95,9 @@ class SceneReadersPretrain(AveragedPretraining):
             letters.append(image)
             words.append(word)
             blurred = float(rng.random() < 0.5)
-            damages.append((harm * blurred * rng.uniform(0, self.config.blur), harm * rng.uniform(0, self.config.noise)))
+            damages.append(
+                (harm * blurred * rng.uniform(0, self.config.blur), harm * rng.uniform(0, self.config.noise))
+            )
             draws.append(rng.standard_normal((2, *image.shape), np.float32))
         drawn, images = torch.from_numpy(np.stack(draws)), torch.from_numpy(render(scenes))
         blur, noise = torch.tensor(damages, dtype=torch.float32).T

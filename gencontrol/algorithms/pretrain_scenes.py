@@ -8,7 +8,7 @@ caption says (ours): the two losses are added, and one optimizer step moves all.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ class ScenesPretrainConfig(FlowPretrainConfig):
         reading: weight of the loss by which the text encoder learns to say what a caption says, ≥ 0.
     """
 
-    batch: int = 64
+    batch: int = 32
     ema: float = 0.998
     eval_samples: int = 48
     eval_guidance: float = 1.0
@@ -98,9 +98,10 @@ class ScenesPretrain(FlowPretrain):
     def loss(self, micro: FlowMicro, ctx: StepContext) -> LossOut:
         """Sum of the flow's errors and of the weighted reading losses."""
         assert isinstance(micro, SceneMicro)  # of `_draw`
-        flow = super().loss(micro, ctx)
         with ctx.autocast():
-            logits = self.network.read(micro.cond)
+            encoded = self.network.encode(micro.cond)
+            logits = self.network.read(encoded)
+        flow = super().loss(replace(micro, cond=encoded), ctx)
         reading = reading_loss(logits, micro.facts).sum()
         metrics = {**flow.metrics, "loss/reading": reading.detach()}
         return LossOut(flow.total + self.options.reading * reading, flow.count, metrics)

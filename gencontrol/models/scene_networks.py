@@ -26,9 +26,9 @@ COLUMNS = 16
 #: attributes of a scene and their number of classes: objects, how many of each shape, colour and size, a word
 ATTRIBUTES = {
     "objects": 5,
-    **{shape: 5 for shape in SHAPES},
-    **{colour: 5 for colour in COLOURS},
-    **{size: 5 for size in SIZES},
+    **dict.fromkeys(SHAPES, 5),
+    **dict.fromkeys(COLOURS, 5),
+    **dict.fromkeys(SIZES, 5),
     "word": 2,
 }
 EMBEDDING = 64

@@ -130,7 +130,7 @@ def reading_loss(logits: Float[Tensor, "b facts"], targets: Int64[Tensor, "b f"]
 
 
 def save_text(folder: Path, text_encoder: Any, tokenizer: Any) -> None:
-    """Write text_encoder/ and tokenizer/ of a pipeline folder; the weights in half precision, to be loaded in single."""
+    """Write text_encoder/ and tokenizer/ of a pipeline folder; the weights in half precision, loaded in single."""
     import copy
 
     from gencontrol.pipelines.hub import quiet

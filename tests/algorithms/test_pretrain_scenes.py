@@ -159,9 +159,14 @@ def test_reader_and_judge_learn_and_come_back(tmp_path: Path) -> None:
     for name in ("loss/reader", "loss/judge"):
         assert float(after.metrics[name]) < 0.7 * float(before.metrics[name])
     algorithm.save_final(tmp_path)
-    judge, reader = SceneJudge.from_pretrained(tmp_path / "scene_judge"), SceneReader.from_pretrained(tmp_path / "scene_reader")
+    judge, reader = (
+        SceneJudge.from_pretrained(tmp_path / "scene_judge"),
+        SceneReader.from_pretrained(tmp_path / "scene_reader"),
+    )
     with algorithm.roles.use("ema"), torch.no_grad():
-        torch.testing.assert_close(judge.embed(first.to_judge), algorithm.judge.embed(first.to_judge), atol=2e-2, rtol=0)
+        torch.testing.assert_close(
+            judge.embed(first.to_judge), algorithm.judge.embed(first.to_judge), atol=2e-2, rtol=0
+        )
         torch.testing.assert_close(reader(first.to_read), algorithm.reader(first.to_read), atol=5e-2, rtol=0)
     assert not any(p.requires_grad for p in judge.parameters())
     with pytest.raises(UsageError, match="class SceneReader"):
@@ -196,7 +201,18 @@ def test_cli_makes_loadable_folders(tmp_path: Path) -> None:
     assert text.dtype == torch.float32
     cond = encode_text(text, AutoTokenizer.from_pretrained(folder / "tokenizer"), ["the word CAT in red"])
     assert made(torch.zeros(1, 3, 32, 32), 0.5, cond).shape == (1, 3, 32, 32)
-    again = ["pretrain", "scene-readers", "--output", str(tmp_path / "r"), "--threads", "1", "--steps", "1", "--batch", "2"]
+    again = [
+        "pretrain",
+        "scene-readers",
+        "--output",
+        str(tmp_path / "r"),
+        "--threads",
+        "1",
+        "--steps",
+        "1",
+        "--batch",
+        "2",
+    ]
     assert main([*again, "algorithm.eval_items=2"]) == 0
     SceneReader.from_pretrained(tmp_path / "r" / "final" / "scene_reader")
     assert main(["pretrain", "scene-readers", "--output", str(tmp_path / "x"), "model.dim=8"]) == 2

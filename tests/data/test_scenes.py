@@ -79,7 +79,9 @@ def test_splits_share_no_meaning_and_cover_every_category() -> None:
     assert meaning(parse("a circle left of a square")) != meaning(parse("a square left of a circle"))
     assert meaning(parse("a circle and a square")) == meaning(parse("a square and a circle"))
     assert not set(HELD_OUT_WORDS) & set(TRAIN_WORDS) and not set("SHARES") & set(HELD_OUT_WORDS)
-    assert all(word in HELD_OUT_WORDS for text in sample_captions(40, split="test", kind="word") for word in [text.split()[2]])
+    assert all(
+        word in HELD_OUT_WORDS for text in sample_captions(40, split="test", kind="word") for word in [text.split()[2]]
+    )
     assert not is_held_out(parse("a circle")) and sum(SHARES.values()) == pytest.approx(1.0)
 
 
@@ -137,7 +139,9 @@ def test_items_are_a_function_of_seed_and_number() -> None:
     images, cond = corpus.read([7, 3], [0, 0])
     again, _ = corpus.read([3], [0])
     assert cond is not None and torch.equal(images[1], again[0]) and images.shape == (2, 3, 32, 32)
-    assert torch.equal(corpus.images([7]) * 2 - 1, images[:1]) and not torch.equal(other.images([7]) * 2 - 1, images[:1])
+    assert torch.equal(corpus.images([7]) * 2 - 1, images[:1]) and not torch.equal(
+        other.images([7]) * 2 - 1, images[:1]
+    )
     assert float(images.min()) >= -1 and float(images.max()) <= 1
     assert cond["ids"].shape == cond["mask"].shape and corpus.text(7) == caption(corpus.spec(7))
     assert other.read([0], [0])[1] is None and len(corpus) == 50

@@ -21,7 +21,14 @@ from gencontrol.types import RewardContext
 
 
 def test_edit_distance() -> None:
-    cases = {("", ""): 0, ("CAT", ""): 3, ("CAT", "CAT"): 0, ("CAT", "COT"): 1, ("CAT", "ACT"): 2, ("KITTEN", "SITTING"): 3}
+    cases = {
+        ("", ""): 0,
+        ("CAT", ""): 3,
+        ("CAT", "CAT"): 0,
+        ("CAT", "COT"): 1,
+        ("CAT", "ACT"): 2,
+        ("KITTEN", "SITTING"): 3,
+    }
     assert {pair: edit_distance(*pair) for pair in cases} == cases
     assert all(edit_distance(b, a) == value for (a, b), value in cases.items())
     assert similarity("CAT", "COAT") == 0.75 and similarity("", "CAT") == 0.0 and similarity("XYZQ", "CAT") == 0.0
@@ -31,7 +38,9 @@ def test_asked_text() -> None:
     assert asked_text("the word CAT in red") == "CAT" == asked_text(" the word CAT")
     assert asked_text('a sign that says "Hello World" at night') == "Hello World"
     assert asked_text("a sign that says “Hello”") == "Hello"
-    assert [asked_text(t) for t in ("a red circle", "the word cat", "the word CATS-", "the word ABCDE", '" "')] == [None] * 5
+    assert [asked_text(t) for t in ("a red circle", "the word cat", "the word CATS-", "the word ABCDE", '" "')] == [
+        None
+    ] * 5
 
 
 def words(prompts: list[str], seed: int = 0) -> torch.Tensor:

@@ -34,7 +34,15 @@ from gencontrol.rng import stream_seed
 Split = Literal["train", "test"]
 
 #: share of each category in the training data
-SHARES = {"single": 0.06, "two": 0.11, "counting": 0.14, "colours": 0.11, "position": 0.17, "binding": 0.18, "word": 0.23}
+SHARES = {
+    "single": 0.06,
+    "two": 0.11,
+    "counting": 0.14,
+    "colours": 0.11,
+    "position": 0.17,
+    "binding": 0.18,
+    "word": 0.23,
+}
 #: one description of this many is kept for tests
 HELD_OUT_EVERY = 6
 #: of the hash: chosen so that every category has held-out captions of several shapes and relations
@@ -122,7 +130,9 @@ def sample_spec(rng: np.random.Generator, split: Split = "train", kind: str | No
     if split not in ("train", "test"):
         raise UsageError(f"scenes have no split '{split}'; give train or test.")
     if kind is not None and kind not in CATEGORIES:
-        raise UsageError(f"scenes have no category '{kind}'.{nearest(kind, CATEGORIES)} Known: {', '.join(CATEGORIES)}.")
+        raise UsageError(
+            f"scenes have no category '{kind}'.{nearest(kind, CATEGORIES)} Known: {', '.join(CATEGORIES)}."
+        )
     kind = kind or str(rng.choice(list(SHARES), p=list(SHARES.values())))
     while True:
         spec = _draw(kind, split, rng)

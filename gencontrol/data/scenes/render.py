@@ -71,7 +71,10 @@ def _centres(radii: np.ndarray, relation: str | None, rng: np.random.Generator) 
         apart = np.abs(places[:, :, None] - places[:, None]).max(-1) >= reach
         good = (apart | ~above).all((1, 2))
         if relation is not None:
-            axis, sign = (0 if relation in ("left of", "right of") else 1), (1 if relation in ("left of", "above") else -1)
+            axis, sign = (
+                (0 if relation in ("left of", "right of") else 1),
+                (1 if relation in ("left of", "above") else -1),
+            )
             good &= sign * (places[:, 1, axis] - places[:, 0, axis]) >= reach[0, 1]
         if good.any():
             return places[int(good.argmax())]
@@ -97,7 +100,14 @@ def arrange(spec: SceneSpec, rng: np.random.Generator) -> Scene:
         red, green, blue = paint(spec.word_colour)
         none = np.zeros(0)
         return Scene(
-            none.astype(int), none.reshape(0, 3), none.reshape(0, 2), none, ground, spec.word, (red, green, blue), (x, y)
+            none.astype(int),
+            none.reshape(0, 3),
+            none.reshape(0, 2),
+            none,
+            ground,
+            spec.word,
+            (red, green, blue),
+            (x, y),
         )
     radii = _radii(spec, rng)
     centres = _centres(radii, spec.relation, rng)
