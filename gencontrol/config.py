@@ -114,12 +114,14 @@ def _toml_value(value: Any) -> str:
         return repr(value)
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key} = {_toml_value(item)}" for key, item in value.items()) + "}"
     text = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
     return f'"{text}"'
 
 
 def dump_toml(table: Mapping[str, Any]) -> str:
-    """Write a table of scalars, lists and one level of sections as TOML."""
+    """Write a table of scalars, lists and one level of sections, mappings inside them inline, as TOML."""
     top = [f"{key} = {_toml_value(value)}" for key, value in table.items() if not isinstance(value, Mapping)]
     for name, section in table.items():
         if isinstance(section, Mapping):

@@ -3,8 +3,8 @@
     python -m gencontrol.bench.scenes_quality gencontrol/bundled --run RUN --readers-run RUN
 
 The exact analysis, the reader and the judge are measured on rendered held-out scenes, clean and damaged; the generator
-on held-out captions of every category by the reward `compositional`, with the words' reading beside it, and by the Fréchet
-distance to real scenes of the same captions in the judge's embedding, beside the same distance of other real scenes.
+on held-out captions of every category by the reward `compositional`, with the words' reading beside it, and by the
+Fréchet distance to real scenes of the same captions in the judge's embedding, beside that of other real scenes.
 """
 
 from __future__ import annotations
@@ -159,15 +159,15 @@ def measure(bundled: Path, per_category: int) -> dict[str, dict[str, Section]]:
 WHAT = {
     "text_to_image": (
         "Scenes",
-        "Flow-matching transformer on 32x32 colour scenes (4x4 patches, cross-attention to a small CLIP text encoder): one "
-        "to four objects or a short word, described by the grammar of `gencontrol.data.scenes`. Load with "
+        "Flow-matching transformer on 32x32 colour scenes (4x4 patches, cross-attention to a small CLIP text encoder): "
+        "one to four objects or a short word, described by the grammar of `gencontrol.data.scenes`. Load with "
         '`gencontrol.pipelines.TextToImagePipeline.from_pretrained("bundled")`. Imperfect on purpose: it is the base '
-        "that reward fine-tuning improves; good for nothing else. Captions and words below were held out of the training.",
+        "that reward fine-tuning improves; good for nothing else. Captions and words below were held out.",
     ),
     "scene_reader": (
         "Scene reader",
-        "Convolutional reader of one to four capital letters in a 32x32 scene, decoded by CTC; the bundled-scale engine "
-        "of the rewards `ocr` and `compositional`. Load with `gencontrol.models.scene_networks.SceneReader`.",
+        "Convolutional reader of one to four capital letters in a 32x32 scene, decoded by CTC; the bundled-scale "
+        "engine of the rewards `ocr` and `compositional`. Load with `gencontrol.models.scene_networks.SceneReader`.",
     ),
     "scene_judge": (
         "Scene judge",

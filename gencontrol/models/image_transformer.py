@@ -95,8 +95,8 @@ class PatchTransformer(TakesGroups):
         """Return the network's output for images at times t in [0, 1].
 
         Args:
-            cond: None, {"pooled": one-hot labels [b classes], "drop": [b] bool}, or {"pooled", "tokens", "mask", "drop"}
-                of a text, as of `Transformer`.
+            cond: None, {"pooled": one-hot labels [b classes], "drop": [b] bool}, or that of a text with "pooled",
+                "tokens", "mask" and "drop", as of `Transformer`.
 
         Raises:
             UsageError: images of another shape.

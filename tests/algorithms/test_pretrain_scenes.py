@@ -195,6 +195,7 @@ def test_cli_makes_loadable_folders(tmp_path: Path) -> None:
     run = tmp_path / "scenes"
     command = ["pretrain", "scenes", "--output", str(run), "--threads", "1", "--steps", "2", "--batch", "2"]
     assert main([*command, *sizes, *quick]) == 0
+    assert main([*command, *sizes, *quick]) == 0  # the same command again finds the finished run, its settings equal
     folder = run / "final"
     made = PatchTransformer.from_pretrained(folder / "transformer")
     text = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder")
