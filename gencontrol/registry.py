@@ -14,6 +14,7 @@ ALGORITHMS = {
     "flow-grpo": "gencontrol.algorithms.flow_grpo:FlowGrpo",
     "ddpo": "gencontrol.algorithms.flow_grpo:Ddpo",
     "draft": "gencontrol.algorithms.draft:Draft",
+    "cfg-finetune": "gencontrol.algorithms.cfg_finetune:CfgFinetune",
     "diffusion-dpo": "gencontrol.algorithms.diffusion_dpo:DiffusionDpo",
     "crd": "gencontrol.algorithms.crd:Crd",
     "nft": "gencontrol.algorithms.nft:Nft",
