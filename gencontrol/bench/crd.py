@@ -72,7 +72,14 @@ def _digits(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-_RUN = {"digits": _digits}
+def _exact(options: argparse.Namespace) -> dict[str, Any]:
+    from gencontrol.bench import crd_exact
+
+    effort = crd_exact.Effort(rounds=4, samples=32, draws=500) if options.quick else crd_exact.Effort()
+    return crd_exact.run(beta=1.0, seeds=range(options.seeds), effort=effort, say=_say)
+
+
+_RUN = {"digits": _digits, "exact": _exact}
 PARTS = tuple(_RUN)
 
 

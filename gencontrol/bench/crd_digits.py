@@ -65,6 +65,8 @@ class World:
     real: Gaussian
     seed: int
     steps: int
+    per_class: int = 60
+    eval_steps: int = 40
 
     def task(self) -> PromptTask:
         """A fresh copy of the base as a task with the ten classes as prompts."""
@@ -73,16 +75,19 @@ class World:
         task = toy_task(copy, PIXELS, prompts=CLASSES, eval_prompts=CLASSES, encode=encode)
         return replace(task, uncond=torch.eye(NULL + 1)[NULL:])
 
-    def measure(
-        self, denoiser: Denoiser, *, per_class: int = 60, steps: int = 40, scale: float = 1.0
-    ) -> dict[str, float]:
+    def measure(self, denoiser: Denoiser, *, scale: float = 1.0) -> dict[str, float]:
         """Reward, judged accuracy and drift of samples with the weights that are active, on fixed noise."""
-        prompts = [name for name in CLASSES for _ in range(per_class)]
+        prompts = [name for name in CLASSES for _ in range(self.per_class)]
         model = denoiser if scale == 1.0 else cfg(denoiser, scale, torch.eye(NULL + 1)[NULL:])
         generators = item_generators(self.seed, "crd-bench/eval", range(len(prompts)))
         with torch.no_grad():
             x = sample(
-                model, (len(prompts), PIXELS), steps=steps, step="euler", generator=generators, cond=encode(prompts)
+                model,
+                (len(prompts), PIXELS),
+                steps=self.eval_steps,
+                step="euler",
+                generator=generators,
+                cond=encode(prompts),
             )
         if not bool(x.isfinite().all()):
             return {"reward": 0.0, "judge": 0.0, "fd": float("inf")}
