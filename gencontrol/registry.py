@@ -52,6 +52,7 @@ BENCHES = {
     "overhead": "gencontrol.bench.overhead:main",
     "dragon": "gencontrol.bench.dragon:main",
     "faults": "gencontrol.bench.faults:main",
+    "epoch": "gencontrol.bench.epoch:main",
     "dts": "gencontrol.bench.dts:main",
     "ctrl": "gencontrol.bench.ctrl:main",
     "crd": "gencontrol.bench.crd:main",

@@ -109,7 +109,8 @@ def mixed(drop: Bool[Tensor, " b"], cond: Cond, empty: Cond) -> Cond:
 def labelled_task(task: PromptTask, network: Conditioned, texts: Sequence[str]) -> PromptTask:
     """Return the task whose prompts carry labels ("a cube | style=ink").
 
-    Evaluation prompts without labels get `texts` in turn.  Its empty condition is the model's with all labels NONE; None where the model's condition cannot be dropped.
+    Evaluation prompts without labels get `texts` in turn.  The empty condition is the model's with all labels NONE, or
+    None where the model's condition cannot be dropped.
     """
     labels = network.labels
     nothing = dict.fromkeys(labels.attributes, NONE)
