@@ -21,7 +21,7 @@ from torch import Tensor
 from gencontrol.algorithms.ctrl import Ctrl, CtrlConfig
 from gencontrol.algorithms.task import PromptTask
 from gencontrol.bench.base import Check, Loop, over_seeds, run_in_memory, table
-from gencontrol.bench.ctrl_exact import _Later
+from gencontrol.bench.ctrl_exact import Later
 from gencontrol.bench.dts_measure import Law, Peer, one_root, sample_mmd2
 from gencontrol.bench.toys import fit_flow
 from gencontrol.data.digits import CLASSES, DigitImages, load_digit_images
@@ -133,7 +133,7 @@ def train_ctrl(
     done = 0
     for lr, share in ((2e-3, 0.5), (7e-4, 0.3), (2e-4, 0.2)):
         count = max(1, round(share * iterations))
-        run_in_memory(_Later(ctrl, done), count, Loop(lr, 512), seed=seed)
+        run_in_memory(Later(ctrl, done), count, Loop(lr, 512), seed=seed)
         done += count
     return ctrl, ctrl.ledger.mean_gap()
 

@@ -1,8 +1,8 @@
 """E-CTRL-1 and E-CTRL-3: CTRL where everything is known (methods/ctrl.md §4).
 
-Rows of E-CTRL-1: full backpropagation for γ = 1 and 3, through the last half of the steps, and adjoint matching.  log Z is
-estimated from base samples of the same chain, the truth of the modes from the same samples reweighted.  J is measured on
-paths that training did not see.
+Rows of E-CTRL-1: full backpropagation for γ = 1 and 3, through the last half of the steps, and adjoint matching.  log Z
+and the true shares of the modes come from base samples of the same chain, reweighted.  J is measured on paths that
+training did not see.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def mixture_part(
             records = []
             for lr, share in ((3e-3, 0.5), (1e-3, 0.3), (3e-4, 0.2)):  # a stepped cosine
                 records += run_in_memory(
-                    _Later(ctrl, len(records)), max(1, round(share * iterations)), Loop(lr, samples), seed=seed
+                    Later(ctrl, len(records)), max(1, round(share * iterations)), Loop(lr, samples), seed=seed
                 )
             rows[label].append(judge(ctrl, samples, seed))
             if seed == seeds[0]:
@@ -109,7 +109,7 @@ def mixture_part(
     }
 
 
-class _Later:
+class Later:
     """An algorithm whose steps are counted on from `start`, so that stages of one run draw different noise."""
 
     def __init__(self, inner: Ctrl, start: int) -> None:
