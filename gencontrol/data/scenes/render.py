@@ -156,10 +156,14 @@ def render(scenes: Sequence[Scene]) -> Float[np.ndarray, "b 3 32 32"]:
     images[:] = np.array([scene.ground for scene in scenes], np.float32)[:, None, None, None]
     owner = np.repeat(np.arange(len(scenes)), [len(scene.shapes) for scene in scenes])
     if len(owner):
-        masks = coverage(*(np.concatenate([getattr(s, f) for s in scenes]) for f in ("shapes", "centres", "radii")))
+        masks = coverage(
+            np.concatenate([scene.shapes for scene in scenes]),
+            np.concatenate([scene.centres for scene in scenes]),
+            np.concatenate([scene.radii for scene in scenes]),
+        )
         colours = np.concatenate([scene.colours for scene in scenes]).astype(np.float32)
-        for row, index in enumerate(owner):  # objects never overlap, so their order does not matter
-            images[index] += masks[row] * (colours[row, :, None, None] - images[index])
+        for row, place in enumerate(owner):  # objects never overlap, so their order does not matter
+            images[place] += masks[row] * (colours[row, :, None, None] - images[place])
     for index, scene in enumerate(scenes):
         if scene.word:
             mask = letters(scene.word, scene.word_at)
