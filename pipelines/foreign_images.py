@@ -1,4 +1,4 @@
-"""diffusers' text-to-image pipelines as backends: what `searchable_diffusers` knows of them, with loading and saving."""
+"""diffusers' text-to-image pipelines as backends: what `searchable_diffusers` knows of them, and their files."""
 
 from __future__ import annotations
 

@@ -40,9 +40,7 @@ BUNDLED_NAMES: Mapping[str, str] = {
     "bundled-digits": "digits",
 }
 #: libraries whose components a model_index.json may name
-_LIBRARIES = frozenset(
-    {"gencontrol", "diffusers", "transformers", "stable_audio", "audioldm2", "stable_diffusion"}
-)
+_LIBRARIES = frozenset({"gencontrol", "diffusers", "transformers", "stable_audio", "audioldm2", "stable_diffusion"})
 
 
 @dataclass(frozen=True)

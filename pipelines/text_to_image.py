@@ -87,9 +87,7 @@ class TextToImagePipeline(PromptedPipeline):
         found: ImageBackend = self._backend
         return found
 
-    def encode_prompt(
-        self, prompts: str | Sequence[str], height: int | None = None, width: int | None = None
-    ) -> Cond:
+    def encode_prompt(self, prompts: str | Sequence[str], height: int | None = None, width: int | None = None) -> Cond:
         """Return the condition of prompts, batch axis first, on the pipeline's device; remembered prompt by prompt.
 
         Each prompt is encoded alone, so that its condition does not depend on its neighbours, not even in rounding.

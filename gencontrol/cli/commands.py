@@ -57,7 +57,9 @@ Reward = Annotated[
 RewardModel = Annotated[Text, _option("--reward-model", "Network of the reward.", WHAT, "FOLDER|HUB_ID")]
 Reference = Annotated[Text, _option("--reference", "What set rewards compare with.", WHAT, "FOLDER|FILE.txt")]
 Algorithm = Annotated[Text, _option("--algorithm", "The method, e.g. crd, dragon, flow-grpo, nft, rwr.", WHAT, "NAME")]
-Model = Annotated[Text, _option("--model", "The base model (default: bundled).", WHAT, "bundled|bundled-image|FOLDER|HUB_ID")]
+Model = Annotated[
+    Text, _option("--model", "The base model (default: bundled).", WHAT, "bundled|bundled-image|FOLDER|HUB_ID")
+]
 Task = Annotated[Text, _option("--task", "What it makes; needed for a hub id without --prompts.", WHAT, "image|audio")]
 Checkpointing = Annotated[
     Flag, _option("--gradient-checkpointing", "Less memory for more time in the backward pass.", TRAINING, " ")

@@ -154,8 +154,8 @@ def render_card(run: RunData) -> str:
             *_parameters(run),
             "## Limits\n",
             "The model was moved towards a reward, which is a stand-in for what people want: pushed far enough, a "
-            f"reward rises while the {words.item} gets worse (reward over-optimisation), and variety can shrink. The numbers "
-            "above are of one run and one seed, on the reward that was trained on. Licence and biases of the base "
+            f"reward rises while the {words.item} gets worse (reward over-optimisation), and variety can shrink. "
+            "The numbers above are of one run and one seed, on the reward that was trained on. Licence and biases of the base "
             "model, of its data and of the reward's network carry over.\n",
             "## How to load\n",
             _loading(run),
@@ -230,7 +230,8 @@ def _data(settings: Any, words: _Words) -> str:
         return f"Prompts of `{prompts}`; the {words.item}s to learn from were drawn from the model itself."
     return (
         f"{settings.get('prompt_count', 0)} prompts of the bundled {words.grammar} grammar; evaluation prompts "
-        f"describe {words.item}s that training never had. The {words.item}s to learn from were drawn from the model itself."
+        f"describe {words.item}s that training never had. The {words.item}s to learn from were drawn from the model "
+        "itself."
     )
 
 

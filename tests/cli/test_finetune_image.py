@@ -59,10 +59,14 @@ def test_finetune_writes_pictures_report_card_and_a_model(model: Path, judge: st
     assert config["run"]["gradient_checkpointing"] is True
     samples = run / "samples" / "step_00000002"
     rows = json.loads((samples / "prompts.json").read_text())
-    assert len(rows) == 3 and all((samples / f"{side}_{i:02d}.png").is_file() for i in range(3) for side in ("base", "tuned"))
+    assert len(rows) == 3 and all(
+        (samples / f"{side}_{i:02d}.png").is_file() for i in range(3) for side in ("base", "tuned")
+    )
     # the base's row is the same at every step: same prompts, same noise
     first = run / "samples" / "step_00000000"
-    assert all((first / f"base_{i:02d}.png").read_bytes() == (samples / f"base_{i:02d}.png").read_bytes() for i in range(3))
+    assert all(
+        (first / f"base_{i:02d}.png").read_bytes() == (samples / f"base_{i:02d}.png").read_bytes() for i in range(3)
+    )
     page = (run / "report.html").read_text()
     assert page.count("data:image/png") >= 6 and 'class="grid"' in page and "Pictures show time" not in page
     card = (run / "final" / "README.md").read_text()
@@ -82,7 +86,9 @@ def test_sample_writes_png_and_scores(model: Path, judge: str, tmp_path: Path) -
     assert all(0 <= row["reward"] <= 1 for row in table["samples"]) and "sampling_rate" not in table
 
 
-def test_default_prompts_are_scenes(model: Path, judge: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_default_prompts_are_scenes(
+    model: Path, judge: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from gencontrol.data.scenes.grammar import parse
 
     assert main(command(model, judge, tmp_path / "run", "--dry-run")) == 0
@@ -116,9 +122,7 @@ def test_refusals_are_one_line(model: Path, judge: str, tmp_path: Path, capsys: 
     assert "out of memory" in memory and "--micro-batch" in memory and "--gradient-checkpointing" in memory
 
 
-def test_lora_of_another_base_is_refused(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_lora_of_another_base_is_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from gencontrol.models.roles import LoraConfig, Roles
     from gencontrol.pipelines import TextToImagePipeline
     from tests.fixtures_images import tiny_sd3

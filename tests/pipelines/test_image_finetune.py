@@ -1,6 +1,6 @@
 """Every registered algorithm on tiny random-weight pipelines of diffusers: two steps of LoRA, then back into diffusers.
 
-By default each algorithm meets one family, and each family several algorithms; GENCONTROL_FULL=1 runs the whole product.
+By default each algorithm meets one family; GENCONTROL_FULL=1 runs the whole product.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def load_lora(pipe: Any, network: str, folder: Path) -> None:
         )
         assert not result.unexpected_keys and not [key for key in result.missing_keys if "lora_" in key]
     else:
-        with _no_warnings(logging):
+        with _NoWarnings(logging):
             pipe.load_lora_weights(folder)
     loaded = {name: p for name, p in module.named_parameters() if ".lora_" in name}
     expected = {
@@ -134,7 +134,7 @@ def load_lora(pipe: Any, network: str, folder: Path) -> None:
     assert all(torch.equal(loaded[key], expected[key]) for key in loaded)
 
 
-class _no_warnings:  # noqa: N801  # reads as a function
+class _NoWarnings:
     """Fail on what diffusers only warns about: keys that do not fit."""
 
     def __init__(self, logging: Any) -> None:
