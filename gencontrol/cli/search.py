@@ -18,7 +18,7 @@ from gencontrol.cli.checks import check_model, check_reference, check_rewards, c
 from gencontrol.cli.environment import choose_device, prepare
 from gencontrol.cli.prompts import read_prompts
 from gencontrol.cli.runs import RunFolder, open_run, record
-from gencontrol.cli.search_model import BUNDLED_MODELS, Law, check_gradient, load_model, read_law
+from gencontrol.cli.search_model import Law, check_gradient, load_model, read_law
 from gencontrol.cli.search_settings import (
     FREE,
     FREE_OF_TREES,
@@ -99,8 +99,7 @@ def _check_names(source: SourceConfig, config: SearchConfig) -> None:
     """Check model, rewards and references by name."""
     check_rewards(source.reward)
     _check_kinds(source, config)
-    if source.model not in BUNDLED_MODELS:
-        check_model(source.model)
+    check_model(source.model)
     if source.reference is not None:
         check_reference(source.reference)
     if source.reward_model is not None:

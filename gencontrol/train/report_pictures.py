@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from gencontrol.train.report_parts import data_uri, number
 _ROWS = 5
 
 
-def has_pictures(pairs: list[Pair]) -> bool:
+def has_pictures(pairs: Sequence[Pair]) -> bool:
     """Whether the samples are pictures without sound."""
     return any(side is not None and side.wav is None for pair in pairs for side in (pair.base, pair.tuned))
 
