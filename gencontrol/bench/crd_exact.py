@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gencontrol.algorithms.crd import Crd, CrdConfig
-from gencontrol.algorithms.stats import student_t
+from gencontrol.algorithms.stats import Estimate, student_t
 from gencontrol.bench.base import Check, Loop, run_in_memory, table
 from gencontrol.bench.toys import toy_task
 from gencontrol.models.denoiser import Denoiser
@@ -163,7 +163,7 @@ def run_mode(network: nn.Module, options: Mapping[str, Any], beta: float, effort
 
     run_in_memory(crd, effort.rounds, Loop(effort.lr, micro_batch=1 << 20), seed=seed, on_step=gather)
     with torch.no_grad():
-        torch._foreach_copy_(crd.roles.trainable(), mean)
+        torch._foreach_copy_([p.data for p in crd.roles.trainable()], mean)
     return network
 
 
@@ -180,7 +180,9 @@ def run(*, beta: float, seeds: Sequence[int], effort: Effort, say: Callable[[str
                 gap = tilt_gap(network, exact, effort.draws, seed)
                 gaps.setdefault(label, {}).setdefault(kind, []).append(gap)
             say(f"exact, {kind}, {label}: KL {gaps[label][kind]}")
-    rows = [[label, student_t(by["family"]), student_t(by["free"])] for label, by in gaps.items()]
+    rows: list[list[Estimate | float | str]] = [
+        [label, student_t(by["family"]), student_t(by["free"])] for label, by in gaps.items()
+    ]
     title = f"KL(exact tilt ‖ model) in nats, β = {beta:g}; floor of the last column about {20 / effort.draws:.1g}"
     checks = []
     for kind in ("family", "free"):
