@@ -156,7 +156,7 @@ def generate(
     model, cond = ready(task, how.guidance_scale, cond, ctx)
     parts = []
     for part in chunks(len(generators), ctx.micro_batch):
-        draw = partial(
+        draw: Any = partial(
             sample,
             model,
             (part.stop - part.start, *task.latent_shape),

@@ -198,6 +198,7 @@ class Transformer(TakesGroups):
             return cond
         unique = self._check(cond.unique)
         context, _ = self._context(unique, cond_rows(unique))
+        assert context is not None  # the model has a null token
         crosses = [block.cross for block in self.blocks if isinstance(block, Block)]
         layers = [torch.stack(cross.project(context), 2) for cross in crosses if cross is not None]
         return Grouped({**unique, "kv": torch.stack(layers, 1)}, cond.rows)
