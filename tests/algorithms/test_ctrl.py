@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from gencontrol.algorithms.base import StepContext
 from gencontrol.algorithms.ctrl import Ctrl, CtrlConfig
 from gencontrol.algorithms.ctrl_bound import Ledger, log_mean_exp
+from gencontrol.algorithms.ctrl_task import load_control
 from gencontrol.bench.base import Loop, run_in_memory
 from gencontrol.bench.ctrl_worlds import (
     MEANS,
@@ -27,9 +29,11 @@ from gencontrol.bench.ctrl_worlds import (
 )
 from gencontrol.errors import UsageError
 from gencontrol.models.condition import conditioned
+from gencontrol.models.denoiser import Denoiser
 from gencontrol.process import GaussianProcess, Linear, Table
 from gencontrol.rng import row_keys, stream
-from gencontrol.sampling.controlled import memory
+from gencontrol.sampling.controlled import memory, sample_controlled
+from gencontrol.types import Prediction
 from tests.contracts import AlgorithmContract
 
 CTX = StepContext(seed=0, step=0, micro_batch=10_000)
@@ -274,3 +278,19 @@ def test_refusals() -> None:
         small(held_out=((0,), (1,)))
     ctrl = small()
     assert conditioned(ctrl.task.denoiser) is ctrl.network
+
+
+def test_saved_control_samples_as_it_was_trained(tmp_path: Path) -> None:
+    ctrl = stirred(small())
+    ctrl.save_final(tmp_path)
+    base = Denoiser(ExactNetwork(MEANS, WEIGHTS, STD), GaussianProcess(Linear()), Prediction.V)
+    loaded, plan = load_control(base, tmp_path / "control")
+    assert plan == ctrl.plan
+    labels = torch.ones(4, 1).long()
+    found = [
+        sample_controlled(model, plan, (4, 2), labels=labels, generator=[stream(0, "s", i) for i in range(4)]).detach()
+        for model in (loaded, ctrl.task.denoiser)
+    ]
+    assert torch.equal(*found)
+    with pytest.raises(UsageError, match="holds no control"):
+        load_control(base, tmp_path)
