@@ -155,8 +155,8 @@ def render_card(run: RunData) -> str:
             "## Limits\n",
             "The model was moved towards a reward, which is a stand-in for what people want: pushed far enough, a "
             f"reward rises while the {words.item} gets worse (reward over-optimisation), and variety can shrink. "
-            "The numbers above are of one run and one seed, on the reward that was trained on. Licence and biases of the "
-            "base model, of its data and of the reward's network carry over.\n",
+            "The numbers above are of one run and one seed, on the reward that was trained on. Licence and biases of "
+            "the base model, of its data and of the reward's network carry over.\n",
             "## How to load\n",
             _loading(run),
             *_provenance(run),
