@@ -113,7 +113,7 @@ def _labels(repeats: int) -> Int64[Tensor, " n"]:
 
 
 def train_ctrl(
-    world: DigitsWorld, classifier: Any, *, gamma: float, iterations: int, batch: int, backprop: str, seed: int
+    world: DigitsWorld, classifier: Any, *, gamma: float, iterations: int, batch: int, backprop: Any, seed: int
 ) -> tuple[Ctrl, float]:
     """Train a residual control; returns the algorithm and its final gap (running mean over the labels)."""
     reward = ClassifierReward(reward_model=classifier, device="cpu")
@@ -125,7 +125,7 @@ def train_ctrl(
         backprop=backprop,
         bound_samples=2000,
         oversample=0.3,
-    )  # type: ignore[arg-type]  # backprop is one of its values
+    )
     task = world.task()
     denoiser = add_condition(task.denoiser, shape=SHAPE, cardinality=CLASSES, width=256, seed=seed)
     task = PromptTask(**{**vars(task), "denoiser": denoiser})

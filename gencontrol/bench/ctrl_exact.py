@@ -90,7 +90,7 @@ def mixture_part(
             )
             if label == "full backprop":
                 rows["init"].append(judge(ctrl, samples, seed))
-            records = []
+            records: list[dict[str, float]] = []
             for lr, share in ((3e-3, 0.5), (1e-3, 0.3), (3e-4, 0.2)):  # a stepped cosine
                 records += run_in_memory(
                     Later(ctrl, len(records)), max(1, round(share * iterations)), Loop(lr, samples), seed=seed
@@ -152,7 +152,7 @@ class Later:
 
 
 def _mixture_table(rows: Mapping[str, Sequence[Mapping[str, float]]], iterations: int, batch: int, steps: int) -> str:
-    body = []
+    body: list[list[Any]] = []
     for label, found in rows.items():
         e = over_seeds(found)
         for row in (0, 1):
@@ -215,11 +215,12 @@ def linear_part(
 ) -> dict[str, Any]:
     """E-CTRL-3: reward a·x on N(0, 1) data, eta 1 and, biased on purpose, 0.5: shift and J against closed forms."""
     rows: dict[str, list[dict[str, float]]] = {}
-    for label, options in {
+    variants: dict[str, dict[str, Any]] = {
         "full backprop": {"backprop": "full"},
         "adjoint matching": {"backprop": "adjoint"},
         "eta = 0.5 (not exact)": {"backprop": "full", "eta": 0.5, "exact": False},
-    }.items():
+    }
+    for label, options in variants.items():
         rows[label] = []
         for seed in seeds:
             ctrl = make_ctrl(

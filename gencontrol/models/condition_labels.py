@@ -122,7 +122,7 @@ class Labels:
         if self.config.kind == "vector":
             if label is None:
                 return torch.full((self.config.size,), float("nan"))
-            row = torch.as_tensor(label, dtype=torch.float32).flatten()  # type: ignore[arg-type]
+            row = torch.as_tensor(label, dtype=torch.float32).flatten()
             if len(row) != self.config.size or not bool(row.isfinite().all()):
                 raise UsageError(f"condition '{self.config.name}' takes {self.config.size} finite numbers.")
             return row
