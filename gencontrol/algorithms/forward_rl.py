@@ -279,7 +279,7 @@ class ForwardTuning(RewardTuning):
     # ---------------------------------------------------------------- loss
 
     def views(self, micro: Micro, ctx: StepContext, *, anchored: bool) -> Views:
-        """Return all predictions of a micro-batch; the frozen ones come first: the policy's graph then sees no switch."""
+        """Return all predictions of a micro-batch; frozen ones first, so that no switch meets the policy's graph."""
         ctx.poll()
         task = self.shell.task
         assert isinstance(task.denoiser.process, GaussianProcess)
