@@ -169,10 +169,11 @@ def test_a_reward_that_hangs_is_given_up() -> None:
 def test_merging_waiting_requests() -> None:
     """While one call runs, those that wait are scored together; values go to whom they belong, odd shapes alone."""
     sizes: list[int] = []
+    gate = threading.Event()
 
     def slow(x: torch.Tensor, context: RewardContext) -> torch.Tensor:
         sizes.append(len(x))
-        time.sleep(0.3)
+        gate.wait(20)  # the first call lasts until all others wait
         return mean_reward(x, context)
 
     inputs = [torch.rand(2, 3), *(torch.rand(2, 3) for _ in range(4)), torch.rand(2, 5)]
@@ -185,11 +186,15 @@ def test_merging_waiting_requests() -> None:
             results[index] = reward(inputs[index], context).values - mean_reward(inputs[index], context)
 
         threads = [threading.Thread(target=score, args=(index,)) for index in range(6)]
-        for thread in threads:
+        for index, thread in enumerate(threads):
             thread.start()
-            time.sleep(0.03)
+            for _ in range(1000):
+                if sizes and server.queue._jobs.qsize() >= index:
+                    break
+                time.sleep(0.01)
+        gate.set()
         for thread in threads:
-            thread.join(10)
+            thread.join(20)
     assert sizes == [2, 6, 2, 2] and all(torch.equal(results[i], torch.zeros(2)) for i in range(6))
 
 
