@@ -14,7 +14,7 @@ times as many seeds as elsewhere, since a few trees decide the mean.
 Why: on "sharp" at 1e5 calls (C=1, α=.5, 100 trees of seed 300) the median of MMD² is 0.010 and the mean 0.025, because
 in a few trees a child with 3 to 6 visits and one lucky leaf holds most of the mass when the tree is read.  More rounds
 correct its value, and others take its place; neither fewer leaves per round nor levels spread by the noise change that
-(means 0.027 and 0.035).  Reading by "robust" does: 0.0040 for 0.034 on the trees of seed 500 that its two constants were
+(means 0.027 and 0.035).  Reading by "robust" does: 0.0040 for 0.034 on the trees of seed 500 that its constants were
 chosen on.
 """
 
