@@ -209,7 +209,7 @@ def read(tree: DiffusionTree, count: int, readout: str, before: tuple[int, int])
         if readout == "best":
             leaves = tree_readout.best(tree, count, root=root)
         else:
-            leaves = tree_readout.sample(tree, count, root=root, rule="boltzmann")
+            leaves = tree_readout.sample(tree, count, root=root, rule="robust")
         if len(leaves.x) < count:
             raise UsageError(
                 f"{count} samples were asked for, but the tree has {len(leaves.x)} valid leaves; raise nfe."

@@ -137,8 +137,9 @@ class TreeSearchPipeline(WithProgress):
             leaf_batch: paths denoised together, per prompt; None is at most 8 and leaves a tree at least 8 rounds.
             step: stochastic step of the chain; None is sde of level 1 (the DDPM posterior, ddim of eta 1).
             options: of a particle sampler, by its keyword arguments, e.g. {"potential": "max"}.
-            readout: "best" takes the samples of largest reward, "sample" draws from the found law (with repeats); None
-                is the sampler's own: "best" except for "dts", "snis", "smc", "tds" and "das".
+            readout: "best" takes the samples of largest reward, "sample" draws from the found law (with repeats; from
+                trees by the rule "robust" of `DiffusionTree.sample`); None is the sampler's own: "best" except for
+                "dts", "snis", "smc", "tds" and "das".
             tree: a result's tree, or a file that one was saved to, to grow further; its prompt, size, steps,
                 guidance, model and reward must be those of this call, its shape and sampler are its own.  The
                 pipeline's temperature may differ: the tree is retilted, which costs nothing.

@@ -22,7 +22,19 @@ from torch import Tensor
 
 from gencontrol.algorithms.stats import Estimate
 from gencontrol.bench.base import Check, table
-from gencontrol.bench.dts_measure import Law, Peer, grow, one_root, over, sample_mmd2, tree_law
+from gencontrol.bench.dts_measure import (
+    PAPER,
+    READ_BY,
+    TREE_ROWS,
+    WIDENED,
+    Law,
+    Peer,
+    grow,
+    one_root,
+    over,
+    sample_mmd2,
+    tree_law,
+)
 from gencontrol.rng import row_keys
 from gencontrol.sampling.chain import Chain, make_chain
 from gencontrol.sampling.tree import DiffusionTree
@@ -32,7 +44,6 @@ from gencontrol.types import RewardContext
 STEPS = 30
 #: bandwidths (½, 1, 2)·4 in pixels of [-1, 1], where two digits are about 6 apart
 BANDWIDTHS = (2.0, 4.0, 8.0)
-TREES = {"DTS (C=2, α=.8)": "paper", "DTS (C=1, α=.5)": "small"}
 PEERS = (
     Peer("SNIS", "snis", {}),
     Peer("SMC, weights carried", "smc", {}),
@@ -120,7 +131,7 @@ def posterior(
     laws, share = truths(world, classes, reference)
     rows: dict[str, dict[int, list[float]]] = {}
     prompts = [name for _ in seeds for name in classes]
-    for label, widening in TREES.items():
+    for label, widening in WIDENED.items():
         tree = DiffusionTree(
             world.model,
             world.class_reward,
@@ -132,12 +143,12 @@ def posterior(
             context=RewardContext(prompts=prompts),
             reward_batch=1024,
         )
-        rows[label] = {}
         for nfe in budgets:
             grow(tree, nfe)
-            found = [sample_mmd2(tree_law(tree, i), laws[name], BANDWIDTHS) for i, name in enumerate(prompts)]
-            rows[label][nfe] = np.reshape(found, (len(seeds), -1)).mean(1).tolist()
-        say(f"digits {label}: " + ", ".join(f"{nfe} {over(v).value:.4f}" for nfe, v in rows[label].items()))
+            for suffix, rule in READ_BY.items():
+                found = [sample_mmd2(tree_law(tree, i, rule), laws[name], BANDWIDTHS) for i, name in enumerate(prompts)]
+                rows.setdefault(label + suffix, {})[nfe] = np.reshape(found, (len(seeds), -1)).mean(1).tolist()
+                say(f"digits {label}{suffix}: {nfe} {over(rows[label + suffix][nfe]).value:.4f}")
     for peer in PEERS:
         rows[peer.label] = {nfe: [_peer(world, peer, nfe, seed, laws) for seed in seeds] for nfe in budgets}
         say(f"digits {peer.label}: " + ", ".join(f"{nfe} {over(v).value:.4f}" for nfe, v in rows[peer.label].items()))
@@ -181,16 +192,15 @@ def _peer(world: World, peer: Peer, nfe: int, seed: int, laws: dict[str, Law]) -
 def _posterior_checks(rows: dict[str, dict[int, list[float]]], nfe: int) -> list[Check]:
     """The numbers of dts.md E-DTS-3; DTS stands for the paper's widening, the other one is reported."""
     mean = {label: over(row[nfe]).value for label, row in rows.items()}
-    paper, small = TREES
     smc, dps = mean["SMC, weights carried"], mean["DPS"]
-    both = f"{paper} {mean[paper]:.4f}, {small} {mean[small]:.4f}"
+    both = ", ".join(f"{label} {mean[label]:.4f}" for label in TREE_ROWS)
     return [
         Check(
-            f"digits at {nfe:.0e}: MMD² of {paper} ≤ 0.6 × SMC with carried weights",
-            f"{both}; SMC {smc:.4f}, ratio {mean[paper] / smc:.2f}; SNIS {mean['SNIS']:.4f}",
-            mean[paper] <= 0.6 * smc,
+            f"digits at {nfe:.0e}: MMD² of {PAPER} ≤ 0.6 × SMC with carried weights",
+            f"{both}; SMC {smc:.4f}, ratio {mean[PAPER] / smc:.2f}; SNIS {mean['SNIS']:.4f}",
+            mean[PAPER] <= 0.6 * smc,
         ),
-        Check(f"digits at {nfe:.0e}: MMD² of {paper} < DPS", f"{both}; DPS {dps:.4f}", mean[paper] < dps),
+        Check(f"digits at {nfe:.0e}: MMD² of {PAPER} < DPS", f"{both}; DPS {dps:.4f}", mean[PAPER] < dps),
     ]
 
 

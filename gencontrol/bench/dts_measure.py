@@ -42,9 +42,17 @@ class Law:
         return float(1.0 / self.weights.square().sum())
 
 
-def tree_law(tree: DiffusionTree, root: int) -> Law:
-    """The law of reading samples out of a tree, without the noise of drawing them."""
-    leaves, law = leaf_law(tree, root)
+#: DTS settings of the parts "mixture" and "digits": widening by label, and the rules that each tree is read by, by what
+#: they add to the label
+WIDENED = {"DTS (C=2, α=.8)": "paper", "DTS (C=1, α=.5)": "small"}
+READ_BY = {"": "boltzmann", ", robust": "robust"}
+PAPER, SMALL = WIDENED
+TREE_ROWS = tuple(label + suffix for label in WIDENED for suffix in READ_BY)
+
+
+def tree_law(tree: DiffusionTree, root: int, rule: str = "boltzmann") -> Law:
+    """The law of reading samples out of a tree by a rule, without the noise of drawing them."""
+    leaves, law = leaf_law(tree, root, rule)
     return Law.of(gather(tree, leaves).x, torch.from_numpy(law).log())
 
 

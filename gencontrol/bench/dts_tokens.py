@@ -91,8 +91,9 @@ def law_part(*, nfe: int, seeds: Sequence[int], vocabulary: int = 3, length: int
             reward_batch=1024,
         )
         grow(tree, nfe)
-        laws = [_histogram(tree_law(tree, root), shape) for root in range(tree.roots)]
-        rows[f"{select}, {widening}: read-out"] = entry(laws)
+        for name, rule in (("read-out", "boltzmann"), ("robust read-out", "robust")):
+            laws = [_histogram(tree_law(tree, root, rule), shape) for root in range(tree.roots)]
+            rows[f"{select}, {widening}: {name}"] = entry(laws)
         rows[f"{select}, {widening}: weighted rollouts"] = entry(
             [_weighted(tree, root, shape) for root in range(tree.roots)]
         )
@@ -187,7 +188,7 @@ def run(
         f"Tokens: model calls until the best of 4^5 sequences is drawn, {len(searches)} problems",
         ("method", "median", "lower quartile", "upper quartile"),
         [
-            [label, *(f"{q:.0f}" for q in np.quantile(v, (0.5, 0.25, 0.75), method="nearest"))]
+            [label, f"{medians[label]:.0f}", *(f"{q:.0f}" for q in np.quantile(v, (0.25, 0.75), method="nearest"))]
             for label, v in calls.items()
         ],
     )

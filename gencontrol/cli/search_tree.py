@@ -282,7 +282,7 @@ def _leaves(tree: DiffusionTree, config: SearchConfig, root: int) -> Leaves | No
         return None
     if config.sampler == "dts-star":
         return tree_readout.best(tree, count, root=root)
-    drawn = tree_readout.sample(tree, count, root=root, rule="boltzmann", replace=False)
+    drawn = tree_readout.sample(tree, count, root=root, rule="robust", replace=False)
     order = drawn.rewards.argsort(descending=True, stable=True)
     return tree_readout.Leaves(*(part[order.to(part.device)] for part in drawn))
 

@@ -190,8 +190,9 @@ class DiffusionTree(Forest):
         Args:
             generator: of the draws; None is a stream of the tree's seed (the same samples at each call).
             root: which prompt.
-            rule: "boltzmann" walks down ∝ exp(λ v̂), "argmax" takes the best child (one leaf, repeated); None is what
-                the tree was built for.
+            rule: "boltzmann" walks down ∝ exp(λ v̂) (the paper's), "robust" the same with bounds on what rarely
+                visited nodes weigh (ours; closer to the target in `bench dts`), "argmax" takes the best child (one
+                leaf, repeated); None is "argmax" for a tree built by UCT, else "boltzmann".
             replace: False draws distinct leaves.
 
         Raises:

@@ -47,6 +47,7 @@ def retilt(tree: Forest, temperature: float | None, reward: Any) -> None:
         tree.config = replace(tree.config, temperature=temperature)
         twist = reward_twist(tree.scorer, tree.config.guidance / temperature, tree.config.max_grad_norm)
         tree.chain = replace(tree.chain, twist=twist)
+    tree.config = replace(tree.config, retilted=True)
     tree.back_up_all()
 
 

@@ -36,6 +36,7 @@ class TreeConfig:
         leaf_batch: leaves per round and root, K.
         seed: of everything drawn.
         guidance, max_grad_norm: of the gradient proposal; 0 is none.
+        retilted: temperature or reward were changed after the build, so that visits follow another law.
     """
 
     temperature: float
@@ -47,6 +48,7 @@ class TreeConfig:
     seed: int
     guidance: float = 0.0
     max_grad_norm: float | None = None
+    retilted: bool = False
 
     @property
     def inverse_temperature(self) -> float:

@@ -190,7 +190,7 @@ def test_parts_on_digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
     printed = capsys.readouterr().out
     assert "E-DTS-3" in printed and "E-DTS-4" in printed and "reaches best-of-N" in printed
     rows = json.loads((tmp_path / "digits.json").read_text())["rows"]
-    assert set(rows) == {*dts_digits.TREES, *(peer.label for peer in dts_digits.PEERS)}
+    assert set(rows) == {*dts_measure.TREE_ROWS, *(peer.label for peer in dts_digits.PEERS)}
     assert (tmp_path / "maximum.png").stat().st_size > 1000
 
 
@@ -250,18 +250,18 @@ def test_checks_say_what_was_measured() -> None:
         name: {
             label: dts_mixture.Found({10: [value, value]}, {10: [0.0, 0.0]})
             for label, value in (
-                *((label, 0.5) for label in dts_mixture.TREES),
+                *((label, 0.5) for label in dts_measure.TREE_ROWS),
                 *((peer.label, 0.1) for peer in dts_mixture.PEERS),
             )
         }
         for name in ("resp", "sharp", "tail")
     }
     checks = dts_mixture._checks(rows, [10])
-    assert [check.holds for check in checks[:2]] == [False, False]
+    assert [check.holds for check in checks[:3]] == [False, False, False]
     for row in rows.values():
-        for label in dts_mixture.TREES:
+        for label in dts_measure.TREE_ROWS:
             row[label].mmd2[10] = [0.03, 0.03]
-    assert [check.holds for check in dts_mixture._checks(rows, [10])[:2]] == [True, True]
+    assert [check.holds for check in dts_mixture._checks(rows, [10])[:3]] == [True, True, True]
 
 
 def test_chain_checks_reject_a_bias() -> None:
