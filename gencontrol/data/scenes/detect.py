@@ -138,7 +138,7 @@ def detect(image: Float[np.ndarray, "3 s s"]) -> list[Found]:
             half = _WINDOW // 2
             crop = np.pad(soft, half)[middle[0] : middle[0] + _WINDOW, middle[1] : middle[1] + _WINDOW]
             shape, x, y, radius, overlap = _fit(crop)
-            x, y = x + middle[1] - half, y + middle[0] - half
+            x, y = x + float(middle[1]) - half, y + float(middle[0]) - half
         good = overlap >= FIT and REACH[0] <= radius <= REACH[1]
         found.append(Found(SHAPES[shape] if good else None, names[paint], x, y, radius, overlap))
     return found
