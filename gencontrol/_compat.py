@@ -1,4 +1,4 @@
-"""Makes a CUDA build of torchvision harmless beside a CPU build of torch.
+"""Other packages: makes a CUDA build of torchvision harmless beside a CPU build of torch, and silences loading bars.
 
 torchvision has no CPU wheels on the registry; where another package brings it, its compiled part cannot load and even
 `import torchvision` fails, and with it transformers, diffusers and peft.  Defining the two operators that its Python
@@ -8,6 +8,8 @@ part registers fake kernels for is enough for everything that needs no compiled 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -58,3 +60,23 @@ def guard_torchvision() -> None:
     """Install the hook in front of the import system, unless torchvision is loaded or the hook is there already."""
     if "torchvision" not in sys.modules and not any(isinstance(f, _TorchvisionGuard) for f in sys.meta_path):
         sys.meta_path.insert(0, _TorchvisionGuard())
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the loading bars of transformers and diffusers inside the block unless stderr is a terminal."""
+    if sys.stderr.isatty():
+        yield
+        return
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    before = [(log, log.is_progress_bar_enabled()) for log in (transformers_logging, diffusers_logging)]
+    for log, _ in before:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log, enabled in before:
+            if enabled:
+                log.enable_progress_bar()

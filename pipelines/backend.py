@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gencontrol._compat import quiet
 from gencontrol.errors import UsageError, nearest
 from gencontrol.models.denoiser import Denoiser
-from gencontrol.pipelines.hub import INDEX, check_component, own_memory, quiet
+from gencontrol.pipelines.hub import INDEX, check_component, own_memory
 from gencontrol.pipelines.lora import uncompiled
 from gencontrol.types import Cond, Prediction
 

@@ -17,9 +17,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gencontrol._compat import quiet
 from gencontrol.errors import EnvironmentMissing, UsageError
 from gencontrol.pipelines.backend import Defaults
-from gencontrol.pipelines.hub import LoadOptions, hub_errors, own_memory, quiet
+from gencontrol.pipelines.hub import LoadOptions, hub_errors, own_memory
 from gencontrol.pipelines.lora import uncompiled
 from gencontrol.types import Cond, cat_cond
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 import gencontrol
+from gencontrol._compat import quiet
 from gencontrol.errors import EnvironmentMissing, UsageError, nearest
 
 INDEX = "model_index.json"
@@ -253,23 +253,3 @@ def own_memory(module: torch.nn.Module) -> None:
     """
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data = tensor.data.clone()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the loading bars of transformers and diffusers inside the block unless stderr is a terminal."""
-    if sys.stderr.isatty():
-        yield
-        return
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    before = [(log, log.is_progress_bar_enabled()) for log in (transformers_logging, diffusers_logging)]
-    for log, _ in before:
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log, enabled in before:
-            if enabled:
-                log.enable_progress_bar()

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gencontrol._compat import quiet
 from gencontrol.errors import UsageError
 from gencontrol.pipelines.backend import (
     TOKENIZERS,
@@ -20,7 +21,7 @@ from gencontrol.pipelines.backend import (
     load_text,
     write_index,
 )
-from gencontrol.pipelines.hub import check_component, own_memory, quiet
+from gencontrol.pipelines.hub import check_component, own_memory
 from gencontrol.pipelines.lora import uncompiled
 from gencontrol.types import Cond
 

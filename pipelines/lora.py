@@ -49,7 +49,7 @@ def tuner_layers(network: nn.Module) -> dict[str, Any]:
     return {name: layer for name, layer in network.named_modules() if isinstance(layer, BaseTunerLayer)}
 
 
-def uncompiled(network: nn.Module) -> nn.Module:
+def uncompiled(network: nn.Module) -> Any:
     """The module inside a `torch.compile` wrapper, or the module itself."""
     inner = network._modules.get("_orig_mod")
     return network if inner is None else inner

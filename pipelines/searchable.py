@@ -317,9 +317,10 @@ class ImageSearch:
 
 def _text_to_image(pipe: TextToImagePipeline) -> Searchable:
     """Our own architecture, or the diffusers pipeline inside."""
-    from gencontrol.pipelines.image_backend import NativeImage
+    from gencontrol.pipelines.foreign_images import ForeignImage
 
-    return ImageSearch(pipe) if isinstance(pipe.backend, NativeImage) else searchable(pipe.backend.pipe)
+    backend = pipe.backend
+    return searchable(backend.pipe) if isinstance(backend, ForeignImage) else ImageSearch(pipe)
 
 
 def _foreign_audio(pipe: Any) -> AudioSearch:

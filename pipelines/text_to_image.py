@@ -19,7 +19,7 @@ from gencontrol.data.images import png_grid, to_pil
 from gencontrol.errors import UsageError
 from gencontrol.pipelines import arguments
 from gencontrol.pipelines.backend import ProcessSpec
-from gencontrol.pipelines.image_backend import ImageBackend, NativeImage, Size
+from gencontrol.pipelines.image_backend import ImageBackend, NativeImage
 from gencontrol.pipelines.outputs import ImagePipelineOutput
 from gencontrol.pipelines.prompted import Ask, Callback, PromptedPipeline
 from gencontrol.types import Cond
@@ -211,11 +211,11 @@ class TextToImagePipeline(PromptedPipeline):
         self.maybe_free_model_hooks()
         return output if return_dict else output.to_tuple()
 
-    def _condition_of(self, texts: Sequence[str], extent: Size, scale: float) -> Cond:
+    def _condition_of(self, texts: Sequence[str], extent: Any, scale: float) -> Cond:
         """Conditions, with FLUX's guidance scale in them."""
         return self.backend.embed_scale(self._conditions(texts, extent), scale)
 
-    def _guided(self, scale: float, negative: list[str] | None, extent: Size) -> Any:
+    def _guided(self, scale: float, negative: list[str] | None, extent: Any) -> Any:
         """The model with classifier-free guidance, unless there is none or its scale is an input of the network."""
         if self.backend.embeds_scale:
             return self.denoiser

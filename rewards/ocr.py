@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -157,7 +157,7 @@ class OcrReward:
         zoom = max(1, -(-ENGINE_SIDE // min(images.shape[2:])))
         large = F.interpolate(images, scale_factor=zoom, mode="bicubic").clamp(0, 1) if zoom > 1 else images
         pixels = (large.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
-        return [guarded(self.name, lambda image=image: read(image)) for image in pixels], False
+        return [guarded(self.name, partial(read, image)) for image in pixels], False
 
 
 def _folded(text: str) -> str:

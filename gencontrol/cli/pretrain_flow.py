@@ -99,8 +99,8 @@ def _text_encoder(name: str) -> tuple[Any, Any]:
     """Load the text half and the tokenizer of a CLAP folder."""
     from transformers import AutoTokenizer, ClapTextModelWithProjection
 
+    from gencontrol._compat import quiet
     from gencontrol.cli.bundled import BUNDLED
-    from gencontrol.pipelines.hub import quiet
 
     folder = BUNDLED / "clap" if name == "bundled" else Path(name)
     if not (folder / "config.json").exists():

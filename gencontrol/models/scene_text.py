@@ -133,7 +133,7 @@ def save_text(folder: Path, text_encoder: Any, tokenizer: Any) -> None:
     """Write text_encoder/ and tokenizer/ of a pipeline folder; the weights in half precision, loaded in single."""
     import copy
 
-    from gencontrol.pipelines.hub import quiet
+    from gencontrol._compat import quiet
 
     with quiet():
         copy.deepcopy(text_encoder).half().save_pretrained(folder / "text_encoder")
