@@ -103,6 +103,11 @@ class ForeignImage(DiffusersBackend):
         with self.image.upcast():
             return self.image.decode(latents)
 
+    def encode_images(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
+        """Latents, float32, of images in [0, 1], without gradient."""
+        with self.image.upcast():
+            return self.image.encode_images(images)
+
 
 def _step_of(scheduler: Any) -> str:
     """The sampler step of ours that is nearest to a scheduler's own: exact for Euler and DDIM."""

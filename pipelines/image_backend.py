@@ -53,6 +53,10 @@ class ImageBackend(PromptBackend, Protocol):
         """The condition with the guidance scale in it, where the network takes one."""
         ...
 
+    def encode_images(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b *d"]:
+        """Clean latents of images in [0, 1], the inverse of `decode`; without gradient."""
+        ...
+
 
 class NativeImage(NativeText):
     """Our own architecture on pixels: a CLIP text encoder and `PatchTransformer`; images of one fixed size."""
@@ -132,6 +136,11 @@ class NativeImage(NativeText):
     def decode(self, latents: Float[Tensor, "b c s s"]) -> Float[Tensor, "b c s s"]:
         """Images in [0, 1] of clean samples in [-1, 1]; differentiable where nothing is clipped."""
         return ((latents.float() + 1.0) / 2.0).clamp(0.0, 1.0)
+
+    @torch.no_grad()
+    def encode_images(self, images: Float[Tensor, "b c s s"]) -> Float[Tensor, "b c s s"]:
+        """Clean samples in [-1, 1] of images in [0, 1]."""
+        return images.float() * 2.0 - 1.0
 
     def replace(self, components: Mapping[str, Any]) -> NativeImage:
         """The same process around other components."""

@@ -155,6 +155,15 @@ class DiffusersImage(ABC):
         image = vae.decode(self.rescale(latents).to(vae.device, vae.dtype), return_dict=False)[0]
         return (image.float() / 2 + 0.5).clamp(0, 1)
 
+    @torch.no_grad()
+    def encode_images(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
+        """Latents, float32, of images in [0, 1]: the mode of the VAE's law, in the network's units."""
+        vae = self.pipe.vae
+        encoded = vae.encode((2.0 * images - 1.0).to(vae.device, vae.dtype))
+        latents = (encoded.latent_dist.mode() if "latent_dist" in encoded else encoded.latents).float()
+        offset, one = self.rescale(torch.zeros_like(latents)), self.rescale(torch.ones_like(latents))
+        return (latents - offset) / (one - offset)  # `rescale` is affine in each channel
+
     @contextmanager
     def upcast(self) -> Iterator[None]:
         """A VAE that overflows in float16 (force_upcast) is float32 inside the block."""

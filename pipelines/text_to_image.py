@@ -141,6 +141,7 @@ class TextToImagePipeline(PromptedPipeline):
             eval_prompts=arguments.texts(eval_prompts, "eval_prompts"),
             artefacts=self.artefacts,
             save_final=self.save_final,
+            encode_samples=self.backend.encode_images,
         )
 
     # ---- the call -------------------------------------------------------------------------------------------------

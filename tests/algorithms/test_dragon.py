@@ -223,7 +223,7 @@ def test_evaluation_is_paired_and_samples_the_base_once() -> None:
     fresh.roles.load_state_dict(dragon.roles.state_dict())
     assert fresh.evaluate(CTX).metrics == moved.metrics, "a resumed run must draw the same base samples"
     rows = json.loads(moved.artefacts["prompts.json"])
-    assert [row["prompt"] for row in rows] == [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
+    assert [row["prompt"] for row in rows] == [prompt for prompt in PROMPTS[:4] for _ in range(2)]
     assert all(row["tuned_reward"] > row["base_reward"] for row in rows)
     assert {"base_00.txt", "tuned_00.txt", "base_03.txt", "tuned_03.txt"} <= set(moved.artefacts)
 

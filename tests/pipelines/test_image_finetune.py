@@ -6,6 +6,7 @@ By default each algorithm meets one family; GENCONTROL_FULL=1 runs the whole pro
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gencontrol.data.images import to_pil
 from gencontrol.models.roles import LoraConfig, Roles
 from gencontrol.pipelines import TextToImagePipeline
 from gencontrol.registry import ALGORITHMS, resolve
@@ -40,7 +42,7 @@ SMALL: dict[str, Any] = {
     "ema_decay": 0.5,
 }
 #: learned from labels, so the model gets a new condition and final/ is no plain LoRA
-LABELLED = frozenset({"ctrl"})
+LABELLED = frozenset({"ctrl", "cfg-finetune"})
 
 
 class Redness:
@@ -75,13 +77,32 @@ def load(folder: Path) -> TextToImagePipeline:
     return pipe
 
 
-def build(name: str, pipe: TextToImagePipeline, **options: Any) -> Any:
-    """An algorithm with its roles on LoRA of rank 2."""
+def manifest(name: str, pipe: TextToImagePipeline, folder: Path) -> Path:
+    """Pictures of the model's size, and the manifest of a method that learns from files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i, prompt in enumerate(PROMPTS):
+        noise = torch.rand(2, 3, *pipe.backend.size(None, None), generator=torch.Generator().manual_seed(i))
+        for side, picture in enumerate(noise):
+            to_pil(picture).save(folder / f"{i}_{side}.png")
+        if name == "diffusion-dpo":
+            lines.append({"prompt": prompt, "chosen": f"{i}_0.png", "rejected": f"{i}_1.png"})
+        else:
+            lines.append({"prompt": prompt, "file": f"{i}_0.png", "labels": {"style": f"s{i % 2}"}})
+    path = folder / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def build(name: str, pipe: TextToImagePipeline, folder: Path | None = None, **options: Any) -> Any:
+    """An algorithm with its roles on LoRA of rank 2; `folder` is for the files of methods that learn from files."""
     kind = resolve(ALGORITHMS, name, "algorithm")
     fields = {f.name for f in dataclasses.fields(kind.Config)}
     given = {key: value for key, value in (SMALL | options).items() if key in fields}
     if pipe.uncond() is None and "kl_guidance" in fields:
         given["kl_guidance"] = 1.0
+    if "data" in fields and folder is not None:
+        given["data"] = str(manifest(name, pipe, folder))
     config, reward = kind.Config(**given), Redness()
     task = kind.prepare(pipe.task(PROMPTS, PROMPTS[:2]), reward, config)
     roles = Roles(task.denoiser.network, kind.role_names(config), LoraConfig(2), 0, kind.whole_parameters(config))
@@ -90,7 +111,7 @@ def build(name: str, pipe: TextToImagePipeline, **options: Any) -> Any:
 
 def fit(name: str, pipe: TextToImagePipeline, run: Path, **train: Any) -> dict[str, Any]:
     """Two steps; returns the last line of metrics."""
-    algorithm = build(name, pipe)
+    algorithm = build(name, pipe, run.parent / "data")
     config = TrainConfig(**{"steps": 2, "micro_batch": 4, "lr": 1e-2, "threads": 1, **train})
     metrics: dict[str, Any] = Trainer(config, run).fit(algorithm)["metrics"]
     return metrics
@@ -185,3 +206,28 @@ def test_two_steps_of_lora_and_back_into_diffusers(
 
 def _mark(module: torch.nn.Module) -> float:
     return float(sum(p.double().abs().sum() for p in module.parameters()))
+
+
+def test_labels_from_files_and_the_base_stays(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """Classifier-free fine-tuning on labelled pictures: the new condition is saved beside an untouched base."""
+    pipe = load(folders("sd"))
+    before = {key: value.clone() for key, value in pipe.network.state_dict().items()}
+    metrics = fit("cfg-finetune", pipe, tmp_path / "run")
+    assert metrics["step"] == 2 and metrics["grad_norm"] > 0
+    tuned = load(tmp_path / "run" / "final")
+    assert all(torch.equal(value, before[key]) for key, value in tuned.network.state_dict().items())
+    assert (tmp_path / "run" / "final" / "control").is_dir()
+
+
+@pytest.mark.parametrize("family", ["sd", "sd3", "flux"])
+def test_pictures_become_the_latents_that_decode_to_them(folders: Callable[[str], Path], family: str) -> None:
+    """`encode_images` inverts the units of `decode`: the VAE's own reconstruction either way."""
+    pipe = load(folders(family))
+    task, vae = pipe.task(PROMPTS, PROMPTS[:1]), pipe.backend.pipe.vae
+    image = torch.rand(1, 3, *pipe.backend.size(None, None), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        raw = vae.encode(image * 2 - 1).latent_dist.mode()
+        expected = (vae.decode(raw).sample / 2 + 0.5).clamp(0, 1)
+        latents = task.encode_samples(image)
+        assert tuple(latents.shape[1:]) == tuple(task.latent_shape)
+        torch.testing.assert_close(task.decode(latents), expected, atol=1e-5, rtol=1e-5)

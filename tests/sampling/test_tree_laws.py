@@ -207,8 +207,8 @@ def test_robust_read_out_tends_to_the_same_law() -> None:
     """Both bounds fade with visits: with 3³ sequences and many rollouts the laws agree to 0.02 in total variation."""
     reward = torch.linspace(-1, 1, 27).reshape(3, 3, 3)
     tree = grown(
-        9000, lambda x: reward[tuple(x.unbind(1))], tokens(), shape=(3,), steps=3, step=Confidence(1.0), branch="all",
-        leaf_batch=200, widening=(2.0, 0.5),
+        6000, lambda x: reward[tuple(x.unbind(1))], tokens(), shape=(3,), steps=3, step=Confidence(1.0), branch="all",
+        leaf_batch=200,
     )  # fmt: skip
     leaves, law = leaf_law(tree)
     again, robust = leaf_law(tree, 0, "robust")
