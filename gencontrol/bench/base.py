@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from gencontrol.algorithms.base import Algorithm, StepContext
 from gencontrol.algorithms.stats import Estimate, student_t
 from gencontrol.errors import NumericsError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,31 @@ def run_in_memory(
         if on_step is not None:
             on_step(step)
     return records
+
+
+def kept(folder: Path | None, name: str, settings: Mapping[str, Any], make: Callable[[], T]) -> T:
+    """Return `make()`, or what an earlier call with this name and these settings wrote into the folder.
+
+    An interrupted benchmark goes on where it was.  The result is a JSON value (NaN may be in it); a change of the code
+    is not noticed: empty the folder.
+
+    Args:
+        folder: None keeps nothing.
+        settings: everything that the result depends on, JSON values.
+    """
+    if folder is None:
+        return make()
+    mark = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    path = folder / f"{name}_{mark}.json"
+    if path.exists():
+        found: T = json.loads(path.read_text(encoding="utf-8"))["result"]
+        return found
+    made = make()
+    folder.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps({"settings": settings, "result": made}, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+    return made
 
 
 def over_seeds(rows: Sequence[Mapping[str, float]]) -> dict[str, Estimate]:

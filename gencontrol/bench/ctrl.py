@@ -1,7 +1,8 @@
 """`gencontrol bench ctrl`: the claims of CTRL with its bound, its peers at their true cost, and seeds.
 
 Parts: "mixture" (E-CTRL-1 of methods/ctrl.md), "digits" (E-CTRL-2), "linear" (E-CTRL-3), "scenes" (two attributes on
-the bundled text-to-image model).  A claim that does not hold is printed as NOT CONFIRMED and kept.
+the bundled text-to-image model).  A claim that does not hold is printed as NOT CONFIRMED and kept.  Finished runs are
+kept in the output folder: the same command goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _runs(options: argparse.Namespace) -> Path:
+    """Where finished runs are kept, so that the same command goes on where it was interrupted."""
+    return Path(options.output) / "runs"
+
+
 def _mixture(options: argparse.Namespace) -> dict[str, Any]:
     from gencontrol.bench.ctrl_exact import mixture_part
 
@@ -44,6 +50,7 @@ def _mixture(options: argparse.Namespace) -> dict[str, Any]:
         steps=steps,
         samples=samples,
         say=_say,
+        keep=_runs(options),
     )
 
 
@@ -52,7 +59,9 @@ def _linear(options: argparse.Namespace) -> dict[str, Any]:
 
     samples = 1000 if options.quick else 20_000
     iterations = max(2, options.iterations // 2)
-    return linear_part(seeds=range(options.seeds), iterations=iterations, samples=samples, say=_say)
+    return linear_part(
+        seeds=range(options.seeds), iterations=iterations, samples=samples, say=_say, keep=_runs(options)
+    )
 
 
 def _digits(options: argparse.Namespace) -> dict[str, Any]:

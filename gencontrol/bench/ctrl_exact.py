@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from gencontrol.algorithms.base import StepContext
 from gencontrol.algorithms.ctrl import Ctrl
-from gencontrol.bench.base import Check, Loop, over_seeds, run_in_memory, table
+from gencontrol.bench.base import Check, Loop, kept, over_seeds, run_in_memory, table
 from gencontrol.bench.ctrl_worlds import MEANS, STD, WEIGHTS, ExactNetwork, Slope, make_ctrl, two_classes
 from gencontrol.process import GaussianProcess
 from gencontrol.process.schedule import Schedule
@@ -67,42 +69,58 @@ def judge(ctrl: Ctrl, samples: int, seed: int) -> dict[str, float]:
     return found
 
 
+def _mixture_run(label: str, seed: int, iterations: int, batch: int, steps: int, samples: int) -> dict[str, Any]:
+    """One training of a row: its measures before and after, and the running gap of every iteration."""
+    options = VARIANTS[label]
+    extra = {"backprop_steps": steps // 2} if options["backprop"] == "truncated" else {}
+    ctrl = make_ctrl(
+        two_classes(),
+        ExactNetwork(MEANS, WEIGHTS, STD),
+        2,
+        seed=seed,
+        steps=steps,
+        batch=batch,
+        bound_samples=samples,
+        **options,
+        **extra,
+    )
+    init = judge(ctrl, samples, seed) if label == "full backprop" else {}
+    records: list[dict[str, float]] = []
+    for lr, share in ((3e-3, 0.5), (1e-3, 0.3), (3e-4, 0.2)):  # a stepped cosine
+        records += run_in_memory(
+            Later(ctrl, len(records)), max(1, round(share * iterations)), Loop(lr, samples), seed=seed
+        )
+    gaps = [r.get("ctrl/gap", math.nan) for r in records]
+    return {"init": init, "row": judge(ctrl, samples, seed), "gaps": gaps}
+
+
 def mixture_part(
-    *, seeds: Sequence[int], iterations: int, batch: int, steps: int, samples: int, say: Callable[[str], None]
+    *,
+    seeds: Sequence[int],
+    iterations: int,
+    batch: int,
+    steps: int,
+    samples: int,
+    say: Callable[[str], None],
+    keep: Path | None = None,
 ) -> dict[str, Any]:
-    """E-CTRL-1: all rows over all seeds."""
+    """E-CTRL-1: all rows over all seeds; finished runs are kept in the folder `keep`."""
     rows: dict[str, list[dict[str, float]]] = {"init": []}
     curves: dict[str, dict[float, float]] = {}
+    settings = {"iterations": iterations, "batch": batch, "steps": steps, "samples": samples}
     for label, options in VARIANTS.items():
         rows[label] = []
         for seed in seeds:
-            extra = {"backprop_steps": steps // 2} if options["backprop"] == "truncated" else {}
-            ctrl = make_ctrl(
-                two_classes(),
-                ExactNetwork(MEANS, WEIGHTS, STD),
-                2,
-                seed=seed,
-                steps=steps,
-                batch=batch,
-                bound_samples=samples,
-                **options,
-                **extra,
-            )
-            if label == "full backprop":
-                rows["init"].append(judge(ctrl, samples, seed))
-            records: list[dict[str, float]] = []
-            for lr, share in ((3e-3, 0.5), (1e-3, 0.3), (3e-4, 0.2)):  # a stepped cosine
-                records += run_in_memory(
-                    Later(ctrl, len(records)), max(1, round(share * iterations)), Loop(lr, samples), seed=seed
-                )
-            rows[label].append(judge(ctrl, samples, seed))
+            given = {"label": label, "options": options, "seed": seed, **settings}
+            run = kept(keep, f"mixture_{seed}", given, partial(_mixture_run, label, seed, **settings))
+            rows[label].append(run["row"])
+            rows["init"] += [run["init"]] if run["init"] else []
             if seed == seeds[0]:
-                smooth = [r.get("ctrl/gap", math.nan) for r in records]
-                curves[label] = {i + 1.0: v for i, v in enumerate(smooth) if math.isfinite(v) and v > 0}
+                curves[label] = {i + 1.0: v for i, v in enumerate(run["gaps"]) if math.isfinite(v) and v > 0}
             say(f"mixture {label}, seed {seed}: gaps {rows[label][-1]['gap 0']:.3f} {rows[label][-1]['gap 1']:.3f}")
     return {
         "rows": rows,
-        "settings": {"iterations": iterations, "batch": batch, "steps": steps, "samples": samples},
+        "settings": settings,
         "checks": _mixture_checks(rows),
         "table": _mixture_table(rows, iterations, batch, steps),
         "curves": {"E-CTRL-1: running gap log Z − J": ("iteration", curves)},
@@ -210,44 +228,58 @@ def chain_law(schedule: Schedule, grid: Sequence[float], eta: float) -> float:
     return variance
 
 
+#: row of E-CTRL-3 → options of Ctrl
+LINEAR: dict[str, dict[str, Any]] = {
+    "full backprop": {"backprop": "full"},
+    "adjoint matching": {"backprop": "adjoint"},
+    "eta = 0.5 (not exact)": {"backprop": "full", "eta": 0.5, "exact": False},
+}
+
+
+def _linear_run(label: str, seed: int, iterations: int, samples: int, slope: float) -> dict[str, float]:
+    """One training of a row, measured against the closed forms."""
+    ctrl = make_ctrl(
+        Slope(slope),
+        ExactNetwork([[0.0]], [1.0], 1.0),
+        1,
+        seed=seed,
+        steps=10,
+        batch=128,
+        bound_samples=16,
+        **LINEAR[label],
+    )
+    run_in_memory(ctrl, iterations, Loop(5e-3, samples), seed=seed)
+    found = ctrl.correct("toy", 0, samples, seed=seed + 1000)
+    variance = chain_law(GaussianProcess(ctrl.chain().process.schedule).schedule, ctrl.plan.grid, ctrl.config.eta)
+    reach = variance * (1 - ctrl.rho2)
+    return {
+        "rho2": ctrl.rho2,
+        "shift": float(found.rewards.mean()) / slope,
+        "shift expected": slope * reach,
+        "J": float((found.rewards - found.kl).mean()),
+        "J expected": slope**2 * reach / 2,
+        "log Z": slope**2 * variance / 2,
+    }
+
+
 def linear_part(
-    *, seeds: Sequence[int], iterations: int, samples: int, say: Callable[[str], None], slope: float = 1.3
+    *,
+    seeds: Sequence[int],
+    iterations: int,
+    samples: int,
+    say: Callable[[str], None],
+    keep: Path | None = None,
+    slope: float = 1.3,
 ) -> dict[str, Any]:
     """E-CTRL-3: reward a·x on N(0, 1) data, eta 1 and, biased on purpose, 0.5: shift and J against closed forms."""
     rows: dict[str, list[dict[str, float]]] = {}
-    variants: dict[str, dict[str, Any]] = {
-        "full backprop": {"backprop": "full"},
-        "adjoint matching": {"backprop": "adjoint"},
-        "eta = 0.5 (not exact)": {"backprop": "full", "eta": 0.5, "exact": False},
-    }
-    for label, options in variants.items():
+    settings = {"iterations": iterations, "samples": samples, "slope": slope}
+    for label, options in LINEAR.items():
         rows[label] = []
         for seed in seeds:
-            ctrl = make_ctrl(
-                Slope(slope),
-                ExactNetwork([[0.0]], [1.0], 1.0),
-                1,
-                seed=seed,
-                steps=10,
-                batch=128,
-                bound_samples=16,
-                **options,
-            )
-            run_in_memory(ctrl, iterations, Loop(5e-3, samples), seed=seed)
-            found = ctrl.correct("toy", 0, samples, seed=seed + 1000)
-            variance = chain_law(
-                GaussianProcess(ctrl.chain().process.schedule).schedule, ctrl.plan.grid, ctrl.config.eta
-            )
-            reach = variance * (1 - ctrl.rho2)
+            given = {"label": label, "options": options, "seed": seed, **settings}
             rows[label].append(
-                {
-                    "rho2": ctrl.rho2,
-                    "shift": float(found.rewards.mean()) / slope,
-                    "shift expected": slope * reach,
-                    "J": float((found.rewards - found.kl).mean()),
-                    "J expected": slope**2 * reach / 2,
-                    "log Z": slope**2 * variance / 2,
-                }
+                kept(keep, f"linear_{seed}", given, partial(_linear_run, label, seed, iterations, samples, slope))
             )
         say(f"linear {label}: " + ", ".join(f"{k} {v.value:.3f}" for k, v in over_seeds(rows[label]).items()))
     keys = ("rho2", "shift", "shift expected", "J", "J expected", "log Z")
