@@ -65,18 +65,12 @@ def _linear(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _digits(options: argparse.Namespace) -> dict[str, Any]:
-    from gencontrol.bench.ctrl_digits import digits_part
+    from gencontrol.bench.ctrl_digits import Effort, digits_part
 
-    quick = options.quick
-    return digits_part(
-        seeds=range(options.seeds),
-        iterations=options.iterations,
-        batch=options.batch,
-        fit_steps=5 if quick else 150,
-        cfg_steps=5 if quick else 1000,
-        repeats=1 if quick else 2,
-        say=_say,
-    )
+    effort = Effort(options.iterations, options.batch)
+    if options.quick:
+        effort = Effort(options.iterations, options.batch, fit_steps=5, cfg_updates=(2, 4), repeats=1)
+    return digits_part(seeds=range(options.seeds), effort=effort, say=_say, keep=_runs(options))
 
 
 def _scenes(options: argparse.Namespace) -> dict[str, Any]:

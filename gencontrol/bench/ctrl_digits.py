@@ -9,8 +9,11 @@ classifier; its backward passes count double.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,25 +23,19 @@ from torch import Tensor
 
 from gencontrol.algorithms.ctrl import Ctrl, CtrlConfig
 from gencontrol.algorithms.task import PromptTask
-from gencontrol.bench.base import Check, Loop, over_seeds, run_in_memory, table
+from gencontrol.bench.base import Check, Loop, kept, over_seeds, run_in_memory, table
 from gencontrol.bench.ctrl_exact import Later
-from gencontrol.bench.dts_measure import Law, Peer, one_root, sample_mmd2
-from gencontrol.bench.toys import fit_flow
+from gencontrol.bench.ctrl_peers import PER_CLASS, SHAPE, STEPS, base_samples, cfg_samples, dps_samples
+from gencontrol.bench.dts_measure import Law, sample_mmd2
 from gencontrol.data.digits import CLASSES, DigitImages, load_digit_images
 from gencontrol.models.classifier_fit import fit_classifier
-from gencontrol.models.condition import add_condition, conditioned, with_labels
+from gencontrol.models.condition import add_condition
 from gencontrol.models.roles import Roles
 from gencontrol.rewards.classifier import ClassifierReward
 from gencontrol.rng import item_generators, stream
-from gencontrol.sampling.chain import make_chain
-from gencontrol.sampling.controlled import ControlGuided, sample_controlled
-from gencontrol.sampling.loop import sample
-from gencontrol.sampling.steps import Ddim
-from gencontrol.types import RewardContext
+from gencontrol.sampling.controlled import sample_controlled
 
-STEPS, PER_CLASS = 30, 36
 BANDWIDTHS = (2.0, 4.0, 8.0)
-SHAPE = (1, 8, 8)
 
 
 @dataclass(frozen=True)
@@ -154,150 +151,107 @@ def ctrl_samples(ctrl: Ctrl, labels: Tensor, strength: float, seed: int) -> Tens
     return torch.cat(parts)
 
 
-def cfg_samples(
-    world: DigitsWorld, few: DigitImages, labels: Tensor, scales: Sequence[float], steps: int, seed: int
-) -> Any:
-    """Fine-tune the whole network with a zero-initialised time embedding on the labelled images; sample at scales.
+@dataclass(frozen=True)
+class Effort:
+    """How much of everything.
 
-    Labels are dropped for a tenth of the items, which keeps the unconditional branch (Ho & Salimans 2022).
+    Args:
+        iterations, batch: of each CTRL training.
+        fit_steps: of the classifier.
+        cfg_updates: numbers of updates, of 64 items, at which classifier-free fine-tuning is measured; increasing.
+        repeats: test-set-sized sets of samples per class.
     """
-    import copy
 
-    base = copy.deepcopy(world.pipe.denoiser)
-    denoiser = add_condition(base, shape=SHAPE, cardinality=CLASSES, inject="time", seed=seed)
-    network = conditioned(denoiser)
-    network.network.requires_grad_(True)
-
-    def data(generator: torch.Generator) -> tuple[Tensor, Any]:
-        rows = torch.randint(len(few), (64,), generator=generator)
-        dropped = torch.rand(64, generator=generator) < 0.1
-        return few.images[rows], with_labels(None, torch.where(dropped, -1, few.labels[rows])[:, None])
-
-    fit_flow(denoiser, data, steps=steps, lr=3e-4, seed=seed)
-    found = {}
-    with torch.no_grad():
-        for scale in scales:
-            model = ControlGuided(denoiser, prompt_scale=1.0, control_scale=scale, uncond=None)
-            parts = [
-                sample(
-                    model,
-                    (len(rows), *SHAPE),
-                    steps=STEPS,
-                    step=Ddim(eta=1.0),
-                    generator=item_generators(seed, "bench/cfg", rows.tolist()),
-                    cond=with_labels(None, labels[rows][:, None]),
-                )
-                for rows in torch.arange(len(labels)).split(256)
-            ]
-            found[scale] = torch.cat(parts)
-    return found
+    iterations: int = 400
+    batch: int = 96
+    fit_steps: int = 150
+    cfg_updates: tuple[int, ...] = (250, 1000)
+    repeats: int = 2
 
 
-def dps_samples(world: DigitsWorld, classifier: Any, repeats: int, scale: float, seed: int) -> Tensor:
-    """This library's DPS with the method's classifier, class by class."""
-    chain = one_root(make_chain(world.pipe.denoiser, SHAPE, steps=STEPS))
-    peer = Peer("DPS", "dps", {"scale": scale})
-    parts = []
-    for label, name in enumerate(CLASSES):
-        reward = ClassifierReward(reward_model=classifier, label=name, device="cpu")
-        found = peer.run(
-            chain,
-            reward,
-            STEPS * PER_CLASS * repeats,
-            temperature=1.0,
-            seed=seed * len(CLASSES) + label,
-            decode=world.pipe.decode,
-            context=RewardContext(),
-        )
-        parts.append(found.samples)
-    return torch.cat(parts)
+#: (γ, backpropagation, strengths at sampling) of the CTRL trainings
+TRAININGS: tuple[tuple[float, str, tuple[float, ...]], ...] = (
+    (1.0, "full", (0.5, 1.0, 1.5)),
+    (3.0, "full", (0.5, 1.0, 1.5)),
+    (1.0, "adjoint", (1.0,)),
+)
 
 
-def base_samples(world: DigitsWorld, count: int, seed: int) -> Tensor:
-    """Samples without any control."""
-    with torch.no_grad():
-        return sample(
-            world.pipe.denoiser,
-            (count, *SHAPE),
-            steps=STEPS,
-            step=Ddim(eta=1.0),
-            generator=item_generators(seed, "bench/base", range(count)),
-        )
+def _classifier(world: DigitsWorld, seed: int, effort: Effort) -> tuple[DigitImages, Any]:
+    few = world.few(5, seed)
+    return few, fit_classifier(few.images, few.labels, CLASSES, steps=effort.fit_steps, seed=seed)
 
 
-def run_seed(
-    world: DigitsWorld,
-    seed: int,
-    *,
-    iterations: int,
-    batch: int,
-    fit_steps: int,
-    cfg_steps: int,
-    repeats: int,
-    say: Any,
-) -> dict[str, dict[str, float]]:
-    """All rows of one seed: its own labels, classifier, controls and samples."""
-    few, labels = world.few(5, seed), _labels(repeats)
-    classifier = fit_classifier(few.images, few.labels, CLASSES, steps=fit_steps, seed=seed)
+def peer_rows(world: DigitsWorld, seed: int, effort: Effort) -> dict[str, dict[str, float]]:
+    """Rows of one seed that need no CTRL, with its own labels and classifier."""
+    labels = _labels(effort.repeats)
+    few, classifier = _classifier(world, seed, effort)
     with torch.no_grad():
         own = float((classifier(world.test.images).argmax(1) == world.test.labels).float().mean())
     rows = {"real test images": world.measure(world.test.images, world.test.labels, classifier)}
     rows["base, no control"] = world.measure(base_samples(world, len(labels), seed), labels, classifier)
-    for scale, x in cfg_samples(world, few, labels, (1.0, 2.0), cfg_steps, seed).items():
-        rows[f"CFG fine-tuning, w = {scale:g} (2 calls a step)"] = world.measure(x, labels, classifier)
+    tuned = cfg_samples(world, few, labels, (1.0, 2.0), effort.cfg_updates, seed)
+    for (updates, scale), x in tuned.items():
+        calls = f"{1 if scale == 1 else 2} call{'s' if scale != 1 else ''} a step"
+        rows[f"CFG fine-tuning, {updates} updates, w = {scale:g} ({calls})"] = world.measure(x, labels, classifier)
     for scale in (1.0, 3.0):
-        x = dps_samples(world, classifier, repeats, scale, seed)
+        x = dps_samples(world, classifier, effort.repeats, scale, seed)
         rows[f"DPS, scale {scale:g} (3 calls a step)"] = world.measure(x, labels, classifier)
-    say(f"digits seed {seed}: classifier {own:.3f}; " + ", ".join(f"{k} {v['MMD²']:.4f}" for k, v in rows.items()))
-    for gamma, backprop in ((1.0, "full"), (3.0, "full"), (1.0, "adjoint")):
-        ctrl, gap = train_ctrl(
-            world, classifier, gamma=gamma, iterations=iterations, batch=batch, backprop=backprop, seed=seed
-        )
-        name = f"CTRL γ = {gamma:g}" + (", adjoint matching" if backprop == "adjoint" else "")
-        for strength in (0.5, 1.0, 1.5) if backprop == "full" else (1.0,):
-            x = ctrl_samples(ctrl, labels, strength, seed)
-            rows[f"{name}, strength {strength:g}"] = {**world.measure(x, labels, classifier), "gap": gap}
-        found = rows[f"{name}, strength 1"]
-        say(f"digits seed {seed}, {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
-    rows["_classifier"] = {"accuracy": own, "temperature": classifier.config.temperature}
-    return rows
+    return rows | {"_classifier": {"accuracy": own, "temperature": classifier.config.temperature}}
+
+
+def ctrl_rows(
+    world: DigitsWorld, gamma: float, backprop: str, strengths: Sequence[float], seed: int, effort: Effort
+) -> dict[str, dict[str, float]]:
+    """Rows of one training of one seed."""
+    labels, (_, classifier) = _labels(effort.repeats), _classifier(world, seed, effort)
+    ctrl, gap = train_ctrl(
+        world,
+        classifier,
+        gamma=gamma,
+        iterations=effort.iterations,
+        batch=effort.batch,
+        backprop=backprop,
+        seed=seed,
+    )
+    name = f"CTRL γ = {gamma:g}" + (", adjoint matching" if backprop == "adjoint" else "")
+    return {
+        f"{name}, strength {w:g}": {
+            **world.measure(ctrl_samples(ctrl, labels, w, seed), labels, classifier),
+            "gap": gap,
+        }
+        for w in strengths
+    }
 
 
 def digits_part(
-    *,
-    seeds: Sequence[int],
-    iterations: int,
-    batch: int,
-    fit_steps: int,
-    cfg_steps: int,
-    repeats: int,
-    say: Callable[[str], None],
+    *, seeds: Sequence[int], effort: Effort, say: Callable[[str], None], keep: Path | None = None
 ) -> dict[str, Any]:
-    """E-CTRL-2 over seeds; returns rows, checks and the printed table."""
+    """E-CTRL-2 over seeds; returns rows, checks and the printed table.  Finished runs are kept in the folder `keep`."""
     world = DigitsWorld.bundled()
-    found = [
-        run_seed(
-            world,
-            seed,
-            iterations=iterations,
-            batch=batch,
-            fit_steps=fit_steps,
-            cfg_steps=cfg_steps,
-            repeats=repeats,
-            say=say,
-        )
-        for seed in seeds
-    ]
+    found: list[dict[str, dict[str, float]]] = [{} for _ in seeds]
+
+    def add(place: int, seed: int, name: str, make: Callable[[], dict[str, dict[str, float]]]) -> None:
+        rows = kept(keep, f"digits_{seed}", {"name": name, "seed": seed, **asdict(effort)}, make)
+        found[place] |= rows
+        say(f"digits seed {seed}: " + "; ".join(f"{k}: {v.get('MMD²', math.nan):.4f}" for k, v in rows.items()))
+
+    for place, seed in enumerate(seeds):
+        add(place, seed, "peers", partial(peer_rows, world, seed, effort))
+    for gamma, backprop, strengths in TRAININGS:
+        for place, seed in enumerate(seeds):
+            name = f"ctrl {gamma:g} {backprop} {strengths}"
+            add(place, seed, name, partial(ctrl_rows, world, gamma, backprop, strengths, seed, effort))
     cells = {name: over_seeds([rows[name] for rows in found]) for name in found[0]}
     classifier = cells.pop("_classifier")
     keys = ("accuracy", "MMD²", "log p", "diversity")
     return {
         "rows": {name: [rows[name] for rows in found] for name in found[0]},
-        "settings": {"iterations": iterations, "batch": batch, "labels": 50, "cfg_steps": cfg_steps},
+        "settings": {"labels": 50, **asdict(effort)},
         "checks": _checks(cells),
         "table": table(
-            f"E-CTRL-2. Digits, 50 labels, {len(seeds)} seeds, {iterations} iterations of {batch}; the method's "
-            f"classifier is right on {classifier['accuracy'].value:.3f} of the test images",
+            f"E-CTRL-2. Digits, 50 labels, {len(seeds)} seeds, {effort.iterations} iterations of {effort.batch}; the "
+            f"method's classifier is right on {classifier['accuracy'].value:.3f} of the test images",
             ("row", "judge's accuracy", "class MMD²", "own log p", "distance within a class", "gap log Z − J"),
             [[name, *(row[key] for key in keys), row.get("gap", "–")] for name, row in cells.items()],
         ),
