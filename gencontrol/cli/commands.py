@@ -65,6 +65,7 @@ Checkpointing = Annotated[
     Flag, _option("--gradient-checkpointing", "Less memory for more time in the backward pass.", TRAINING, " ")
 ]
 Compile = Annotated[Flag, _option("--compile", "Run the network through torch.compile.", TRAINING, " ")]
+Shard = Annotated[Flag, _option("--shard", "Split weights over the processes of torchrun (FSDP2).", TRAINING, " ")]
 Prompts = Annotated[Text, _option("--prompts", "txt, jsonl or csv (default: bundled prompts).", WHAT, "FILE")]
 EvalPrompts = Annotated[Text, _option("--eval-prompts", "Fixed prompts for before and after.", WHAT, "FILE")]
 EvalSamples = Annotated[Number, _option("--eval-samples", "Samples per evaluation prompt.", RUN)]
@@ -100,6 +101,7 @@ def finetune(
     precision: Precision = None,
     gradient_checkpointing: Checkpointing = None,
     compile_: Compile = None,
+    shard: Shard = None,
     seed: Seed = None,
     device: Device = None,
     threads: Threads = None,

@@ -44,6 +44,12 @@ def choose_device(name: str) -> str:
     return f"cuda:{local}" if local.isdigit() and torch.cuda.device_count() > 1 else "cuda"
 
 
+def processes() -> int:
+    """Return the number of processes that torchrun or accelerate launch started, or 1."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    return int(size) if size.isdigit() else 1
+
+
 def launched_precision(given: str | None) -> Any:
     """Return the precision that `accelerate launch` chose, or what was given.
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gencontrol.cli.checks import check_names, download_hint, load_prompts
-from gencontrol.cli.environment import choose_device, launched_precision, prepare
+from gencontrol.cli.environment import choose_device, launched_precision, prepare, processes
 from gencontrol.cli.models import load_pipeline
 from gencontrol.cli.runs import RunFolder, fit, open_run
 from gencontrol.cli.settings import RunConfig, describe, given_flags, merge, run_mode
@@ -37,6 +37,7 @@ ROUTES = {
     },
     "batch": "algorithm.batch",
     "compile_": "train.compile",
+    "shard": "train.shard",
     "eval_samples": "algorithm.eval_samples",
 }
 
@@ -148,6 +149,9 @@ def _with_fingerprint(run: RunConfig, prompts: list[str], eval_prompts: list[str
 
 def train(job: Job) -> None:
     """Load the model and the reward, make the algorithm, fit it; writes final/ with its card, and report.html."""
+    from gencontrol.train.config import check_processes
+
+    check_processes(job.train, processes())
     device = choose_device(job.train.device)
     pipeline = load_pipeline(job.run.model, device, online=job.run.online, task=job.run.task)
     if job.run.gradient_checkpointing:

@@ -120,6 +120,8 @@ def _train(stage: str, table: dict[str, dict[str, Any]], parameters: Mapping[str
     else:
         run, defaults = build(PretrainRun, table["run"], "run"), _train_defaults(table["train"])
     train = build(TrainConfig, {**defaults, **table["train"]}, "train")
+    if train.shard:
+        raise UsageError("train.shard is an option of gencontrol finetune; pretraining networks fit on one device.")
     prepare(threads=train.threads)
     algorithm = resolve(PRETRAIN, stage, "pretraining")
     options = build(algorithm.Config, table["algorithm"], "algorithm")

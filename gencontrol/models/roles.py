@@ -8,7 +8,7 @@ no second copy of a large model is held.  Parameters that are frozen, and buffer
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +69,10 @@ def lora_targets(module: nn.Module, endings: Sequence[str] | None = None) -> lis
     return chosen
 
 
+#: exchanges the weights of the policy (first) and of another role in place
+Swap = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], None]
+
+
 def ema_decay(decay: float, update: int) -> float:
     """Decay with warm-up: min(decay, (1 + n)/(10 + n)) after n updates, so that early averages forget the start."""
     return min(decay, (1.0 + update) / (10.0 + update))
@@ -102,6 +106,7 @@ class Roles:
             raise UsageError(f"roles {tuple(roles)}: each name once, and 'policy' among them.")
         self.module, self.lora, self._names = module, lora, tuple(roles)
         self._active = "policy"
+        self._swap: Swap = _exchange
         if lora is None:
             self._sets = _copies(module, self._names)
             self._swapped = self._sets
@@ -142,8 +147,8 @@ class Roles:
         if self.lora is not None:
             _select_adapter(self._layers, None if role == "ref" else role)
         if role != self._active:
-            _exchange(self._swapped["policy"], self._swapped[self._active])  # back to the policy
-            _exchange(self._swapped["policy"], self._swapped[role])
+            self._swap(self._swapped["policy"], self._swapped[self._active])  # back to the policy
+            self._swap(self._swapped["policy"], self._swapped[role])
         for parameter in self.trainable():
             parameter.requires_grad_(role == "policy")
         self._active = role
@@ -206,6 +211,22 @@ class Roles:
             )
         for key, value in mine.items():
             value.copy_(theirs[key])
+
+    def convert(self, change: Callable[[Tensor], Tensor], swap: Swap | None) -> None:
+        """Put change(tensor) in the place of every weight of every role: other parameters of the module, or copies.
+
+        Args:
+            change: called once for each tensor.
+            swap: exchanges two sets from now on; None restores the exchange of whole tensors.
+        """
+        if self._active != "policy":
+            raise RuntimeError(f"roles cannot be converted inside use('{self._active}')")
+        tables = {id(weights): weights for weights in (*self._sets.values(), *self._swapped.values())}
+        found = {id(tensor): tensor for weights in tables.values() for tensor in weights.values()}
+        changed = {key: change(tensor) for key, tensor in found.items()}
+        for weights in tables.values():
+            weights.update({name: changed[id(tensor)] for name, tensor in weights.items()})
+        self._swap = swap or _exchange
 
     def save_lora(self, folder: str | Path, role: str = "policy") -> None:
         """Write a role's adapter as diffusers' `pytorch_lora_weights.safetensors` (with its alpha in the header).

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from gencontrol.errors import UsageError
+
 #: Keys of [train] that may change between two starts of one run: they cannot alter what is learned.
-HARMLESS = frozenset({"save_every", "keep", "eval_every", "track", "threads", "device"})
+HARMLESS = frozenset({"save_every", "keep", "eval_every", "track", "threads", "device", "shard"})
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class TrainConfig:
         device: "auto" accepts where the algorithm's weights lie; "cpu" or "cuda" insist on it.
         threads: CPU threads of torch; 0 leaves torch's choice.
         compile: run the network through torch.compile.
+        shard: split weights, gradients, Adam moments and role copies over the processes (FSDP2); needs two or more.
     """
 
     steps: int = 1000
@@ -54,6 +57,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 0
     compile: bool = False
+    shard: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "micro_batch", "save_every", "keep", "max_bad_steps"):
@@ -78,8 +82,25 @@ class TrainConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} = {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+        if self.shard and self.compile:
+            raise ValueError(
+                "shard = true with compile = true; choose one, shards are gathered outside of the compiler"
+            )
         if self.warmup >= self.steps and self.warmup > 0 and self.lr_schedule != "constant":
             raise ValueError(f"warmup = {self.warmup} leaves nothing of steps = {self.steps}; expected warmup < steps")
+
+
+def check_processes(config: TrainConfig, world_size: int) -> None:
+    """Check options that depend on the number of processes.
+
+    Raises:
+        UsageError: `shard` with one process.
+    """
+    if config.shard and world_size == 1:
+        raise UsageError(
+            "train.shard = true splits the weights over processes, and there is one; start with torchrun "
+            "--nproc-per-node 2 -m gencontrol … (or accelerate launch), or leave shard out."
+        )
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -56,14 +56,14 @@ class Group:
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if not 0 <= self.rank < self.world_size:
             raise UsageError(f"RANK = {self.rank} and WORLD_SIZE = {self.world_size}; start with torchrun.")
-        self.timeout_s = timeout_s
+        self.timeout_s, self.timeout = timeout_s, datetime.timedelta(seconds=timeout_s)
         self._owned = False
         self._checked = 0.0
 
     def __enter__(self) -> Group:
         if self.world_size > 1 and not torch.distributed.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            torch.distributed.init_process_group(backend, timeout=datetime.timedelta(seconds=self.timeout_s))
+            torch.distributed.init_process_group(backend, timeout=self.timeout)
             self._owned = True
         return self
 

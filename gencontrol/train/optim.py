@@ -61,13 +61,14 @@ class Optimizer:
 
     def __init__(self, named: Mapping[str, nn.Parameter], config: TrainConfig) -> None:
         self.named = dict(named)
-        matrices = [p for p in named.values() if p.ndim >= 2]
-        vectors = [p for p in named.values() if p.ndim < 2]
         groups = [
-            {"params": group, "weight_decay": decay}
-            for group, decay in ((matrices, config.weight_decay), (vectors, 0.0))
-            if group
+            {"params": [p for p in named.values() if (p.ndim >= 2) is wide and type(p) is kind], "weight_decay": decay}
+            for wide, decay in ((True, config.weight_decay), (False, 0.0))
+            for kind in dict.fromkeys(
+                type(p) for p in named.values()
+            )  # fused steps take no mixture of shards and whole
         ]
+        groups = [group for group in groups if group["params"]]
         fused = all(p.device.type in ("cpu", "cuda") for p in named.values())
         self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=1e-8, fused=fused)
 
@@ -158,14 +159,13 @@ def gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
 
 
-def scale_gradients(parameters: Sequence[nn.Parameter], factor: float) -> None:
-    """Multiply all gradients in place."""
-    torch._foreach_mul_(gradients(parameters), factor)
+def scale_gradients(grads: Sequence[Tensor], factor: float) -> None:
+    """Multiply gradients in place."""
+    torch._foreach_mul_(list(grads), factor)
 
 
-def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
-    """Clip gradients to a 2-norm (0 = measure only) and return the norm before; non-finite norms change nothing."""
-    norm = float(torch.nn.utils.get_total_norm(gradients(parameters)))
+def clip_gradients(grads: Sequence[Tensor], norm: float, max_norm: float) -> float:
+    """Clip gradients of a 2-norm to another one (0 = do not) and return it; non-finite norms change nothing."""
     if max_norm > 0 and math.isfinite(norm) and norm > max_norm:
-        torch._foreach_mul_(gradients(parameters), max_norm / (norm + 1e-6))
+        scale_gradients(grads, max_norm / (norm + 1e-6))
     return norm

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from gencontrol import __version__
 from gencontrol.algorithms.base import Algorithm
@@ -24,10 +23,9 @@ from gencontrol.errors import DiskError, EnvironmentMissing, UsageError
 from gencontrol.train.checkpoint import Checkpoints, TrainState, join_tensors, restore_names, split_tensors
 from gencontrol.train.config import TrainConfig
 from gencontrol.train.health import Health
+from gencontrol.train.layout import Layout, Table
 from gencontrol.train.optim import LossScale, Optimizer, name_parameters
 from gencontrol.train.run_folder import settings_hash
-
-Tensors = dict[str, dict[str, Tensor]]
 
 
 class RunState:
@@ -40,6 +38,7 @@ class RunState:
         checkpoints: where.
         world_size: recorded; another one at a resume is announced.
         writes: whether this process writes (rank 0).
+        layout: how the weights lie.
     """
 
     def __init__(
@@ -50,6 +49,7 @@ class RunState:
         checkpoints: Checkpoints,
         world_size: int,
         writes: bool,
+        layout: Layout,
     ) -> None:
         named = name_parameters(algorithm.roles.module, algorithm.roles.trainable())
         self.device = _check_device(config, next(iter(named.values())).device)
@@ -60,9 +60,9 @@ class RunState:
         self.record: dict[str, Any] = {"step": 0}
         self.saved_step: int | None = None
         self._settings, self._algorithm, self._checkpoints = settings, algorithm, checkpoints
-        self._world_size, self._writes = world_size, writes
+        self._world_size, self._writes, self._layout = world_size, writes, layout
         self._boundary: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
-        self._frozen: tuple[Tensors, Tensors] | None = None
+        self._frozen: tuple[Table, Table] | None = None
 
     def mark(self) -> None:
         """Remember the present state as that of a whole step."""
@@ -74,7 +74,8 @@ class RunState:
     def freeze(self) -> None:
         """Copy roles and optimizer before the first of several updates; further calls do nothing."""
         if self._frozen is None:
-            self._frozen = (_copy(self._algorithm.roles.state_dict()), _copy(self.optimizer.state_dict()))
+            now = self._algorithm.roles.state_dict(), self.optimizer.state_dict()
+            self._frozen = (self._layout.copied(now[0]), self._layout.copied(now[1]))
 
     def save(self) -> None:
         """Write the state of the last whole step, unless it is on disk already.
@@ -84,9 +85,11 @@ class RunState:
         """
         algorithm, meta = self._boundary
         step = int(meta["record"]["step"])
-        if self._writes and step != self.saved_step:
-            roles, optimizer = self._frozen or (self._algorithm.roles.state_dict(), self.optimizer.state_dict())
-            self._checkpoints.save(TrainState(step, roles, optimizer, algorithm, meta))
+        if step != self.saved_step:
+            held = self._frozen or (self._algorithm.roles.state_dict(), self.optimizer.state_dict())
+            roles, optimizer = self._layout.whole(held[0]), self._layout.whole(held[1])
+            if self._writes:
+                self._checkpoints.save(TrainState(step, roles, optimizer, algorithm, meta))
         self.saved_step = step
 
     def check_space(self) -> None:
@@ -119,9 +122,15 @@ class RunState:
                 "the algorithm of that run."
             )
         roles = {role: restore_names(state.roles[role], tensors, role) for role, tensors in live.items()}
-        self._algorithm.roles.load_state_dict(roles)
+        placed = self._layout.placed
+        self._algorithm.roles.load_state_dict(
+            {role: {name: placed(t, live[role][name]) for name, t in row.items()} for role, row in roles.items()}
+        )
         self._algorithm.load_state_dict(state.algorithm)
-        self.optimizer.load_state_dict(state.optimizer)
+        named = self.optimizer.named
+        self.optimizer.load_state_dict(
+            {name: {key: placed(t, named.get(name)) for key, t in row.items()} for name, row in state.optimizer.items()}
+        )
         self.health.load_state_dict(state.meta["health"])
         self.scale.load_state_dict(state.meta["loss_scale"])
         counters = state.meta["counters"]
@@ -156,10 +165,6 @@ class RunState:
             "settings": json.loads(json.dumps(self._settings, default=str)),
             "settings_sha": settings_hash(self._settings),
         }
-
-
-def _copy(state: Mapping[str, Mapping[str, Tensor]]) -> Tensors:
-    return {name: {key: t.detach().to("cpu", copy=True) for key, t in row.items()} for name, row in state.items()}
 
 
 def _check_device(config: TrainConfig, device: torch.device) -> torch.device:

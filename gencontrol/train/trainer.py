@@ -27,10 +27,11 @@ from gencontrol.errors import NumericsError, Preempted, UsageError
 from gencontrol.files import FileLayer, disk_errors
 from gencontrol.train.accounting import Sums, average, global_rng_untouched, peak_mb
 from gencontrol.train.checkpoint import Checkpoints
-from gencontrol.train.config import TrainConfig
+from gencontrol.train.config import TrainConfig, check_processes
 from gencontrol.train.dist import Group, is_there, no_note, nothing
 from gencontrol.train.health import write_dump
-from gencontrol.train.optim import clip_gradients, learning_rate, scale_gradients
+from gencontrol.train.layout import Layout
+from gencontrol.train.optim import clip_gradients, gradients, learning_rate, scale_gradients
 from gencontrol.train.run_folder import Lock, MetricsFile, check_settings, clean_leftovers, write_samples
 from gencontrol.train.signals import SignalGuard
 from gencontrol.train.state import RunState
@@ -82,6 +83,7 @@ class Trainer:
         """
         with contextlib.ExitStack() as stack:
             group = stack.enter_context(Group())
+            check_processes(self.config, group.world_size)
             signals = stack.enter_context(SignalGuard())
             group.together(lambda: stack.enter_context(self._open_folder(group)), no_note, signals)
             run = _Run(self, algorithm, group, signals)
@@ -112,8 +114,19 @@ class _Run:
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
         self.checkpoints = Checkpoints(self.run_dir / "checkpoints", self.config.keep, trainer.files)
+        self.layout = Layout(group)
+        if self.config.shard:
+            from gencontrol.train.shard import Shards
+
+            self.layout = Shards(algorithm.roles, group)
         self.state = RunState(
-            self.config, trainer.settings, algorithm, self.checkpoints, group.world_size, writes=self.writes
+            self.config,
+            trainer.settings,
+            algorithm,
+            self.checkpoints,
+            group.world_size,
+            writes=self.writes,
+            layout=self.layout,
         )
         self.metrics = MetricsFile(self.run_dir / "metrics.jsonl", trainer.files)
         self.tracker: Tracker = NoTracker()
@@ -136,6 +149,7 @@ class _Run:
             while state.step < config.steps:
                 if stop_at is not None and state.step >= stop_at:
                     self._save()
+                    self.layout.release()
                     return self._summary("stopped")
                 self._train_step()
                 if state.step % config.save_every == 0 or state.step == config.steps:
@@ -147,6 +161,7 @@ class _Run:
                 self._save()
                 self._say(f"the state of step {state.saved_step} is saved.")
             raise
+        self.layout.release()
         self._write_final()
         return self._summary("finished")
 
@@ -206,14 +221,15 @@ class _Run:
             lambda: self._accumulate(collected.data, update, context), Sums.note, self.signals
         )
         parameters = state.optimizer.parameters()
-        self.group.sum_gradients(parameters)
+        self.layout.sum_gradients(parameters)
         batch = Sums()
         for note in notes:
             batch.add(note)
         if batch.count == 0:
             return None
-        scale_gradients(parameters, 1.0 / (batch.count * state.scale.scale))
-        norm = clip_gradients(parameters, self.config.max_grad_norm)
+        grads = self.layout.local(gradients(parameters))
+        scale_gradients(grads, 1.0 / (batch.count * state.scale.scale))
+        norm = clip_gradients(grads, self.layout.norm(parameters), self.config.max_grad_norm)
         if not self._healthy(batch.mean_loss(), norm, collected, update):
             return None
         if collected.updates > 1:
@@ -247,11 +263,12 @@ class _Run:
         if reason is None:
             return not bad
         folder = self.run_dir / "dump" / f"step_{state.step:08d}"
+        weights = self.layout.whole({"policy": state.optimizer.named})["policy"]
         if self.writes:
             facts = {"seed": self.config.seed, "step": state.step, "update": update, "loss": repr(total)}
             facts |= {"grad_norm": repr(norm), "health": state.health.state_dict()}
             with disk_errors("the dump", folder):
-                write_dump(folder, facts, collected.data, state.optimizer.named)
+                write_dump(folder, facts, collected.data, weights)
         raise NumericsError(
             f"step {state.step}: {reason}; loss {total}, gradient norm {norm}. Batch and weights are in '{folder}'; "
             "try a lower lr or precision = bf16/fp32, then run the same command to go on from the last checkpoint."

@@ -11,6 +11,8 @@ from torch import nn
 
 from gencontrol.algorithms.base import StepContext
 from gencontrol.errors import CheckpointError, EnvironmentMissing, UsageError
+from gencontrol.train.dist import Group
+from gencontrol.train.layout import Layout
 from gencontrol.train.optim import LossScale, Optimizer, clip_gradients, gradients, learning_rate, name_parameters
 from gencontrol.train.trainer import TrainConfig, Trainer
 from tests.contracts import assert_same_run, metric_lines
@@ -123,11 +125,13 @@ def test_device_must_be_where_the_weights_are(tmp_path: Path) -> None:
 def test_clipping_scales_to_the_norm_and_leaves_non_finite_ones_alone() -> None:
     parameter = nn.Parameter(torch.zeros(2))
     parameter.grad = torch.tensor([3.0, 4.0])
-    assert clip_gradients([parameter], 0.0) == 5.0 and parameter.grad.tolist() == [3.0, 4.0]
-    assert clip_gradients([parameter], 1.0) == 5.0
+    norm = Layout(Group()).norm([parameter])
+    assert norm == 5.0
+    assert clip_gradients([parameter.grad], norm, 0.0) == 5.0 and parameter.grad.tolist() == [3.0, 4.0]
+    assert clip_gradients([parameter.grad], norm, 1.0) == 5.0
     torch.testing.assert_close(parameter.grad, torch.tensor([0.6, 0.8]), rtol=1e-5, atol=0)
     parameter.grad = torch.tensor([math.inf, 1.0])
-    assert clip_gradients([parameter], 1.0) == math.inf and parameter.grad[1] == 1.0
+    assert clip_gradients([parameter.grad], math.inf, 1.0) == math.inf and parameter.grad[1] == 1.0
 
 
 def test_p1_loss_scale_halves_and_doubles() -> None:
