@@ -23,6 +23,7 @@ from gencontrol.errors import UsageError, nearest
 from gencontrol.models.denoiser import Denoiser
 from gencontrol.pipelines import arguments, lora
 from gencontrol.pipelines.backend import PromptBackend
+from gencontrol.pipelines.control import Control
 from gencontrol.pipelines.hub import LoadOptions, check_pipeline_class, download_folder
 from gencontrol.pipelines.lora_pipeline import LoraPipeline
 from gencontrol.process import GaussianProcess
@@ -51,6 +52,7 @@ class Ask:
         extent: length or size, checked.
         steps, scale, negative, generator, latents, seed, step: see the pipelines' `__call__`.
         callback: after each step.
+        y, y_scale: labels and strength of a control.
     """
 
     prompts: str | Sequence[str]
@@ -64,6 +66,20 @@ class Ask:
     seed: int | Sequence[int] | None
     step: Any | None
     callback: Callback | None
+    y: Any = None
+    y_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """What a call samples: `times` None means `steps` equal ones, `spread` is the standard deviation at the first."""
+
+    model: Any
+    cond: Cond
+    times: Sequence[float] | Tensor | None
+    steps: int
+    step: Any
+    spread: float
 
 
 class PromptedPipeline(LoraPipeline):
@@ -80,6 +96,7 @@ class PromptedPipeline(LoraPipeline):
         super().__init__(backend.components, backend.network_name)
         self._backend: Any = backend
         self._prompts: OrderedDict[tuple[str, Hashable], Cond] = OrderedDict()
+        self._control: Control | None = None
 
     # ---- loading and saving ---------------------------------------------------------------------------------------
 
@@ -127,6 +144,8 @@ class PromptedPipeline(LoraPipeline):
         self._set_backend(pipeline._backend)
 
     def _rebuild(self, components: Mapping[str, Any]) -> None:
+        if self._control is not None:
+            raise UsageError("a control is loaded on this pipeline's network; call unload_control() first.")
         self._set_backend(self._backend.replace(components))
 
     def _save(self, folder: Path) -> None:
@@ -160,6 +179,38 @@ class PromptedPipeline(LoraPipeline):
 
     def _moved(self) -> None:
         self._prompts.clear()
+        if self._control is not None:
+            self._control.to(self.device)
+
+    # ---- a control ------------------------------------------------------------------------------------------------
+
+    def load_control(self, folder: str | Path, *, force: bool = False) -> None:
+        """Load a control that `ctrl` or `cfg-finetune` trained on this model; calls with y= use it then.
+
+        Without y the pipeline stays what it was, bit by bit.  A control that was loaded before is replaced.
+
+        Args:
+            folder: control/ of a run's final/, final/ itself, or the run.
+            force: allow num_inference_steps other than the trained ones, with which the control's law is not exact.
+
+        Raises:
+            UsageError: no control there, one of another model or schedule, or the network carries LoRA adapters.
+        """
+        self.unload_control()
+        control = Control(self.denoiser, folder, force=force)
+        control.to(self.device)
+        self._control = control
+
+    def unload_control(self) -> None:
+        """Remove the control, if there is one."""
+        if self._control is not None:
+            self._control.remove()
+        self._control = None
+
+    @property
+    def control_labels(self) -> Mapping[str, tuple[str, ...]]:
+        """Attribute → labels of the loaded control; empty without one, or for a control by numbers."""
+        return {} if self._control is None else dict(self._control.attributes)
 
     def enable_gradient_checkpointing(self) -> Self:
         """Keep no activations inside the network's blocks: the backward pass computes them again. Returns the pipeline.
@@ -217,41 +268,97 @@ class PromptedPipeline(LoraPipeline):
 
     def _generate(self, ask: Ask) -> Float[Tensor, "b *d"]:
         """Check the arguments and sample clean latents; sample i·repeats + j is the j-th of prompt i."""
-        defaults = self._backend.defaults
         prompts = arguments.texts(ask.prompts, "prompt")
-        steps = arguments.positive(defaults.steps if ask.steps is None else ask.steps, "num_inference_steps")
-        scale = arguments.guidance(defaults.guidance_scale if ask.scale is None else ask.scale)
-        negative = arguments.negatives(ask.negative, len(prompts), ask.repeats, scale)
         texts = [text for text in prompts for _ in range(ask.repeats)]
+        control = self._asked(ask)
+        chain = self._plain_chain(ask, texts) if control is None else self._controlled_chain(ask, texts, control)
         generators = arguments.sources(ask.generator, ask.seed, len(texts))
         shape = (len(texts), *self._backend.latent_shape(ask.extent))
         noise = arguments.noise(ask.latents, shape, generators, self.device)
+        if control is None:
+            return self._sample(chain, noise, generators, ask.callback)
+        control.check_shape(shape[1:])
+        with control.acting():
+            return self._sample(chain, noise, generators, ask.callback)
+
+    def _asked(self, ask: Ask) -> Control | None:
+        """The control, if the call has labels.
+
+        Raises:
+            UsageError: labels without a control, or a strength without labels.
+        """
+        if ask.y is None:
+            if ask.y_scale != 1.0:
+                raise UsageError(f"y_scale {ask.y_scale:g} has no effect without y; give labels, or leave it out.")
+            return None
+        if self._control is None:
+            raise UsageError("y is given, but no control is loaded; call load_control(FOLDER) first.")
+        return self._control
+
+    def _plain_chain(self, ask: Ask, texts: list[str]) -> _Chain:
+        """The model's own chain, with classifier-free guidance."""
+        defaults = self._backend.defaults
+        steps = arguments.positive(defaults.steps if ask.steps is None else ask.steps, "num_inference_steps")
+        scale = arguments.guidance(defaults.guidance_scale if ask.scale is None else ask.scale)
+        negative = arguments.negatives(ask.negative, len(texts) // ask.repeats, ask.repeats, scale)
         model = self._guided(scale, negative, ask.extent)
         cond = self._condition_of(texts, ask.extent, scale)
         times = self._backend.times(steps, ask.extent)
-        return self._sample(model, noise, steps, times, ask.step or defaults.step, generators, cond, ask.callback)
+        return _Chain(model, cond, times, steps, ask.step or defaults.step, self._spread(times))
+
+    def _controlled_chain(self, ask: Ask, texts: list[str], control: Control) -> _Chain:
+        """The chain that the control was trained on; guidance is the trained one unless a scale is given.
+
+        Raises:
+            UsageError: a sampler step, or labels that the control does not have.
+        """
+        if ask.step is not None:
+            raise UsageError("step has no place beside y: a control has the sampler that it was trained with.")
+        count = len(texts) // ask.repeats
+        labels = control.labels(ask.y, count, ask.repeats).to(self.device)
+        times = control.times(None if ask.steps is None else arguments.positive(ask.steps, "num_inference_steps"))
+        scale = None if ask.scale is None else max(1.0, arguments.guidance(ask.scale))
+        if self._embeds_scale:
+            embedded = self._backend.defaults.guidance_scale if ask.scale is None else ask.scale
+            cond, scale, uncond = self._condition_of(texts, ask.extent, embedded), None, None
+        else:
+            wanted = control.plan.guidance_scale if scale is None else scale
+            negative = arguments.negatives(ask.negative, count, ask.repeats, wanted)
+            cond = self._conditions(texts, ask.extent)
+            uncond = self._free(ask.extent) if negative is None else self._conditions(negative, ask.extent)
+        model = control.model(scale, ask.y_scale, uncond)
+        own = self._backend.times(len(times) - 1, ask.extent)
+        return _Chain(
+            model,
+            control.join(cond, labels),
+            times,
+            len(times) - 1,
+            control.step(),
+            self._spread(None if own is None else times),
+        )
+
+    @property
+    def _embeds_scale(self) -> bool:
+        """Whether guidance is an input of the network."""
+        return False
+
+    def _spread(self, times: Sequence[float] | Tensor | None) -> float:
+        """Standard deviation at the first time: of pure noise, or, on a grid that may start at t < 1, of noise and
+        unit-variance data."""
+        process = self.denoiser.process
+        assert isinstance(process, GaussianProcess)  # ProcessSpec and the adapters make no other
+        start = process.schedule.at(1.0 if times is None else float(times[0]))
+        return start.s if times is None else math.sqrt(start.a**2 + start.s**2)
 
     def _sample(
-        self,
-        model: Any,
-        noise: Float[Tensor, "b *d"],
-        steps: int,
-        times: Float[Tensor, " k"] | None,
-        step: Any,
-        generators: arguments.Generators,
-        cond: Cond,
-        callback: Callback | None,
+        self, chain: _Chain, noise: Float[Tensor, "b *d"], generators: arguments.Generators, callback: Callback | None
     ) -> Float[Tensor, "b *d"]:
         """Run the sampler from unit noise to clean latents, with progress, callback and interruption."""
         from gencontrol.sampling import sample
 
-        process = self.denoiser.process
-        assert isinstance(process, GaussianProcess)  # ProcessSpec and the adapters make no other
-        start = process.schedule.at(1.0 if times is None else float(times[0]))
-        # the standard deviation at the first time: of pure noise, or of noise and unit-variance data where t < 1
-        spread = start.s if times is None else math.sqrt(start.a**2 + start.s**2)
         self._interrupt = False
-        count = steps if times is None else len(times) - 1
+        times = chain.times
+        count = chain.steps if times is None else len(times) - 1
         with self.progress_bar(total=count) as bar:
 
             def after(index: int, t: float, x: Tensor) -> Tensor | None:
@@ -260,14 +367,14 @@ class PromptedPipeline(LoraPipeline):
 
             try:
                 return sample(
-                    model,
+                    chain.model,
                     noise.shape,
                     steps=count,
-                    step=step,
+                    step=chain.step,
                     generator=generators,
-                    cond=cond,
+                    cond=chain.cond,
                     callback=after,
-                    x_init=spread * noise,
+                    x_init=chain.spread * noise,
                     times="uniform" if times is None else times,
                 )
             except _Interrupted as stop:

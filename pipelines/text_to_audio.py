@@ -164,6 +164,8 @@ class TextToAudioPipeline(PromptedPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         seed: int | Sequence[int] | None = None,
         step: Any | None = None,
+        y: Any | None = None,
+        y_scale: float = 1.0,
     ) -> AudioPipelineOutput | tuple[Any, ...]:
         """Generate sounds; sample i·num_waveforms_per_prompt + j is the j-th of prompt i.
 
@@ -184,6 +186,10 @@ class TextToAudioPipeline(PromptedPipeline):
             callback_on_step_end_tensor_inputs: which tensors the callback gets.
             seed: instead of a generator; an int gives sound i the stream (seed, i), a list gives each its own.
             step: name of a sampler step, or a Step, of `gencontrol.sampling`; the model's own default if not given.
+            y: labels of a control (`load_control`), for all prompts or a list with one for each: a mapping {attribute:
+                label}, or a label where the control has one attribute.  The chain is then the one that the control was
+                trained on.  None is the base, bit by bit.
+            y_scale: strength of the control, beside the guidance_scale of the prompt: 1 as trained, 0 the base's law.
 
         Raises:
             UsageError: an argument out of its range or against another one; the message says what to give.
@@ -204,6 +210,8 @@ class TextToAudioPipeline(PromptedPipeline):
                 seed,
                 step,
                 callback_on_step_end,
+                y,
+                y_scale,
             )
         )
         audios: Any = result if output_type == "latent" else self.crop(self.decode(result), seconds)

@@ -165,6 +165,8 @@ class TextToImagePipeline(PromptedPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         seed: int | Sequence[int] | None = None,
         step: Any | None = None,
+        y: Any | None = None,
+        y_scale: float = 1.0,
     ) -> ImagePipelineOutput | tuple[Any, ...]:
         """Generate images; image i·num_images_per_prompt + j is the j-th of prompt i.
 
@@ -185,6 +187,10 @@ class TextToImagePipeline(PromptedPipeline):
             callback_on_step_end_tensor_inputs: which tensors the callback gets.
             seed: instead of a generator; an int gives image i the stream (seed, i), a list gives each its own.
             step: name of a sampler step, or a Step, of `gencontrol.sampling`; the scheduler's nearest if not given.
+            y: labels of a control (`load_control`), for all prompts or a list with one for each: a mapping {attribute:
+                label}, or a label where the control has one attribute.  The chain is then the one that the control was
+                trained on.  None is the base, bit by bit.
+            y_scale: strength of the control, beside the guidance_scale of the prompt: 1 as trained, 0 the base's law.
 
         Raises:
             UsageError: an argument out of its range or against another one; the message says what to give.
@@ -206,6 +212,8 @@ class TextToImagePipeline(PromptedPipeline):
                 seed,
                 step,
                 callback_on_step_end,
+                y,
+                y_scale,
             )
         )
         output = ImagePipelineOutput(self._as(result, output_type))
@@ -221,6 +229,10 @@ class TextToImagePipeline(PromptedPipeline):
         if self.backend.embeds_scale:
             return self.denoiser
         return super()._guided(scale, negative, extent)
+
+    @property
+    def _embeds_scale(self) -> bool:
+        return self.backend.embeds_scale
 
     def _as(self, latents: Tensor, output_type: str) -> Any:
         if output_type == "latent":

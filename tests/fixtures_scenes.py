@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,3 +28,12 @@ def tiny_text_to_image(folder: Path, *, size: int = 8, seed: int = 0) -> Path:
     spec = ProcessSpec(**{**PROCESS, "steps": 3})  # type: ignore[arg-type]  # values of several types
     save_text_to_image(folder, network, text_encoder, build_tokenizer(), spec)
     return folder
+
+
+def classifier(classes: tuple[str, ...], size: int, channels: int = 3) -> Any:
+    """An ImageClassifier with random weights."""
+    from gencontrol.models.image_classifier import ImageClassifier, ImageClassifierConfig
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(len(classes))
+        return ImageClassifier(ImageClassifierConfig(classes, channels, size, 8, 8)).requires_grad_(False).eval()

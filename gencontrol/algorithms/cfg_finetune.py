@@ -18,7 +18,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gencontrol.algorithms.base import LossOut, StepContext
-from gencontrol.algorithms.ctrl_task import save_control
 from gencontrol.algorithms.offline import Encoded, Offline, OfflineConfig, manifest_of
 from gencontrol.algorithms.preference import denoising_error
 from gencontrol.algorithms.rollout import autocast
@@ -31,6 +30,7 @@ from gencontrol.models.roles import Roles
 from gencontrol.process.gaussian import GaussianProcess
 from gencontrol.rewards.base import Reward, SetReward
 from gencontrol.rng import stream
+from gencontrol.sampling.control_files import save_control
 from gencontrol.sampling.controlled import plan_of
 from gencontrol.types import Cond, Grouped, cond_to, index_cond
 

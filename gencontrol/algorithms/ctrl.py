@@ -33,6 +33,7 @@ from gencontrol.models.roles import Roles
 from gencontrol.process.gaussian import GaussianProcess
 from gencontrol.rewards.base import Reward, SetReward
 from gencontrol.rng import Keyed, row_keys, stream
+from gencontrol.sampling.control_files import save_control
 from gencontrol.sampling.controlled import ControlPlan, controlled, memory, plan_of
 from gencontrol.types import Cond, RewardContext, cond_to
 
@@ -286,7 +287,7 @@ class Ctrl(RewardTuning):
         """Write the untouched base, loadable by `from_pretrained`, and beside it control/: all that is new."""
         with self.roles.use("ref"):
             self.task.save_final(folder)
-        ctrl_task.save_control(self.network, self.roles, self.shell.role, self.plan, folder / "control")
+        save_control(self.network, self.roles, self.shell.role, self.plan, folder / "control")
 
     # ---- the bound and the corrector ------------------------------------------------------------------------------
 

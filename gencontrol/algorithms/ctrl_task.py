@@ -1,4 +1,4 @@
-"""What CTRL needs around its loss: the condition of a task, labelled prompts for evaluation, and the saved control."""
+"""What CTRL needs around its loss: the condition of a task and labelled prompts for evaluation."""
 
 from __future__ import annotations
 
@@ -6,32 +6,19 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gencontrol.algorithms.task import PromptTask
 from gencontrol.errors import UsageError
-from gencontrol.models.condition import (
-    Conditioned,
-    add_condition,
-    conditioned,
-    load_condition,
-    save_condition,
-    with_labels,
-)
+from gencontrol.models.condition import Conditioned, add_condition, with_labels
 from gencontrol.models.condition_labels import Labels, join_prompt, split_prompt
-from gencontrol.models.denoiser import Denoiser
-from gencontrol.models.roles import LoraConfig, Roles
+from gencontrol.models.roles import Roles
 from gencontrol.rewards.base import Reward, SetReward
 from gencontrol.rewards.classifier import attributes_of, fingerprint
-from gencontrol.sampling.controlled import ControlPlan
 from gencontrol.types import Cond
 
-#: files of a saved control, beside those of the condition
-_PLAN, _LORA = "plan.json", "lora.safetensors"
 #: evaluation prompts at most, when each label needs one
 _EVAL_PROMPTS = 64
 
@@ -140,47 +127,3 @@ def reward_hash(reward: Reward | SetReward) -> str:
     """Return a digest of the weights of the reward's classifiers, "" where it has none."""
     marks = fingerprint(reward)
     return hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:16] if marks else ""
-
-
-def save_control(network: Conditioned, roles: Roles, role: str, plan: ControlPlan, folder: Path) -> None:
-    """Write the condition, the LoRA beside it where there is one, and the plan it was trained for."""
-    from safetensors.torch import save_file
-
-    with roles.use(role):
-        save_condition(network, folder)
-    table: dict[str, Any] = {**plan.table(), "lora": None}
-    if roles.lora is not None:
-        weights = {k: v.detach().cpu().contiguous() for k, v in roles.state_dict()[role].items() if ".lora_" in k}
-        save_file(weights, str(folder / _LORA), metadata={"format": "pt"})
-        table["lora"] = {"rank": roles.lora.rank, "alpha": roles.lora.alpha, "targets": roles.lora.targets}
-    (folder / _PLAN).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-
-
-def load_control(denoiser: Denoiser, folder: str | Path) -> tuple[Denoiser, ControlPlan]:
-    """Return the denoiser with a saved control, and the plan to sample it with (`sample_controlled`).
-
-    Raises:
-        UsageError: no such folder, or one of another backbone.
-    """
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
-    try:
-        table = json.loads((folder / _PLAN).read_text(encoding="utf-8"))
-        lora = table.pop("lora")
-        plan = ControlPlan(**{**table, "grid": tuple(table["grid"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"'{folder}' holds no control (plan.json, condition.json, …): {reason}") from error
-    added = load_condition(denoiser, folder)
-    if lora is not None:
-        config = LoraConfig(lora["rank"], lora["alpha"], None if lora["targets"] is None else tuple(lora["targets"]))
-        network = conditioned(added)
-        roles = Roles(network, ("policy", "ref"), config)
-        held, weights = roles.state_dict()["policy"], load_file(str(folder / _LORA))
-        if {k: v.shape for k, v in held.items()} != {k: v.shape for k, v in weights.items()}:
-            raise UsageError(f"the LoRA in '{folder}' was made for another backbone; load the one it was trained on.")
-        with torch.no_grad():
-            for key, value in held.items():
-                value.copy_(weights[key])
-    return added, plan

@@ -85,7 +85,7 @@ class Conditioned(nn.Module):
         if config.inject == "time":
             module, width = time_module(network)
             self.embed = self.labels.embedding(width, zero=True)
-            module.register_forward_hook(self._join)
+            self._hook = module.register_forward_hook(self._join)
         else:
             self.embed = self.labels.embedding(config.embed, zero=False)
             self.control = control_net(shape, config.embed, config.width, config.depth)
@@ -96,6 +96,11 @@ class Conditioned(nn.Module):
             return output
         offset = self._offset.to(output.dtype)
         return output + (offset if output.ndim == 2 else offset.reshape(len(offset), *[1] * (output.ndim - 2), -1))
+
+    def unhook(self) -> None:
+        """Take the hook of inject "time" out of the backbone, which is then as it was."""
+        if self.control is None:
+            self._hook.remove()
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """The condition's parameters by name: all but the backbone's."""

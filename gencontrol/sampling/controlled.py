@@ -161,10 +161,18 @@ class ControlGuided(Denoiser):
         return old.replace(old.raw + self.control_scale * (given.raw - plain.raw)), old
 
 
-def controlled(denoiser: Denoiser, plan: ControlPlan, uncond: Cond, *, strength: float = 1.0) -> ControlGuided:
-    """Return the model of a plan; `strength` multiplies the control (1 is what was trained, 0 the base)."""
+def controlled(
+    denoiser: Denoiser, plan: ControlPlan, uncond: Cond, *, strength: float = 1.0, prompt_scale: float | None = None
+) -> ControlGuided:
+    """Return the model of a plan.
+
+    Args:
+        strength: multiplies the control (1 is what was trained, 0 the base).
+        prompt_scale: classifier-free guidance instead of the trained scale.
+    """
     amplified = plan.guidance_scale if plan.guidance == "amplified" else 1.0
-    return ControlGuided(denoiser, prompt_scale=plan.guidance_scale, control_scale=amplified * strength, uncond=uncond)
+    scale = plan.guidance_scale if prompt_scale is None else prompt_scale
+    return ControlGuided(denoiser, prompt_scale=scale, control_scale=amplified * strength, uncond=uncond)
 
 
 def check_schedule(plan: ControlPlan, *, steps: int | None, eta: float | None, schedule: str, force: bool) -> None:
@@ -184,7 +192,7 @@ def check_schedule(plan: ControlPlan, *, steps: int | None, eta: float | None, s
     if differences and not force:
         raise UsageError(
             f"this control was trained for another chain: {', '.join(differences)}. Its law is exact for its own alone "
-            "(methods: eta = 0 afterwards gives a different law); leave the option out, or force it."
+            "(methods: eta = 0 afterwards gives a different law); leave the option out, or force it (force=True)."
         )
 
 
@@ -216,9 +224,7 @@ def sample_controlled(
     """
     assert isinstance(denoiser.process, GaussianProcess)
     check_schedule(plan, steps=steps, eta=eta, schedule=repr(denoiser.process.schedule), force=force)
-    amplified = plan.guidance_scale if plan.guidance == "amplified" else 1.0
-    scale = plan.guidance_scale if prompt_scale is None else prompt_scale
-    model = ControlGuided(denoiser, prompt_scale=scale, control_scale=amplified * strength, uncond=uncond)
+    model = controlled(denoiser, plan, uncond, strength=strength, prompt_scale=prompt_scale)
     name = conditioned(denoiser).config.name
     count = None if steps is None else steps
     return sample(

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 
 from gencontrol.algorithms.base import StepContext
 from gencontrol.algorithms.cfg_finetune import CfgFinetune, CfgFinetuneConfig
-from gencontrol.algorithms.ctrl_task import load_control
 from gencontrol.bench.base import Loop, run_in_memory
 from gencontrol.errors import UsageError
 from gencontrol.models.roles import Roles
 from gencontrol.sampling import cfg, sample
+from gencontrol.sampling.control_files import load_control
 from tests.contracts import AlgorithmContract
 
 CTX = StepContext(seed=0, step=0, micro_batch=1000)

@@ -14,7 +14,6 @@ from torch import Tensor
 from gencontrol.algorithms.base import StepContext
 from gencontrol.algorithms.ctrl import Ctrl, CtrlConfig
 from gencontrol.algorithms.ctrl_bound import Ledger, log_mean_exp
-from gencontrol.algorithms.ctrl_task import load_control
 from gencontrol.bench.base import Loop, run_in_memory
 from gencontrol.bench.ctrl_worlds import (
     MEANS,
@@ -32,6 +31,7 @@ from gencontrol.models.condition import conditioned
 from gencontrol.models.denoiser import Denoiser
 from gencontrol.process import GaussianProcess, Linear, Table
 from gencontrol.rng import row_keys, stream
+from gencontrol.sampling.control_files import load_control
 from gencontrol.sampling.controlled import memory, sample_controlled
 from gencontrol.types import Prediction
 from tests.contracts import AlgorithmContract
