@@ -34,6 +34,7 @@ class ScenesPretrainConfig(FlowPretrainConfig):
     """
 
     batch: int = 32
+    times_mean: float = 0.8  # scenes are mostly ground: what an object is gets decided at high noise
     ema: float = 0.998
     eval_samples: int = 48
     eval_guidance: float = 1.0

@@ -28,12 +28,17 @@ from gencontrol.sampling import cfg, sample
 from gencontrol.types import RewardContext, RewardOut
 
 PIXELS, COMPONENTS, NULL = 64, 16, len(CLASSES)
-WIDTH, LABEL_NOISE, DROPOUT, STEPS = 192, 0.6, 0.15, 2500
+WIDTH, EMBEDDING, LABEL_NOISE, DROPOUT, STEPS = 192, 24, 0.6, 0.15, 2500
 
 
 def encode(prompts: Sequence[str]) -> Float[Tensor, "b 11"]:
     """One-hot class of each prompt; the last place is the null class."""
     return torch.eye(NULL + 1)[torch.tensor([CLASSES.index(prompt) for prompt in prompts])]
+
+
+def blank_flow(seed: int = 0) -> Denoiser:
+    """The untrained base: three layers of 192 with an embedding of the class."""
+    return toy_flow(PIXELS, conditions=NULL + 1, width=WIDTH, seed=seed, embedding=EMBEDDING)
 
 
 class PromptedClass:
@@ -70,7 +75,7 @@ class World:
 
     def task(self) -> PromptTask:
         """A fresh copy of the base as a task with the ten classes as prompts."""
-        copy = toy_flow(PIXELS, conditions=NULL + 1, width=WIDTH)
+        copy = blank_flow()
         copy.load_state_dict(self.denoiser.state_dict())
         task = toy_task(copy, PIXELS, prompts=CLASSES, eval_prompts=CLASSES, encode=encode)
         return replace(task, uncond=torch.eye(NULL + 1)[NULL:])
@@ -120,7 +125,7 @@ def build_world(seed: int, *, steps: int = STEPS, bases: Path | None = None) -> 
         label = torch.where(torch.rand(256, generator=generator) < DROPOUT, NULL, label)
         return images[rows], eye[label]
 
-    denoiser = toy_flow(PIXELS, conditions=NULL + 1, width=WIDTH, seed=seed)
+    denoiser = blank_flow(seed)
     kept = None if bases is None else bases / f"digits_{seed}_{steps}.safetensors"
     if kept is not None and kept.exists():
         denoiser.load_state_dict(load_file(kept))

@@ -22,30 +22,34 @@ from gencontrol.types import Cond, Prediction, RewardContext, RewardOut
 
 
 class ToyNetwork(nn.Module):
-    """Three hidden layers over (x, features of t, condition [b c])."""
+    """Three hidden layers over (x, features of t, condition [b c] or a learned linear embedding of it)."""
 
     frequencies: Tensor
 
-    def __init__(self, size: int, conditions: int, width: int, seed: int) -> None:
+    def __init__(self, size: int, conditions: int, width: int, seed: int, embedding: int) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(seed, "toy/init"))
-            layers: list[nn.Module] = [nn.Linear(size + conditions + 8, width), nn.SiLU()]
+            layers: list[nn.Module] = [nn.Linear(size + (embedding or conditions) + 8, width), nn.SiLU()]
             for _ in range(2):
                 layers += [nn.Linear(width, width), nn.SiLU()]
             self.body = nn.Sequential(*layers, nn.Linear(width, size))
+            self.embedding = nn.Parameter(torch.randn(conditions, embedding)) if embedding else None
         self.register_buffer("frequencies", torch.tensor([0.5, 1.0, 2.0, 4.0]) * torch.pi)
 
     def forward(self, xt: Float[Tensor, "b *d"], t: Float[Tensor, " b"], cond: Cond = None) -> Float[Tensor, "b *d"]:
         """Predict the velocity."""
         angles = t[:, None] * self.frequencies
-        parts = [xt.flatten(1), angles.sin(), angles.cos()] + ([] if cond is None else [cond])
+        parts = [xt.flatten(1), angles.sin(), angles.cos()]
+        if cond is not None:
+            parts.append(cond if self.embedding is None else cond @ self.embedding)
         return self.body(torch.cat(parts, dim=1)).view_as(xt)
 
 
-def toy_flow(size: int, *, conditions: int = 0, width: int = 128, seed: int = 0) -> Denoiser:
-    """Return an untrained rectified flow on vectors [size]."""
-    return Denoiser(ToyNetwork(size, conditions, width, seed), GaussianProcess(Linear()), Prediction.VELOCITY)
+def toy_flow(size: int, *, conditions: int = 0, width: int = 128, seed: int = 0, embedding: int = 0) -> Denoiser:
+    """Return an untrained rectified flow on vectors [size]; `embedding` > 0 is the width of the condition's."""
+    network = ToyNetwork(size, conditions, width, seed, embedding)
+    return Denoiser(network, GaussianProcess(Linear()), Prediction.VELOCITY)
 
 
 def fit_flow(

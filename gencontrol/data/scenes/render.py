@@ -14,13 +14,15 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from gencontrol.data.scenes.font import GLYPHS, HEIGHT, LETTERS, PITCH, WIDTH
-from gencontrol.data.scenes.grammar import COLOURS, SHAPES, SIZES, SceneSpec
+from gencontrol.data.scenes.grammar import COLOURS, MAX_LETTERS, SHAPES, SIZES, SceneSpec
 from gencontrol.errors import UsageError
 
 SIDE = 32
 #: half-width of an object of each size, pixels: uniform in this range; SPLIT tells the two apart
-RADII = {"small": (2.8, 3.5), "large": (5.0, 5.8)}
-SPLIT = 4.25
+RADII = {"small": (2.8, 3.0), "large": (5.0, 5.4)}
+SPLIT = 4.0
+#: centres lie on the corners of cells of so many pixels, letters in their middles: layouts a small model can learn
+CELL = 4
 #: free pixels between two objects, and between an object and the image's border
 GAP, MARGIN = 2.0, 1.0
 #: the dark ground's grey level, and the factor on an object's colour: uniform in these ranges
@@ -64,10 +66,10 @@ def _radii(spec: SceneSpec, rng: np.random.Generator) -> np.ndarray:
 def _centres(radii: np.ndarray, relation: str | None, rng: np.random.Generator) -> np.ndarray:
     """Centres [n 2] without overlap: the first of many random layouts that keeps the gaps and the relation."""
     n, reach = len(radii), radii[:, None] + radii[None, :] + GAP
-    low, high = MARGIN + radii - 0.5, SIDE - 0.5 - MARGIN - radii
+    low, high = np.ceil((MARGIN + radii) / CELL).astype(int), np.floor((SIDE - MARGIN - radii) / CELL).astype(int)
     above = np.triu(np.ones((n, n), bool), 1)
     for _ in range(400):
-        places = rng.uniform(low[:, None], high[:, None], (_TRIES, n, 2))
+        places = CELL * rng.integers(low[:, None], high[:, None] + 1, (_TRIES, n, 2)) - 0.5
         apart = np.abs(places[:, :, None] - places[:, None]).max(-1) >= reach
         good = (apart | ~above).all((1, 2))
         if relation is not None:
@@ -94,8 +96,8 @@ def arrange(spec: SceneSpec, rng: np.random.Generator) -> Scene:
 
     if spec.word is not None:
         width = PITCH * len(spec.word) - (PITCH - WIDTH)
-        x = 4 * (4 - len(spec.word)) + 1 + int(rng.integers(0, 2))
-        y = (SIDE - HEIGHT) // 2 + int(rng.integers(-2, 3))
+        x = CELL * (MAX_LETTERS - len(spec.word)) + 1
+        y = CELL * int(rng.integers(2, 5))
         assert x + width <= SIDE  # of the grammar's longest word
         red, green, blue = paint(spec.word_colour)
         none = np.zeros(0)
