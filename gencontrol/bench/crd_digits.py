@@ -65,20 +65,20 @@ class PromptedClass:
 class World:
     """A base model with its reward and its judges."""
 
-    denoiser: Denoiser
+    base: Denoiser
     reward: PromptedClass
     judge: Any
     components: Float[Tensor, "64 16"]
     real: Gaussian
     seed: int
-    steps: int
+    mark: str
     per_class: int = 60
     eval_steps: int = 40
 
     def task(self) -> PromptTask:
         """A fresh copy of the base as a task with the ten classes as prompts."""
         copy = blank_flow()
-        copy.load_state_dict(self.denoiser.state_dict())
+        copy.load_state_dict(self.base.state_dict())
         task = toy_task(copy, PIXELS, prompts=CLASSES, eval_prompts=CLASSES, encode=encode)
         return replace(task, uncond=torch.eye(NULL + 1)[NULL:])
 
@@ -137,4 +137,4 @@ def build_world(seed: int, *, steps: int = STEPS, bases: Path | None = None) -> 
             kept.parent.mkdir(parents=True, exist_ok=True)
             save_file(denoiser.state_dict(), kept)
     real = Gaussian.of((images @ components).double())
-    return World(denoiser, PromptedClass(weight, bias), judge, components, real, seed, steps)
+    return World(denoiser, PromptedClass(weight, bias), judge, components, real, seed, f"digits {steps}")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from gencontrol.algorithms.task import PromptTask
-from gencontrol.bench.base import Loop, run_in_memory
+from gencontrol.bench.base import Loop, kept, run_in_memory
 from gencontrol.errors import NumericsError
 from gencontrol.models.denoiser import Denoiser
 from gencontrol.models.roles import Roles
@@ -31,7 +31,7 @@ class Method:
 
 
 #: settings of crd.md §6 that are the same for all forward-process methods; the grid is the rollout's own (PORT)
-COMMON = {"train_times": 6, "time_sampling": "grid"}
+COMMON = {"time_sampling": "grid"}
 #: the anchor of §6, as each family of methods names it
 ANCHOR = {"kl_coef": 0.1, "kl_guidance": 3.0, "kl_adapt": "raw_reward"}
 _NFT_OCR = {"beta": 0.1, "decay": "75-0-0.0075-0.999"}
@@ -60,15 +60,30 @@ METHODS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What all methods of a comparison share: rounds, groups, samples per group, updates, sampler steps, rate (§6)."""
+    """What all methods of a comparison share: rounds, groups, samples of each, updates, sampler steps, rate (§6), …"""
 
     rounds: int = 150
     groups: int = 10
     generations: int = 24
     updates: int = 2
     demo_steps: int = 10
+    train_times: int = 6
     lr: float = 5e-4
+    bf16: bool = False
     measured: tuple[int, ...] = (25, 50, 75, 100, 125, 150)
+
+
+#: the parts scenes and words; the rate was chosen for all rows together on seed 100, which no bench uses
+SCENES_PLAN = Plan(
+    rounds=40, groups=8, generations=12, demo_steps=8, train_times=3, lr=3e-4, bf16=True, measured=(10, 20, 30, 40)
+)
+
+
+def of_part(part: str) -> tuple[Method, ...]:
+    """Return the rows of the parts scenes and words: CRD and the peers, each with and without the anchor."""
+    rows = [method for method in METHODS if not method.label.startswith("CRD, ") or method.label == "CRD, no anchor"]
+    chosen = [m for m in rows if "OCR" not in m.label and m.lr is None]
+    return tuple(chosen) if part == "scenes" else tuple(m for m in chosen if m.label in ("CRD", "Flow-GRPO"))
 
 
 @dataclass
@@ -96,11 +111,6 @@ class Calls:
         network.register_forward_pre_hook(hook)
 
 
-def available() -> tuple[Method, ...]:
-    """Return the rows whose algorithm is in the registry."""
-    return tuple(method for method in METHODS if method.algorithm in ALGORITHMS)
-
-
 def build(method: Method, plan: Plan, task: PromptTask, reward: Any, seed: int) -> Any:
     """Return the method's algorithm on this task; raw weights are measured, so no average is kept."""
     kind = resolve(ALGORITHMS, method.algorithm, "algorithm")
@@ -111,24 +121,27 @@ def build(method: Method, plan: Plan, task: PromptTask, reward: Any, seed: int) 
         "demo_steps": plan.demo_steps,
         "ema_decay": 0.0,
     }
-    forward = COMMON if method.algorithm in ("crd", "nft", "awm") else {}
+    forward = COMMON | {"train_times": plan.train_times} if method.algorithm in ("crd", "nft", "awm") else {}
     config = kind.Config(**{**shared, **forward, **method.options})
     roles = Roles(task.denoiser.network, kind.role_names(config), seed=seed)
     return kind(task, reward, config, roles=roles, seed=seed)
 
 
-def kept_run(folder: Path, method: Method, plan: Plan, world: Any, seed: int) -> dict[str, dict[int, float]]:
-    """Return a run from the folder, or make it and leave it there; a file's name is a hash of all that defines it."""
-    settings = [method.algorithm, dict(method.options), method.lr, COMMON, vars(plan), world.steps, seed]
-    mark = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    path = folder / f"{method.algorithm}_{seed}_{mark}.json"
-    if path.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        return {key: {int(at): value for at, value in points.items()} for key, points in kept.items()}
-    run = run_method(method, plan, world.task(), world.reward, world.measure, seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(run), encoding="utf-8")
-    return run
+def kept_run(folder: Path | None, method: Method, plan: Plan, world: Any, seed: int) -> dict[str, dict[int, float]]:
+    """Return a run from the folder, or make it and leave it there."""
+    settings = {
+        "options": dict(method.options),
+        "rate": method.lr or plan.lr,
+        "common": COMMON,
+        "plan": {**vars(plan), "lr": None},
+        "world": world.mark,
+    }
+
+    def make() -> dict[str, dict[int, float]]:
+        return run_method(method, plan, world.task(), world.reward, world.measure, seed)
+
+    found = kept(folder, f"{method.algorithm}_{seed}", settings, make)
+    return {key: {int(at): value for at, value in points.items()} for key, points in found.items()}
 
 
 def run_method(
@@ -145,18 +158,19 @@ def run_method(
     """
     algorithm, calls = build(method, plan, task, reward, seed), Calls()
     calls.watch(task.denoiser.network)
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=plan.bf16)
     curves: dict[str, dict[int, float]] = {}
 
     def look(step: int) -> None:
         if step + 1 not in plan.measured:
             return
-        with calls.paused(), algorithm.roles.use("policy"):
+        with calls.paused(), algorithm.roles.use("policy"), autocast():
             found = measure(task.denoiser)
         for key, value in (found | {"passes": float(calls.rows)}).items():
             curves.setdefault(key, {})[step + 1] = value
 
     try:
-        run_in_memory(algorithm, plan.rounds, Loop(method.lr or plan.lr), seed=seed, on_step=look)
+        run_in_memory(algorithm, plan.rounds, Loop(method.lr or plan.lr, autocast=autocast), seed=seed, on_step=look)
     except NumericsError:
         pass
     return curves

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from gencontrol.algorithms.stats import Estimate, student_t
@@ -28,29 +29,51 @@ def drift_at_reward(results: Results, label: str, reward: float) -> Estimate:
     return student_t(values) if values else Estimate(math.nan, math.nan, math.nan)
 
 
-def method_table(results: Results, base: Mapping[str, float], rounds: Sequence[int], goal: float) -> str:
-    """One row per method: reward, judge and drift at some rounds, drift when `goal` is reached, network passes."""
-    header = ["method"]
-    for at in rounds:
-        header += [f"reward {at}", f"FD {at}"]
-    header += [f"judge {rounds[-1]}", f"FD at reward {goal:g}", "passes (1e3)"]
-    first = ["base", *[base["reward"], base["fd"]] * len(rounds), base["judge"], "–", 0.0]
-    rows: list[list[Any]] = [first]
+@dataclass(frozen=True)
+class Columns:
+    """What a table shows: metrics at each round, metrics at the last one (title → name), its caption."""
+
+    each: Mapping[str, str]
+    last: Mapping[str, str]
+    caption: str
+
+
+DIGITS = Columns({"reward": "reward", "FD": "fd"}, {"judge": "judge"}, "drift = Fréchet distance to real digits")
+SCENES = Columns(
+    {"accuracy": "exact", "FD": "fd"},
+    {"reward": "reward", "diversity": "diversity"},
+    "held-out captions; drift = Fréchet distance to rendered scenes in an embedding never trained on",
+)
+
+
+def method_table(
+    results: Results,
+    base: Mapping[str, float],
+    rounds: Sequence[int],
+    columns: Columns,
+    extra: Mapping[str, Callable[[str], Estimate]],
+) -> str:
+    """One row per method: metrics at some rounds, metrics at the last, what `extra` says of a label, passes."""
+    header = ["method", *[f"{title} {at}" for at in rounds for title in columns.each]]
+    header += [f"{title} {rounds[-1]}" for title in columns.last] + [*extra, "passes (1e3)"]
+    first: list[Any] = ["base", *[base[name] for name in columns.each.values()] * len(rounds)]
+    first += [*[base[name] for name in columns.last.values()], *["–"] * len(extra), 0.0]
+    rows = [first]
     for label in results:
         row: list[Any] = [label]
-        for at in rounds:
-            row += [estimate(results, label, "reward", at), estimate(results, label, "fd", at)]
-        row += [estimate(results, label, "judge", rounds[-1]), drift_at_reward(results, label, goal)]
+        row += [estimate(results, label, name, at) for at in rounds for name in columns.each.values()]
+        row += [estimate(results, label, name, rounds[-1]) for name in columns.last.values()]
+        row += [measure(label) for measure in extra.values()]
         rows.append([*row, estimate(results, label, "passes", rounds[-1]).value / 1e3])
-    return table("Mean over seeds ± half the 95 % interval; drift = Fréchet distance to real digits", header, rows)
+    return table(f"Mean over seeds ± half the 95 % interval; {columns.caption}", header, rows)
 
 
 def _compare(claim: str, measured: float, holds: bool, digits: str = ".3f") -> Check:
     return Check(claim, "–" if math.isnan(measured) else format(measured, digits), bool(holds))
 
 
-def checks(results: Results, rounds: Sequence[int], goal: float) -> list[Check]:
-    """The claims of issue 4 and of methods/crd.md §6, with what was measured."""
+def digits_checks(results: Results, rounds: Sequence[int], goal: float) -> list[Check]:
+    """The claims of issue 4 and of methods/crd.md §6 on digits, with what was measured."""
 
     def at(label: str, metric: str, when: int) -> float:
         return estimate(results, label, metric, when).value
@@ -93,10 +116,10 @@ def _ablations(results: Results, early: int, last: int) -> list[Check]:
     return found
 
 
-def curves(results: Results) -> dict[str, tuple[str, dict[str, dict[float, Any]]]]:
-    """Panels for `draw_curves`: reward and drift against rounds."""
+def curves(results: Results, columns: Columns) -> dict[str, tuple[str, dict[str, dict[float, Any]]]]:
+    """Panels for `draw_curves`: each metric against rounds."""
     panels = {}
-    for title, metric in (("reward", "reward"), ("drift (FD)", "fd")):
+    for title, metric in {**columns.each, **columns.last}.items():
         lines: dict[str, dict[float, Any]] = {}
         for label, runs in results.items():
             at = sorted(set.intersection(*[set(run.get(metric, {})) for run in runs])) if runs else []

@@ -9,10 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from gencontrol.bench.crd_digits import PIXELS, PromptedClass, World
-from gencontrol.bench.crd_runs import METHODS, Plan, available, kept_run
-from gencontrol.bench.crd_tables import checks, curves, drift_at_reward, method_table
-from gencontrol.bench.toys import toy_flow
+from gencontrol.bench.crd_claims import (
+    at_equal_accuracy,
+    gain,
+    round_reaching,
+    scenes_checks,
+    share_of_samples,
+    words_checks,
+)
+from gencontrol.bench.crd_digits import PIXELS, PromptedClass, World, blank_flow
+from gencontrol.bench.crd_runs import METHODS, Plan, kept_run, of_part
+from gencontrol.bench.crd_tables import DIGITS, curves, digits_checks, drift_at_reward, method_table
 from gencontrol.rewards.gaussian import Gaussian
 
 PLAN = Plan(rounds=2, groups=4, generations=3, demo_steps=3, measured=(1, 2))
@@ -30,16 +37,16 @@ def world() -> World:
     reward = PromptedClass(torch.randn(10, PIXELS), torch.zeros(10))
     components = torch.linalg.qr(torch.randn(PIXELS, 16))[0]
     real = Gaussian.of(torch.randn(100, 16).double())
-    return World(toy_flow(PIXELS, conditions=11, width=192), reward, Judge(), components, real, 0, 0, 2, 2)
+    return World(blank_flow(), reward, Judge(), components, real, 0, "test", 2, 2)
 
 
-@pytest.mark.parametrize("method", available(), ids=lambda m: m.label)
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.label)
 def test_every_row_runs_and_counts_its_passes(method: object, world: World, tmp_path: Path) -> None:
     run = kept_run(tmp_path, method, PLAN, world, 0)
     assert set(run) == {"reward", "judge", "fd", "passes"} and set(run["fd"]) == {1, 2}
     assert run["passes"][2] == 2 * run["passes"][1] > 0
     (path,) = tmp_path.glob("*.json")
-    path.write_text(json.dumps({"reward": {"1": 7.0}}))
+    path.write_text(json.dumps({"result": {"reward": {"1": 7.0}}}))
     assert kept_run(tmp_path, method, PLAN, world, 0) == {"reward": {1: 7.0}}  # taken from the folder
 
 
@@ -54,9 +61,38 @@ def test_a_run_that_ended_early_shows_as_missing() -> None:
     results = {method.label: [run, run] for method in METHODS} | {"AWM": [run, short]}
     assert drift_at_reward(results, "CRD", 0.97).value == 2.0
     assert math.isnan(drift_at_reward(results, "AWM", 0.97).value)
-    text = method_table(results, {"reward": 0.2, "fd": 0.1, "judge": 0.2}, (1, 2), 0.97)
+    text = method_table(
+        results,
+        {"reward": 0.2, "fd": 0.1, "judge": 0.2},
+        (1, 2),
+        DIGITS,
+        {"at": lambda label: drift_at_reward(results, label, 0.97)},
+    )
     assert "AWM + anchor" in text and "–" in text
-    verdict = {check.claim: check.holds for check in checks(results, (1, 2), 0.97)}
+    verdict = {check.claim: check.holds for check in digits_checks(results, (1, 2), 0.97)}
     assert verdict["at reward 0.97 FD(CRD) is at most FD(NFT + the same anchor)"]
     assert not verdict["the anchor matters: without it FD is at least twice"]
-    assert set(curves(results)) == {"reward", "drift (FD)"}
+    assert set(curves(results, DIGITS)) == {"reward", "FD", "judge"}
+
+
+def test_claims_on_scenes_are_worked_out_per_seed() -> None:
+    base = {"exact": 0.4, "fd": 1.0, "diversity": 2.0}
+    fast = {"exact": {10: 0.8, 20: 0.9}, "fd": {10: 1.2, 20: 1.4}, "diversity": {10: 1.8, 20: 1.6}}
+    slow = {"exact": {10: 0.5, 20: 0.6}, "fd": {10: 1.5, 20: 2.0}, "diversity": {10: 2.0, 20: 1.9}}
+    results = {"CRD": [fast, fast], "Flow-GRPO": [slow, slow], "RWR": [fast, fast]}
+    bases = [base, base]
+    assert round_reaching(fast, base, 0.6) == pytest.approx(5.0)  # halfway from .4 to .8
+    assert math.isnan(round_reaching(slow, base, 0.7))
+    assert share_of_samples(results, bases, "Flow-GRPO").value == pytest.approx(0.25)
+    assert gain(results, bases, "CRD").value == pytest.approx(0.5)
+    assert at_equal_accuracy(results, bases, "Flow-GRPO", "fd").value == pytest.approx(1.1 / 2.0)
+    verdict = {check.claim: check.holds for check in scenes_checks(results, bases)}
+    assert list(verdict.values()) == [True, True, True, True]
+    assert not words_checks({"CRD": [slow]}, [base | {"exact": 0.5}])[0].holds
+
+
+def test_scenes_rows_hold_every_peer_with_and_without_the_anchor() -> None:
+    labels = {method.label for method in of_part("scenes")}
+    assert {f"{m}{a}" for m in ("AWM", "RWR", "Flow-GRPO") for a in ("", " + anchor")} <= labels
+    assert {"CRD", "CRD, no anchor", "NFT + anchor", "NFT, official GenEval"} <= labels
+    assert {method.label for method in of_part("words")} == {"CRD", "Flow-GRPO"}
