@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from jaxtyping import Shaped
@@ -12,6 +13,28 @@ from torch import Tensor
 from torch import distributed as dist
 
 from gencontrol.errors import GencontrolError
+
+
+class Turns(Protocol):
+    """Keeps the ranks of a sharded network in step; see `gencontrol.train.lockstep`."""
+
+    def settle(self) -> None: ...
+    def failed(self) -> None: ...
+
+
+_turns: Turns | None = None
+
+
+def in_step(turns: Turns | None) -> None:
+    """Let `turns` be asked before every exchange from now on (None: no longer)."""
+    global _turns
+    _turns = turns
+
+
+def _settle() -> None:
+    if _turns is not None:
+        _turns.settle()
+
 
 #: How long a rank waits for the reason after another rank has failed.
 _PATIENCE_S = 60.0
@@ -26,6 +49,7 @@ def gather_rows(rows: Shaped[Tensor, "b *d"]) -> Shaped[Tensor, "w *d"]:
     """Concatenate the rows of all ranks in rank order; every rank must hold the same shape."""
     if not active():
         return rows
+    _settle()
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else rows.device
     local = rows.to(device).contiguous()
     wire = local.to(torch.uint8) if local.dtype == torch.bool else local
@@ -38,6 +62,7 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
     """Add numbers over all ranks in float64."""
     if not active():
         return [float(v) for v in values]
+    _settle()
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
     total = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device)
     dist.all_reduce(total)
@@ -53,6 +78,10 @@ def shared_fate(poll: Callable[[], None]) -> Iterator[None]:
     Raises:
         GencontrolError: another rank failed and no reason arrived.
     """
+    if _turns is not None:  # the Trainer's exchange reports a failure; until then the others learn of it at a pass
+        yield
+        _turns.settle()
+        return
     error: Exception | None = None
     try:
         yield

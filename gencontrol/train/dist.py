@@ -6,11 +6,13 @@ exchange and reports there; ranks that are still working learn of it at their ne
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import faulthandler
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -19,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from gencontrol.algorithms.parallel import Turns
 from gencontrol.errors import GencontrolError, Preempted, UsageError
 from gencontrol.train.optim import gradients
 from gencontrol.train.signals import SignalGuard
@@ -44,6 +47,45 @@ def is_there(result: object) -> bool:
     return result is not None
 
 
+def _choose_device() -> None:
+    """Give this process the CUDA device of its local rank: collectives use the current one."""
+    local = os.environ.get("LOCAL_RANK", "")
+    if torch.cuda.is_available() and local.isdigit() and int(local) < torch.cuda.device_count():
+        torch.cuda.set_device(int(local))
+
+
+class Watch(threading.Thread):
+    """Ends this process when another rank failed and this one does not notice: it waits in a collective, or is slow.
+
+    Args:
+        store: a connection of its own.
+        patience_s: time that a rank has to end by itself after the announcement.
+    """
+
+    def __init__(self, store: Any, patience_s: float = 5.0) -> None:
+        super().__init__(name="gencontrol-watch", daemon=True)
+        self._store, self._patience_s, self._done = store, patience_s, threading.Event()
+
+    def run(self) -> None:
+        """Look twice a second."""
+        since: float | None = None
+        while not self._done.wait(0.5):
+            try:
+                if since is None and self._store.check([_ERROR]):
+                    since = time.monotonic()
+                if since is None or time.monotonic() - since < self._patience_s:
+                    continue
+                text = self._store.get(_ERROR).decode()
+            except RuntimeError:
+                return  # the store ended with its rank; the launcher ends this one
+            os.write(2, f"\n{text}; this process waited for it and ends now.\n".encode())
+            os._exit(1)
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._done.set()
+
+
 class Group:
     """The process group of a run, read from RANK and WORLD_SIZE; a single process needs no backend at all.
 
@@ -57,20 +99,31 @@ class Group:
         if not 0 <= self.rank < self.world_size:
             raise UsageError(f"RANK = {self.rank} and WORLD_SIZE = {self.world_size}; start with torchrun.")
         self.timeout_s, self.timeout = timeout_s, datetime.timedelta(seconds=timeout_s)
+        self.turns: Turns | None = None  # of a sharded network
         self._owned = False
+        self._watch: Watch | None = None
         self._checked = 0.0
 
     def __enter__(self) -> Group:
         if self.world_size > 1 and not torch.distributed.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            _choose_device()
             torch.distributed.init_process_group(backend, timeout=self.timeout)
             self._owned = True
+        if self.world_size > 1:
+            self._watch = Watch(self._store().clone())
+            self._watch.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if error is not None and self.world_size > 1 and not isinstance(error, Preempted):
+            with contextlib.suppress(RuntimeError):  # the store may be gone with the rank that held it
+                self.announce(error)
         if self._owned:
             torch.distributed.destroy_process_group()
             self._owned = False
+        if self._watch is not None:
+            self._watch.stop()
 
     def gather(self, value: Any) -> list[Any]:
         """Return the JSON value of every rank, in rank order."""
@@ -107,14 +160,16 @@ class Group:
         try:
             done.append(work())
             report["note"] = note(done[0])
+            if self.turns is not None:
+                self.turns.settle()
             report["stop"] = signals.pending is not None
         except Preempted:
             report["stop"] = True
         except Exception as caught:  # reported to all ranks, then raised again
             error = caught
-            report["error"] = f"{type(caught).__name__}: {caught}"[:2000]
-            if not isinstance(caught, PeerError):
-                self._store().set(_ERROR, f"rank {self.rank} failed: {report['error']}")
+            report["error"] = self.announce(caught)
+            if self.turns is not None:
+                self.turns.failed()
         reports = self.gather(report)
         self._raise_first(error, reports)
         if any(row["stop"] for row in reports):
@@ -128,24 +183,37 @@ class Group:
             if row["error"] and not row["error"].startswith("PeerError"):
                 raise PeerError(f"rank {rank} failed: {row['error']}")
 
+    def announce(self, error: BaseException) -> str:
+        """Tell the other ranks of an error of this one; returns its text."""
+        text = f"{type(error).__name__}: {error}"[:2000]
+        if not isinstance(error, PeerError):
+            self._store().set(_ERROR, f"rank {self.rank} failed: {text}")
+        return text
+
+    def told(self) -> str:
+        """Return what a failed rank announced, or an empty text."""
+        store = self._store()
+        return str(store.get(_ERROR).decode()) if store.check([_ERROR]) else ""
+
     def _store(self) -> Any:
         return torch.distributed.distributed_c10d._get_default_store()
 
     def poll(self, signals: SignalGuard) -> None:
         """Raise Preempted on a signal to any rank, PeerError when another rank failed.
 
-        The store is asked at most once a second.
+        The store is asked at most once a second.  With a sharded network all ranks stop at the same turn instead.
         """
         if self.world_size > 1:
-            if signals.pending is not None:
+            if signals.pending is not None and self.turns is None:
                 self._store().set(_STOP, "1")
             elif time.monotonic() - self._checked >= 1:
                 self._checked = time.monotonic()
-                if self._store().check([_ERROR]):
-                    raise PeerError(self._store().get(_ERROR).decode())
-                if self._store().check([_STOP]):
+                if told := self.told():
+                    raise PeerError(told)
+                if self.turns is None and self._store().check([_STOP]):
                     raise signals.error()
-        signals.poll()
+        if self.turns is None:
+            signals.poll()
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Add up the gradients of all ranks in place; a missing gradient counts as zero."""

@@ -5,7 +5,7 @@ The Trainer, the optimizer and the checkpoints see tensors through a Layout alon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -49,14 +49,6 @@ class Layout:
     def release(self) -> None:
         """Make the network an ordinary module again, whole on every rank; all ranks must call it."""
 
-    # ---------------------------------------------------------------- ranks in step
-
-    def ready(self, work: Callable[[], None]) -> None:
-        """Run a backward pass."""
-        work()
-
-    def settle(self) -> None:
-        """Wait, before an exchange between ranks, until no other rank needs this one for a pass of the network."""
-
-    def failed(self) -> None:
-        """Tell the other ranks that this one failed, so that they do not wait for it in a pass."""
+    def backward(self, total: Tensor) -> None:
+        """Add the gradients of a loss."""
+        total.backward()

@@ -31,7 +31,9 @@ from gencontrol.errors import UsageError
 from gencontrol.models.denoiser import TakesGroups
 from gencontrol.train.dist import Group
 from gencontrol.train.layout import Layout, Table
+from gencontrol.train.lockstep import Lockstep
 from gencontrol.train.optim import gradients
+from gencontrol.train.signals import SignalGuard
 
 
 def units(module: nn.Module) -> list[nn.Module]:
@@ -56,7 +58,7 @@ class Shards(Layout):
     Parameters without axes cannot be split: they stay whole, and their gradients are summed as without sharding.
     """
 
-    def __init__(self, roles: RolesProtocol, group: Group) -> None:
+    def __init__(self, roles: RolesProtocol, group: Group, signals: SignalGuard) -> None:
         """Shard in place.
 
         Raises:
@@ -71,6 +73,7 @@ class Shards(Layout):
         self._split(first.device)
         live = dict(self.module.named_parameters())
         roles.convert(lambda tensor: self._converted(tensor, live.get(names.get(id(tensor), ""))), exchange)
+        self.lockstep = Lockstep(self.module, group, signals, self._gather_once)
 
     def _check_ties(self) -> None:
         owner: dict[int, int] = {}
@@ -98,9 +101,8 @@ class Shards(Layout):
         plain = module.prepare
 
         def prepare(cond: Any) -> Any:
-            self.before_pass("prepare")
-            for part in self._parts():
-                part.unshard()
+            self.lockstep.preparing()
+            self._unshard()
             try:
                 return plain(cond)
             finally:
@@ -111,13 +113,18 @@ class Shards(Layout):
     def _parts(self) -> Iterator[FSDPModule]:
         return (part for part in self.module.modules() if isinstance(part, FSDPModule))
 
+    def _unshard(self) -> None:
+        for part in self._parts():
+            part.unshard()
+
+    def _gather_once(self) -> None:
+        self._unshard()
+        self.reshard()
+
     def reshard(self) -> None:
         """Free all gathered weights."""
         for part in self._parts():
             part.reshard()
-
-    def before_pass(self, kind: str) -> None:
-        """A pass of the network is about to begin."""
 
     def _converted(self, tensor: Tensor, live: Tensor | None) -> Tensor:
         """Return the live parameter that took a tensor's place, or this rank's part of a copy."""
@@ -126,6 +133,10 @@ class Shards(Layout):
         return distribute_tensor(tensor, self.mesh, [Shard(0)], src_data_rank=None) if tensor.ndim else tensor
 
     # ---------------------------------------------------------------- gradients
+
+    def backward(self, total: Tensor) -> None:
+        """Add the gradients of a loss, as sums over the ranks."""
+        self.lockstep.backward(total)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Sum the gradients of unsplit parameters; those of shards are sums already."""
@@ -173,6 +184,7 @@ class Shards(Layout):
 
     def release(self) -> None:
         """Put whole parameters and the network's own class back (torch has no call for it)."""
+        self.lockstep.close()
         self.reshard()
         replaced: dict[int, Tensor] = {}
         keep: list[Tensor] = []  # ids stay unique while their tensors live

@@ -118,7 +118,7 @@ class _Run:
         if self.config.shard:
             from gencontrol.train.shard import Shards
 
-            self.layout = Shards(algorithm.roles, group)
+            self.layout = Shards(algorithm.roles, group, signals)
         self.state = RunState(
             self.config,
             trainer.settings,
@@ -247,7 +247,7 @@ class _Run:
         for micro in self.algorithm.minibatches(data, update, context):
             self._poll()
             out = self.algorithm.loss(micro, context)
-            (out.total * self.state.scale.scale).backward()
+            self.layout.backward(out.total * self.state.scale.scale)
             sums.add_loss(out)
         return sums
 
@@ -312,6 +312,8 @@ class _Run:
         try:
             return self.algorithm.evaluate(context)
         except torch.OutOfMemoryError:
+            if self.config.shard:  # the other ranks wait inside this very pass
+                raise
             if self.state.device.type == "cuda":
                 torch.cuda.empty_cache()
             return None

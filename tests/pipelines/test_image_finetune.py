@@ -94,8 +94,10 @@ def manifest(name: str, pipe: TextToImagePipeline, folder: Path) -> Path:
     return path
 
 
-def build(name: str, pipe: TextToImagePipeline, folder: Path | None = None, **options: Any) -> Any:
-    """An algorithm with its roles on LoRA of rank 2; `folder` is for the files of methods that learn from files."""
+def build(
+    name: str, pipe: TextToImagePipeline, folder: Path | None = None, *, rank: int = 2, reward: Any = None, **options: Any
+) -> Any:
+    """An algorithm with its roles on LoRA (rank 0: all weights); `folder` is for methods that learn from files."""
     kind = resolve(ALGORITHMS, name, "algorithm")
     fields = {f.name for f in dataclasses.fields(kind.Config)}
     given = {key: value for key, value in (SMALL | options).items() if key in fields}
@@ -103,9 +105,10 @@ def build(name: str, pipe: TextToImagePipeline, folder: Path | None = None, **op
         given["kl_guidance"] = 1.0
     if "data" in fields and folder is not None:
         given["data"] = str(manifest(name, pipe, folder))
-    config, reward = kind.Config(**given), Redness()
+    config, reward = kind.Config(**given), reward or Redness()
     task = kind.prepare(pipe.task(PROMPTS, PROMPTS[:2]), reward, config)
-    roles = Roles(task.denoiser.network, kind.role_names(config), LoraConfig(2), 0, kind.whole_parameters(config))
+    lora, whole = (LoraConfig(rank), kind.whole_parameters(config)) if rank else (None, ())
+    roles = Roles(task.denoiser.network, kind.role_names(config), lora, 0, whole)
     return kind(task, reward, config, roles=roles, seed=0)
 
 
