@@ -29,7 +29,7 @@ def test_right_pictures_score_one_and_exchanged_ones_do_not() -> None:
     out = reward(images, RewardContext(prompts=prompts))
     assert bool(out.valid.all()) and out.values.dtype == torch.float32
     accuracy = out.extras["accuracy"]
-    assert set(accuracy) == set(CATEGORIES) and accuracy["word"] >= 0.75  # the reader's share, see its card
+    assert set(accuracy) == set(CATEGORIES) and accuracy["word"] >= 0.95  # the reader's share, see its card
     assert min(accuracy[kind] for kind in CATEGORIES if kind != "word") == 1.0
     assert out.extras["category"] == [kind for kind in CATEGORIES for _ in range(12)]
     assert torch.equal(out.extras["exact"].float(), out.values)

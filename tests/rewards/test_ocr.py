@@ -53,10 +53,10 @@ def test_bundled_reader_reads_held_out_words_clean_and_damaged() -> None:
     images = words(prompts)
     reward = load_reward("ocr")
     clean = reward(images, RewardContext(prompts=prompts))
-    assert clean.values.mean() >= 0.95 and clean.extras["exact"].float().mean() >= 0.88  # measured: 0.973
+    assert clean.values.mean() >= 0.99 and clean.extras["exact"].float().mean() >= 0.97  # measured: see the card
     draw = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     harmed = damage(images, torch.full((len(images),), 0.5), torch.full((len(images),), 0.05), draw)
-    assert reward(harmed, RewardContext(prompts=prompts)).extras["exact"].float().mean() >= 0.75
+    assert reward(harmed, RewardContext(prompts=prompts)).extras["exact"].float().mean() >= 0.90
 
 
 def test_bundled_reader_reads_nothing_where_nothing_is_written() -> None:
