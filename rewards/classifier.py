@@ -208,9 +208,13 @@ class ClassifierReward:
     def __call__(self, samples: Float[Tensor, "b c h w"], context: RewardContext) -> RewardOut:
         """Score images in [0, 1], as pipelines decode them; an image with NaN or infinity is invalid.
 
+        Images larger than a classifier's are shrunk to its size, as `gencontrol pretrain classifier` shrinks its data.
+
         Raises:
-            UsageError: no images in [0, 1] of the classifiers' shape, or labels that are missing or unknown.
+            UsageError: no square images in [0, 1] of at least the classifiers' size, or labels missing or unknown.
         """
+        from gencontrol.data.images import shrunk
+
         first = next(iter(self.classifiers.values()))
         images, finite = image_batch(samples, self.name, channels=first.config.channels)
         images = images.to(next(first.parameters()).device)
@@ -218,7 +222,8 @@ class ClassifierReward:
         for attribute, model in self.classifiers.items():
             asked = self._asked(attribute, len(images), context).to(images.device)
             if bool((asked >= 0).any()):
-                chosen = model.log_probs(images * 2.0 - 1.0).gather(1, asked.clamp(min=0)[:, None])[:, 0]
+                seen = shrunk(images, model.config.size) * 2.0 - 1.0
+                chosen = model.log_probs(seen).gather(1, asked.clamp(min=0)[:, None])[:, 0]
                 total = total + self.weights[attribute] * torch.where(asked >= 0, chosen, 0.0)
         return checked(self.name, total, len(images), finite)
 

@@ -236,6 +236,7 @@ def load_rewards(
     reference: str | Path | None = None,
     encoder: str | None = None,
     device: str | torch.device | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> Reward:
     """Return one reward from a list of specs such as ["clap:0.7", "fad:0.3"].
 
@@ -243,13 +244,14 @@ def load_rewards(
         specs: "name", "name:weight" or "package.module:Name[:weight]".
         reward_model, reference, encoder: given to every reward that has such an option; None leaves its default.
         device: likewise, where rewards have one; it need not be used.
+        weights: of the attributes of "classifier".
 
     Raises:
         UsageError: unknown name, an option that no reward takes, a weight that is 0 or not finite.
     """
     if isinstance(specs, str):
         raise UsageError(f"give a list of rewards, e.g. ['{specs}'].")
-    options = {"reward_model": reward_model, "reference": reference, "encoder": encoder}
+    options = {"reward_model": reward_model, "reference": reference, "encoder": encoder, "weights": weights}
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     parsed: list[tuple[str | Reward, float]] = [parse_spec(spec) for spec in specs]
     if device is not None and any("device" in _options_of(name) for name, _ in parsed if isinstance(name, str)):

@@ -22,7 +22,7 @@ from gencontrol.algorithms.offline import Encoded, Offline, OfflineConfig, manif
 from gencontrol.algorithms.preference import denoising_error
 from gencontrol.algorithms.rollout import autocast
 from gencontrol.algorithms.task import PromptTask
-from gencontrol.data.manifest import Entry, read_manifest
+from gencontrol.data.manifest import Entry, check_labels, read_manifest
 from gencontrol.errors import UsageError
 from gencontrol.models.condition import Conditioned, add_condition, conditioned, with_labels
 from gencontrol.models.condition_labels import join_prompt, split_prompt
@@ -76,12 +76,10 @@ def read_labelled(config: OfflineConfig) -> list[Entry]:
     """
     entries = read_manifest(manifest_of(config, "cfg-finetune"), texts=("prompt",), files=("file",), other=("labels",))
     for entry in entries:
+        check_labels(entry)
         labels = entry.other["labels"]
-        if not isinstance(labels, dict) or not labels or not all(isinstance(v, str) for v in labels.values()):
-            raise UsageError(f"{entry.place}: labels {labels!r}; expected an object of texts, {{attribute: value}}.")
-        for text in (*labels, *labels.values()):
-            if text == NONE or not text.strip() or any(mark in text for mark in "=,|"):
-                raise UsageError(f"{entry.place}: label '{text}' is empty, 'none', or contains one of = , |.")
+        if NONE in (*labels, *labels.values()):
+            raise UsageError(f"{entry.place}: label '{NONE}' stands for an attribute that is not given; rename it.")
     return entries
 
 

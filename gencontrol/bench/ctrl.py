@@ -25,6 +25,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=3, help="seeds of every part (default 3)")
     parser.add_argument("--iterations", type=int, default=400, help="updates of each training (default 400)")
     parser.add_argument("--batch", type=int, default=96, help="paths of an update (default 96)")
+    parser.add_argument("--scene-iterations", type=int, default=240, help="of the part scenes (default 240)")
+    parser.add_argument("--scene-batch", type=int, default=32, help="paths of an update of the part scenes (32)")
+    parser.add_argument("--scene-guidance", type=float, default=1.0, help="guidance of the base of scenes (1: none)")
     parser.add_argument("--quick", action="store_true", help="a smoke test of every part: two seeds, few updates")
     parser.add_argument("--output", default="runs/bench/ctrl", help="folder of the JSON results, tables and curves")
     return parser
@@ -74,11 +77,12 @@ def _digits(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _scenes(options: argparse.Namespace) -> dict[str, Any]:
-    from gencontrol.bench.ctrl_scenes import scenes_part
+    from gencontrol.bench.ctrl_scenes import Effort, scenes_part
 
-    return scenes_part(
-        seeds=range(options.seeds), iterations=options.iterations, batch=options.batch, quick=options.quick, say=_say
-    )
+    effort = Effort(options.scene_iterations, options.scene_batch, guidance_scale=options.scene_guidance)
+    if options.quick:
+        effort = Effort(3, 8, 6, options.scene_guidance, per_row=4, fit_steps=5, samples=8)
+    return scenes_part(seeds=range(options.seeds), effort=effort, say=_say, keep=_runs(options))
 
 
 _RUN = {"mixture": _mixture, "linear": _linear, "digits": _digits, "scenes": _scenes}
@@ -96,8 +100,10 @@ def main(arguments: Sequence[str]) -> int:
     for part in parts:
         if part not in PARTS:
             raise UsageError(f"unknown part '{part}'.{nearest(part, PARTS)} Parts: {', '.join(PARTS)}.")
-    if options.seeds < 2 or options.iterations < 1 or options.batch < 2:
-        raise UsageError("--seeds and --batch are at least 2, --iterations at least 1.")
+    if min(options.seeds, options.iterations, options.scene_iterations) < 1:
+        raise UsageError("--seeds and both iterations are at least 1.")
+    if min(options.batch, options.scene_batch) < 2:
+        raise UsageError("--batch and --scene-batch are at least 2.")
     if options.quick:
         options.seeds, options.iterations, options.batch = 2, 3, 8
     folder = Path(options.output)

@@ -63,7 +63,7 @@ def cfg_samples(
     """The algorithm `cfg-finetune` on the labelled images, all weights of the network trained.
 
     Args:
-        stops: numbers of updates at which the averaged weights are sampled; multiples of 50, or of the first where it is below.
+        stops: numbers of updates at which the averaged weights are sampled, multiples of min(50, the first).
 
     Returns:
         (updates, scale) → samples [n 1 8 8], one for each label.

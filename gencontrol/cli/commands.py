@@ -130,9 +130,16 @@ def finetune(
 
 def pretrain(
     ctx: typer.Context,
-    what: Annotated[str, typer.Argument(metavar="sound-data|clap|attributes|flow|digits", help="What to make.")],
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="STAGE", help="sound-data, clap, attributes, flow, digits, scenes, scene-readers or classifier."
+        ),
+    ],
     overrides: Overrides = None,
-    data: Annotated[Text, _option("--data", "Folder of the sound data.", WHAT, "FOLDER")] = None,
+    data: Annotated[
+        Text, _option("--data", "Folder of the sound data; labelled images.", WHAT, "FOLDER|FILE.jsonl")
+    ] = None,
     steps: Steps = None,
     lr: Lr = None,
     lr_schedule: LrSchedule = None,
@@ -156,9 +163,10 @@ def pretrain(
     set_: Set = None,
     dry_run: DryRun = None,
 ) -> None:
-    """Make the bundled sound data and models.
+    """Make the bundled data and models; or classifiers of labelled images, for CTRL.
 
-    Example: gencontrol pretrain flow --data data/sound --steps 20000 --output runs/flow
+    Examples: gencontrol pretrain flow --data data/sound --steps 20000 --output runs/flow;
+    gencontrol pretrain classifier --data labels.jsonl --output runs/labels
     """
     from gencontrol.cli.pretrain import command
 
@@ -178,6 +186,13 @@ def sample(
     negative_prompt: Annotated[Text, _option("--negative-prompt", "What to steer away from.", WHAT, "TEXT")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the first sample.", rich_help_panel=WHAT)] = 0,
     lora: Annotated[Text, _option("--lora", "LoRA weights to load on top.", WHAT, "FOLDER|FILE")] = None,
+    y: Annotated[
+        Many, _option("--y", "A label of a trained control; repeat for further attributes.", WHAT, "[ATTRIBUTE=]LABEL")
+    ] = None,
+    y_scale: Annotated[Real, _option("--y-scale", "Strength of the control (default: 1, as trained).", WHAT)] = None,
+    control: Annotated[
+        Text, _option("--control", "Where the control lies (default: in the model's folder).", WHAT, "FOLDER")
+    ] = None,
     reward: Reward = None,
     reward_model: RewardModel = None,
     reference: Reference = None,

@@ -169,7 +169,12 @@ def load_reward(run: RunConfig, device: str) -> Any:
 
     with download_hint(run.reward_model, online=run.online):
         return load_rewards(
-            run.reward, reward_model=run.reward_model, reference=run.reference, encoder=run.encoder, device=device
+            run.reward,
+            reward_model=run.reward_model,
+            reference=run.reference,
+            encoder=run.encoder,
+            device=device,
+            weights=run.attribute_weights,
         )
 
 

@@ -1,4 +1,4 @@
-"""`gencontrol pretrain`: the stages that together make all that is bundled, from sound-data and clap to scenes."""
+"""`gencontrol pretrain`: the stages that make what is bundled, from sound-data to scenes, and classifiers of labels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gencontrol.cli.settings import describe, given_flags, merge, run_mode
 from gencontrol.config import build, dump_toml
 from gencontrol.errors import UsageError, nearest
 
-STAGES = ("sound-data", "clap", "attributes", "flow", "digits", "scenes", "scene-readers")
+STAGES = ("sound-data", "clap", "attributes", "flow", "digits", "scenes", "scene-readers", "classifier")
 SECTIONS = ("run", "train", "algorithm", "model", "process")
 
 ROUTES = {
@@ -80,6 +80,10 @@ def command(parameters: Mapping[str, Any]) -> None:
     table = merge(parameters["config"], given_flags(parameters, ROUTES), overrides, SECTIONS)
     if stage == "sound-data":
         _sound_data(table, dry_run=bool(parameters["dry_run"]))
+    elif stage == "classifier":
+        from gencontrol.cli.pretrain_classifier import command as fit_classifier
+
+        fit_classifier(table, dry_run=bool(parameters["dry_run"]))
     else:
         _train(stage, table, parameters)
 
@@ -114,7 +118,7 @@ def _train(stage: str, table: dict[str, dict[str, Any]], parameters: Mapping[str
     run: PretrainRun | DigitsRun | ScenesRun
     if stage == "digits":
         run, defaults = build(DigitsRun, table["run"], "run"), digits_defaults(table["train"])
-    elif stage in ("scenes", "scene-readers"):
+    elif stage in ("scenes", "scene-readers", "classifier"):
         settings = scenes_defaults if stage == "scenes" else readers_defaults
         run, defaults = build(ScenesRun, table["run"], "run"), settings(table["train"])
     else:

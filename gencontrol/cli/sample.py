@@ -13,7 +13,7 @@ from gencontrol.cli.environment import choose_device, prepare
 from gencontrol.cli.models import load_pipeline
 from gencontrol.cli.prompts import read_prompts
 from gencontrol.cli.settings import check_output
-from gencontrol.errors import UsageError
+from gencontrol.errors import UsageError, nearest
 
 _CHUNK = 16  # samples in one pass of the network
 
@@ -30,11 +30,12 @@ def command(parameters: Mapping[str, Any]) -> None:
     from gencontrol.pipelines import TextToAudioPipeline
 
     pipeline = load_pipeline(model, device, online=bool(parameters["online"]), lora=parameters["lora"])
+    labels = _load_control(pipeline, parameters, model)
     rate = pipeline.sampling_rate if isinstance(pipeline, TextToAudioPipeline) else None
     texts = [prompt for prompt in prompts for _ in range(parameters["num"])]
     seeds = [parameters["seed"] + index for index in range(len(texts))]
-    sounds = _draw(pipeline, texts, seeds, parameters)
-    scores, set_value = _score(reward, sounds, texts, rate)
+    sounds = _draw(pipeline, texts, seeds, labels, parameters)
+    scores, set_value = _score(reward, sounds, texts, labels, rate)
     items = _write(folder, pipeline, sounds, texts, seeds, scores, parameters["num"])
     table = {
         "model": model,
@@ -42,6 +43,7 @@ def command(parameters: Mapping[str, Any]) -> None:
         "steps": parameters["steps"],
         "guidance_scale": parameters["guidance_scale"],
         "negative_prompt": parameters["negative_prompt"],
+        **({} if labels is None else {"y": labels, "y_scale": _strength(parameters)}),
         **({} if rate is None else {"sampling_rate": rate}),
         "reward": list(parameters["reward"] or []),
         "set_reward": set_value,
@@ -69,12 +71,55 @@ def _check(parameters: Mapping[str, Any], model: str) -> None:
             raise UsageError(
                 f"--{option.replace('_', '-')} without --reward has no effect; name a reward or leave it out."
             )
+    for option in ("y_scale", "control"):
+        if parameters[option] is not None and not parameters["y"]:
+            raise UsageError(f"--{option.replace('_', '-')} without --y has no effect; give labels or leave it out.")
     if parameters["reward_model"]:
         check_source(parameters["reward_model"], "--reward-model")
     if parameters["reference"]:
         check_reference(parameters["reference"])
     if parameters["steps"] is not None and parameters["steps"] < 1:
         raise UsageError(f"--steps {parameters['steps']}: at least 1 sampler step is needed.")
+
+
+def _load_control(pipeline: Any, parameters: Mapping[str, Any], model: str) -> dict[str, str] | None:
+    """Load the control that --y asks for; returns the labels, each under its attribute.
+
+    Raises:
+        UsageError: no control there, or an attribute or label that it does not have.
+    """
+    if not parameters["y"]:
+        return None
+    from gencontrol.pipelines.control import parse_labels
+
+    given = parse_labels(parameters["y"])
+    pipeline.load_control(parameters["control"] or model)
+    attributes = pipeline.control_labels
+    if not attributes:
+        raise UsageError("this control takes numbers, not labels; use it from Python: pipeline(prompt, y=[…]).")
+    if isinstance(given, str):
+        if len(attributes) != 1:
+            raise UsageError(
+                f"--y {given}: this control has the attributes {', '.join(attributes)}; write one of them."
+            )
+        given = {next(iter(attributes)): given}
+    for attribute, label in given.items():
+        if attribute not in attributes:
+            raise UsageError(
+                f"--y {attribute}={label}: no attribute '{attribute}'.{nearest(attribute, attributes)} "
+                f"Attributes: {', '.join(attributes)}."
+            )
+        if label not in attributes[attribute]:
+            known = attributes[attribute]
+            raise UsageError(
+                f"--y {attribute}={label}: '{attribute}' has no label '{label}'.{nearest(label, known)} "
+                f"Labels: {', '.join(known)}."
+            )
+    return given
+
+
+def _strength(parameters: Mapping[str, Any]) -> float:
+    return 1.0 if parameters["y_scale"] is None else float(parameters["y_scale"])
 
 
 def _reward(parameters: Mapping[str, Any], device: str) -> Any | None:
@@ -91,7 +136,13 @@ def _reward(parameters: Mapping[str, Any], device: str) -> Any | None:
         )
 
 
-def _draw(pipeline: Any, texts: Sequence[str], seeds: Sequence[int], parameters: Mapping[str, Any]) -> list[Any]:
+def _draw(
+    pipeline: Any,
+    texts: Sequence[str],
+    seeds: Sequence[int],
+    labels: Mapping[str, str] | None,
+    parameters: Mapping[str, Any],
+) -> list[Any]:
     """Sounds or images as tensors on the CPU; sample i depends on its prompt and seed alone (up to rounding)."""
     sounds: list[Any] = []
     for start in range(0, len(texts), _CHUNK):
@@ -103,13 +154,19 @@ def _draw(pipeline: Any, texts: Sequence[str], seeds: Sequence[int], parameters:
             negative_prompt=parameters["negative_prompt"],
             seed=list(seeds[part]),
             output_type="pt",
+            y=labels,
+            y_scale=_strength(parameters),
         )
         sounds += list(output[0].cpu())
     return sounds
 
 
 def _score(
-    reward: Any | None, sounds: Sequence[Any], texts: Sequence[str], rate: int | None
+    reward: Any | None,
+    sounds: Sequence[Any],
+    texts: Sequence[str],
+    labels: Mapping[str, str] | None,
+    rate: int | None,
 ) -> tuple[list[float | None] | None, float | None]:
     """Per-sound values (None for an invalid sound), and the value of the whole set for a set reward."""
     if reward is None:
@@ -118,7 +175,8 @@ def _score(
 
     from gencontrol.types import RewardContext
 
-    out = reward(torch.stack(list(sounds)), RewardContext(prompts=list(texts), sampling_rate=rate))
+    asked = {attribute: [label] * len(texts) for attribute, label in (labels or {}).items()}
+    out = reward(torch.stack(list(sounds)), RewardContext(prompts=list(texts), sampling_rate=rate, metadata=asked))
     if reward.kind == "set":
         value = float(out.extras["set_value"])
         return None, value if math.isfinite(value) else None

@@ -27,6 +27,7 @@ class RunConfig:
         eval_prompts: likewise; None takes bundled prompts that training never saw, or the first of `prompts`.
         prompt_count, eval_count: how many prompts of the bundled grammar, or of `prompts`, those are.
         reward_model: folder or hub id of the reward's network; None takes the bundled one.
+        attribute_weights: attribute → weight of its classifier in the reward "classifier"; 1 where not named.
         reference: folder of sound, or a text file of captions, for set rewards that compare with a reference law.
         encoder: encoder of the set rewards; None takes theirs.
         output: the run folder.
@@ -47,6 +48,7 @@ class RunConfig:
     prompt_count: int = 2000
     eval_count: int = 16
     reward_model: str | None = None
+    attribute_weights: dict[str, float] | None = None
     reference: str | None = None
     encoder: str | None = None
     output: str = "runs/finetune"
@@ -62,6 +64,9 @@ class RunConfig:
             raise ValueError("reward is empty; name at least one, e.g. reward = ['clap']")
         if self.task not in ("auto", "audio", "image"):
             raise ValueError(f"task = {self.task!r}; expected auto, audio or image")
+        for name, weight in (self.attribute_weights or {}).items():
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight > 0:
+                raise ValueError(f"attribute_weights: {name} = {weight!r}; expected a positive number")
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank = {self.lora_rank}; expected 0 (all weights) or a positive rank")
         if self.lora_alpha is not None and self.lora_alpha <= 0:

@@ -1,4 +1,4 @@
-"""Small pictures for people: PNG files of one image or of a grid of images."""
+"""Small pictures for people: PNG files of one image or of a grid of images; and images made smaller."""
 
 from __future__ import annotations
 
@@ -24,6 +24,22 @@ def to_pil(image: Float[Tensor, "c h w"]) -> Any:
         raise UsageError(f"an image has shape [1 h w] or [3 h w], not {list(image.shape)}.")
     pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray((pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)).numpy())
+
+
+def shrunk(images: Float[Tensor, "b c h w"], side: int) -> Float[Tensor, "b c s s"]:
+    """Return images made smaller, smoothed against aliasing and differentiable; those of that side as they are.
+
+    Raises:
+        UsageError: they are not square, or smaller.
+    """
+    height, width = images.shape[-2:]
+    if height != width or height < side:
+        raise UsageError(f"images of {height}×{width} pixels cannot be brought to {side}×{side}; give larger squares.")
+    if height == side:
+        return images
+    return torch.nn.functional.interpolate(
+        images, (side, side), mode="bilinear", antialias=True, align_corners=False
+    ).clamp(0, 1)
 
 
 def png_grid(images: Float[Tensor, "n c h w"], columns: int, zoom: int = 4) -> bytes:

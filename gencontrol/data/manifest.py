@@ -88,6 +88,20 @@ def _check_fields(row: Mapping[str, Any], fields: Sequence[str], place: str) -> 
             raise UsageError(f"{place}: field '{field}' is missing; fields: {', '.join(fields)}.")
 
 
+def check_labels(entry: Entry) -> None:
+    """Check the field "labels" of an entry: an object of texts that prompts can carry.
+
+    Raises:
+        UsageError: it is none; the message gives the line.
+    """
+    labels = entry.other["labels"]
+    if not isinstance(labels, dict) or not labels or not all(isinstance(v, str) for v in labels.values()):
+        raise UsageError(f"{entry.place}: labels {labels!r}; expected an object of texts, {{attribute: value}}.")
+    for text in (*labels, *labels.values()):
+        if not text.strip() or any(mark in text for mark in "=,|"):
+            raise UsageError(f"{entry.place}: label '{text}' is empty, or contains one of = , |.")
+
+
 def read_sample(path: Path, sampling_rate: int | None) -> tuple[Tensor, bool]:
     """Return a sample, image [3 h w] in [0, 1] or sound [n] at the rate, or a latent; and whether it is a latent.
 
