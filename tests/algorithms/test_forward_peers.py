@@ -69,7 +69,7 @@ def test_all_three_point_the_same_way_at_the_snapshot() -> None:
     plain = {"adv_clip": 5.0, "demo_steps": 3}
     crd, rows = one_group(Crd, weighting="none", **plain)
     nft, nft_rows = one_group(Nft, adaptive=False, time_sampling="stratified", **plain)
-    awm, awm_rows = one_group(Awm, robust=0.0, snapshot_coef=0.0, **plain)
+    awm, awm_rows = one_group(Awm, weighting="uniform", advantage_max=5.0, snapshot_coef=0.0, **plain)
 
     expected = gradient(awm, rows)
     assert expected.abs().max() > 1e-3
@@ -117,7 +117,7 @@ def test_nft_shifts_a_gaussian_by_one_over_a_max_beta() -> None:
 
 
 def test_awm_off_policy_ratio_and_pull_to_the_snapshot() -> None:
-    awm = make(Awm, robust=0.0, snapshot_coef=0.3, kl_coef=0.0)
+    awm = make(Awm, weighting="uniform", adv_clip=2.0, clip_range=0.05, snapshot_coef=0.3, kl_coef=0.0)
     move(awm.roles, 0.1, "policy", "old", "start")
     micro = next(iter(awm.minibatches(awm.collect(CTX).data, 0, CTX)))
     out = awm.loss(micro, CTX)
@@ -130,10 +130,28 @@ def test_awm_off_policy_ratio_and_pull_to_the_snapshot() -> None:
 
     theta, start, old = velocity("policy"), velocity("start"), velocity("old")
     gain = (start - v).square().mean(1) - (theta - v).square().mean(1)
-    expected = -micro.advantage * gain.exp() + 0.3 * (theta - old).square().mean(1)
+    ratio, advantage = gain.exp(), micro.advantage / 2.0
+    policy = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.95, 1.05))
+    assert not torch.allclose(policy, -advantage * ratio)  # the clip is felt
+    expected = policy + 0.3 * (theta - old).square().mean(1)
     torch.testing.assert_close(out.total, expected.sum(), rtol=1e-4, atol=1e-5)
     assert Awm.role_names(AwmConfig()) == ("policy", "ref", "ema", "old")
     assert Awm.role_names(AwmConfig(updates_per_round=2, snapshot_coef=0.0)) == ("policy", "ref", "ema", "start")
+
+
+def test_awm_weighs_errors_by_the_generalised_huber_gradient() -> None:
+    """d/dℓ of t·((ℓ + s)^p − s^p)/p is t·(ℓ + s)^(p − 1): at θ = old each row pulls with A·t·ℓ^(p − 1)·∇ℓ."""
+    awm = make(Awm, robust=0.25, snapshot_coef=0.0, kl_coef=0.0, updates_per_round=1)
+    (micro,) = awm.minibatches(awm.collect(CTX).data, 0, CTX)
+    awm.loss(micro, CTX).total.backward()
+    got = [p.grad.clone() for p in awm.roles.trainable()]
+    t = micro.t[:, None]
+    xt, v = (1 - t) * micro.latents + t * micro.noise, micro.noise - micro.latents
+    error = (awm.shell.task.denoiser(xt, micro.t, micro.cond).velocity - v).square().mean(1)
+    pull = (micro.advantage / 5.0 * micro.t * error.detach() ** -0.75 * error).sum()
+    expected = torch.autograd.grad(pull, list(awm.roles.trainable()))
+    for mine, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [Nft, Awm, Crd])
