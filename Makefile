@@ -1,6 +1,7 @@
 # make demo: set up and run the main job.   make test: set up and pass the tests.   Each works without the other.
 PYTHON ?= python3
 VENV   ?= .venv
+EXTRAS ?= .venv-extras
 BIN    := $(VENV)/bin
 TORCH  := torch==2.13.0
 export HF_HUB_OFFLINE = 1
@@ -37,12 +38,12 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/python tools/typecheck.py
 
-# extras that cannot share an environment with NumPy 2
+# extras that cannot share an environment with NumPy 2, and those that bring torchvision
 test-extras: constraints-numpy1.txt
-	$(PYTHON) -m venv .venv-extras
-	.venv-extras/bin/pip install -q $(TORCH) "numpy<2"
-	.venv-extras/bin/pip install -q -e ".[audio,clap,dev]" -c constraints-numpy1.txt
-	.venv-extras/bin/python -m pytest -m extras tests/extras
+	$(PYTHON) -m venv $(EXTRAS)
+	$(EXTRAS)/bin/pip install -q $(TORCH) "numpy<2"
+	$(EXTRAS)/bin/pip install -q -e ".[audio,clap,image,dev]" -c constraints-numpy1.txt
+	$(EXTRAS)/bin/python -m pytest -m extras tests/extras
 
 bench: $(VENV)/.dev
 	$(BIN)/gencontrol bench dragon --output runs/bench

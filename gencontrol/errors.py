@@ -62,3 +62,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the closest known name, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory of the machine or of an accelerator did not suffice."""
+    if isinstance(error, MemoryError):
+        return True
+    text = f"{type(error).__name__} {error}".lower()
+    return any(sign in text for sign in ("outofmemory", "out of memory", "not enough memory", "can't allocate memory"))

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from gencontrol.errors import GencontrolError, RewardError, UsageError
+from gencontrol.errors import GencontrolError, RewardError, UsageError, is_out_of_memory
 from gencontrol.types import RewardContext, RewardOut
 
 #: What the encoders of a set reward computed once: tensors with the batch axis first, and "valid" [b] bool.
@@ -137,13 +137,17 @@ def guarded(name: str, call: Callable[[], Any]) -> Any:
     """Run user code; any exception of it becomes a RewardError that names the reward.
 
     Raises:
-        RewardError: the code raised; our own errors (GencontrolError) pass unchanged.
+        RewardError: the code raised; our own errors (GencontrolError) pass unchanged, and out of memory as well, with
+            a note that names the reward: what mends it is a smaller batch.
     """
     try:
         return call()
     except GencontrolError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            error.add_note(f"in reward '{name}'")
+            raise
         raise RewardError(f"reward '{name}' failed: {type(error).__name__}: {error}") from error
 
 

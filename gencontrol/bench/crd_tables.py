@@ -99,6 +99,8 @@ def digits_checks(results: Results, rounds: Sequence[int], goal: float) -> list[
     found.append(_compare("the anchor matters: without it FD is at least twice", pull, pull >= 2.0))
     lost = at("CRD, no anchor", "reward", last) - at("CRD, no anchor, old = policy", "reward", last)
     found.append(_compare("ratio collapse: old = policy loses at least .2 reward", lost, lost >= 0.2))
+    burst = at("CRD, no anchor, old = policy", "fd", last) / at("CRD, no anchor", "fd", last)
+    found.append(_compare("ratio collapse: old = policy at least doubles FD", burst, burst >= 2.0))
     return found + _ablations(results, early, last)
 
 

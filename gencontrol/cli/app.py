@@ -14,7 +14,7 @@ import typer
 import gencontrol
 from gencontrol.cli import commands
 from gencontrol.cli.options import NormalisedCommand
-from gencontrol.errors import GencontrolError
+from gencontrol.errors import GencontrolError, is_out_of_memory
 
 app = typer.Typer(
     name="gencontrol",
@@ -103,8 +103,9 @@ def _explain_os(error: OSError) -> int:
 
 def _explain_unknown(error: BaseException) -> int:
     text = f"{type(error).__name__}: {error}"
-    if isinstance(error, MemoryError) or "out of memory" in text.lower():
-        return _say(f"out of memory ({text[:200]}); {_LESS_MEMORY}", 6)
+    if is_out_of_memory(error):
+        where = "".join(f" {note}" for note in dict.fromkeys(getattr(error, "__notes__", [])))
+        return _say(f"out of memory{where} ({text[:200]}); {_LESS_MEMORY}", 6)
     if isinstance(error, ImportError):
         name = error.name or "a package"
         return _say(f"{name} is missing or broken ({error}); `gencontrol doctor` lists the install lines.", 6)

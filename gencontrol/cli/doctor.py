@@ -33,6 +33,7 @@ PACKAGES = (
     ("soundfile", "audio", "flac, mp3 and ogg references (wav works without)"),
     ("torchsde", "audio", "Stable Audio's own sampler"),
     ("laion-clap", "clap", "LAION checkpoints of CLAP"),
+    ("rapidocr-onnxruntime", "ocr", "--reward ocr on other pictures than the bundled scenes"),
     ("open_clip_torch", "image", "open_clip checkpoints, and with them --reward hps"),
     ("torchvision", "image", "open_clip checkpoints"),
     ("pillow", "", "pictures"),
@@ -132,6 +133,9 @@ def _bundled() -> Iterator[Check]:
         ("clap", "--reward clap"),
         ("attributes", "quality checks"),
         ("digits", "ClassToImagePipeline and --reward digit-class"),
+        ("text_to_image", "--model bundled-image"),
+        ("scene_reader", "--reward ocr and compositional"),
+        ("scene_judge", "quality checks of pictures"),
     ):
         present = any((BUNDLED / name).rglob("*.safetensors"))
         detail = (

@@ -207,10 +207,10 @@ class Denoiser(nn.Module):
 
     @staticmethod
     def _times(xt: Int[Tensor, "b *d"] | Float[Tensor, "b *d"], t: Time, dtype: torch.dtype) -> Float[Tensor, " b"]:
-        """Return t as a [b] tensor on x_t's device."""
+        """Return t as a [b] tensor on x_t's device; one time for all is expanded, which a network may make use of."""
         if isinstance(t, Tensor):
             return t.to(xt.device, dtype).expand(xt.shape[0])
-        return torch.full((xt.shape[0],), t, device=xt.device, dtype=dtype)
+        return torch.full((1,), t, device=xt.device, dtype=dtype).expand(xt.shape[0])
 
     def _network_dtype(self, default: torch.dtype) -> torch.dtype:
         """The dtype of the network's first floating parameter; `default` if it has none."""

@@ -85,7 +85,7 @@ def _sharing(cond: Cond, b: int, device: torch.device) -> tuple[Sharing, int]:
     return cond.repeats() or cond.rows.to(device), cond_rows(cond.unique)
 
 
-def _spread(rows: Float[Tensor, "u d"], sharing: Sharing) -> Float[Tensor, "b d"]:
+def _spread(rows: Float[Tensor, "u *d"], sharing: Sharing) -> Float[Tensor, "b *d"]:
     """Give each batch row its row."""
     if isinstance(sharing, int):
         return rows.repeat_interleave(sharing, 0)
@@ -177,9 +177,7 @@ class Transformer(TakesGroups):
         cond = self._check(cond.unique if isinstance(cond, Grouped) else cond)
         h = self.embed(x) if self.config.vocab_size else self.embed(x.to(self.dtype))
         times = torch.as_tensor(t, device=self.device, dtype=torch.float32).expand(b)
-        vector = self.time(time_embedding(times, self.config.dim).to(self.dtype))
-        vector = vector if self.pooled is None else vector + _spread(self._pooled(cond, count), sharing)
-        modulation = self.modulation(nn.functional.silu(vector)).unflatten(-1, (6, -1))
+        vector, modulation = self._modulation(times, cond, count, sharing)
         context, mask = self._context(cond, count)
         projected = [tuple(layer.unbind(2)) for layer in cond["kv"].unbind(1)] if "kv" in cond else None
         cos, sin = self.cos[:n], self.sin[:n]
@@ -219,6 +217,24 @@ class Transformer(TakesGroups):
         if "mask" in cond and "tokens" not in cond:
             raise ValueError("condition 'mask' without 'tokens'")
         return cond
+
+    def _modulation(
+        self, times: Float[Tensor, " b"], cond: Mapping[str, Tensor], count: int, sharing: Sharing
+    ) -> tuple[Float[Tensor, "r d"], Float[Tensor, "r 6 d"]]:
+        """Return what modulates the last layer and the blocks, a row for each sample, or one for all.
+
+        When all samples are at one time (`times` is an expanded number, stride 0, as samplers give it), it is computed
+        once for each condition that rows share.
+        """
+        together = times.stride(0) == 0
+        vector = self.time(time_embedding(times[:1] if together else times, self.config.dim).to(self.dtype))
+        if self.pooled is not None:
+            pooled = self._pooled(cond, count)
+            vector = vector + (pooled if together else _spread(pooled, sharing))
+        modulation = self.modulation(nn.functional.silu(vector)).unflatten(-1, (6, -1))
+        if together and self.pooled is not None:
+            return _spread(vector, sharing), _spread(modulation, sharing)
+        return vector, modulation
 
     def _pooled(self, cond: Mapping[str, Tensor], b: int) -> Float[Tensor, "b d"]:
         assert self.pooled is not None and self.null_pooled is not None

@@ -1,9 +1,10 @@
 """Keeps ranks in step whose passes of a sharded network are collectives, although their work differs.
 
-Before every pass and every backward the ranks exchange what they want (one small all_gather).  A rank that has nothing
-to do, because fewer of its samples were valid, runs a shadow pass on its own last inputs with weight zero; a rank that
-failed says so, and all others stop there; a signal to any rank stops all at the same pass.  So any algorithm is right
-under sharding, whatever its ranks do between two exchanges.
+Before every pass and every backward the ranks exchange what they want: the kind of pass and the role, whose weights they
+gather from one another (one small all_gather).  A rank that has nothing to do, because fewer of its samples were valid,
+runs a shadow pass on its own last inputs with weight zero; a rank that failed says so, and all others stop there; a
+signal to any rank stops all at the same pass.  So any algorithm is right under sharding, whatever its ranks do between
+two exchanges.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gencontrol.algorithms.base import RolesProtocol
 from gencontrol.algorithms.parallel import in_step
 from gencontrol.train.dist import Group, PeerError
 from gencontrol.train.signals import SignalGuard
 from gencontrol.types import Grouped
 
-#: What a rank wants; where wishes differ, the smallest goes first and the others shadow it.
+#: What a rank wants.  A wish is kind · roles + role; where wishes differ, the smallest goes first and others shadow it.
 _PASS, _GRAD, _PREPARE, _BACKWARD, _IDLE, _FAILED = range(6)
 
 
@@ -27,20 +29,20 @@ class Lockstep:
     """Turns of the ranks around a sharded module.
 
     Args:
-        module: its forward is watched.
+        roles: of the sharded module, whose forward is watched.
         group: of the run.
         signals: of this process.
         prepare: does the collectives of the module's `prepare` and nothing else.
     """
 
-    def __init__(self, module: nn.Module, group: Group, signals: SignalGuard, prepare: Callable[[], None]) -> None:
-        self.module, self.group, self.signals = module, group, signals
+    def __init__(self, roles: RolesProtocol, group: Group, signals: SignalGuard, prepare: Callable[[], None]) -> None:
+        self.roles, self.module, self.group, self.signals = roles, roles.module, group, signals
         self._prepare = prepare
         self._control = torch.distributed.new_group(timeout=group.timeout)
         self._inputs: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._shadows: list[Tensor] = []
         self._shadowing = self._over = False
-        self._hook = module.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
+        self._hook = self.module.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
         group.turns = self
         in_step(self)
 
@@ -93,19 +95,23 @@ class Lockstep:
         """Shadow what goes before; returns when it is this rank's turn."""
         while not self._over:
             wishes, stop = self._turn(kind)
-            if _FAILED in wishes:
+            kinds = [wish // len(self.roles.names()) for wish in wishes]
+            if _FAILED in kinds:
                 self._over = True
-                raise PeerError(self.group.told() or f"rank {wishes.index(_FAILED)} failed; see its message.")
+                raise PeerError(self.group.told() or f"rank {kinds.index(_FAILED)} failed; see its message.")
             if stop:
                 raise self.signals.error()
             first = min(wishes)
-            if first == kind:
+            if first == wishes[self.group.rank] or (kind == min(kinds) and kind >= _BACKWARD):
                 return
-            self._shadow(first)
+            kind_first, role = divmod(first, len(self.roles.names()))
+            with self.roles.use(self.roles.names()[role]):
+                self._shadow(kind_first)
 
     def _turn(self, kind: int) -> tuple[list[int], bool]:
         """Return the wishes of all ranks, and whether any has a signal pending."""
-        mine = torch.tensor([kind, int(self.signals.pending is not None)])
+        role = list(self.roles.names()).index(self.roles.active)
+        mine = torch.tensor([kind * len(self.roles.names()) + role, int(self.signals.pending is not None)])
         rows = [torch.zeros_like(mine) for _ in range(self.group.world_size)]
         torch.distributed.all_gather(rows, mine, group=self._control)
         return [int(row[0]) for row in rows], any(int(row[1]) for row in rows)

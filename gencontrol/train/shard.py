@@ -73,7 +73,7 @@ class Shards(Layout):
         self._split(first.device)
         live = dict(self.module.named_parameters())
         roles.convert(lambda tensor: self._converted(tensor, live.get(names.get(id(tensor), ""))), exchange)
-        self.lockstep = Lockstep(self.module, group, signals, self._gather_once)
+        self.lockstep = Lockstep(roles, group, signals, self._gather_once)
 
     def _check_ties(self) -> None:
         owner: dict[int, int] = {}

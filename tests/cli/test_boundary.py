@@ -26,6 +26,7 @@ from gencontrol.cli import app, main
         (KeyboardInterrupt(), 130, "same command"),
         (MemoryError(), 6, "--micro-batch"),
         (RuntimeError("CUDA out of memory. Tried"), 6, "--micro-batch"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 6, "--micro-batch"),
         (ModuleNotFoundError("No module named 'x'", name="x"), 6, "gencontrol doctor"),
         (ValueError("oops\nmore"), 1, "GENCONTROL_DEBUG=1"),
     ],

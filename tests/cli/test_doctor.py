@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 
 from gencontrol.cli import doctor, main
-from gencontrol.cli.bundled import check_manifest, write_manifest
+from gencontrol.cli.bundled import BUNDLED, check_manifest, write_manifest
+
+
+BUNDLES = ("attributes", "clap", "digits", "scene_judge", "scene_reader", "text_to_audio", "text_to_image")
 
 
 def _healthy_bundle(folder: Path) -> Path:
-    for name in ("text_to_audio", "clap", "attributes", "digits"):
+    for name in BUNDLES:
         (folder / name).mkdir(parents=True)
         (folder / name / "model.safetensors").write_bytes(name.encode())
     write_manifest(folder)
@@ -32,7 +35,7 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_all_is_well(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    for part in ("python", "torch", "EGL", "all files intact", "is writable", "All that is needed is here."):
+    for part in (*BUNDLES, "python", "torch", "EGL", "all files intact", "is writable", "All that is needed is here."):
         assert part in out
 
 
@@ -61,6 +64,12 @@ def test_a_missing_core_package_is_a_fault_and_an_extra_is_a_note(monkeypatch: p
     assert states["torch"].state == "ok"
 
 
+def test_every_bundled_model_is_listed() -> None:
+    """All folders with weights of this package, so that a new one cannot be forgotten."""
+    folders = {path.name for path in BUNDLED.iterdir() if any(path.rglob("*.safetensors"))} - {"reference"}
+    assert {check.name for check in doctor._bundled()} - {"checksums"} == folders == set(BUNDLES)
+
+
 def test_a_damaged_manifest_is_a_fault(bundle: Path) -> None:
     (bundle / "manifest.json").write_text("{}")
     assert [check.state for check in doctor._bundled()][-1] == "fault"
@@ -82,7 +91,7 @@ def test_a_folder_that_cannot_be_written(
 def test_manifest_covers_every_file(tmp_path: Path) -> None:
     folder = _healthy_bundle(tmp_path / "bundled")
     table = json.loads((folder / "manifest.json").read_text())["files"]
-    assert sorted(table) == [f"{name}/model.safetensors" for name in ("attributes", "clap", "digits", "text_to_audio")]
+    assert sorted(table) == [f"{name}/model.safetensors" for name in BUNDLES]
     assert check_manifest(folder) == []
 
 

@@ -23,7 +23,13 @@ def red(samples, context):
 
 
 def full(samples, context):
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+    if len(samples) > 2:  # more than the evaluation asks for
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+    return samples[:, 0].mean((1, 2))
+
+
+def huge(samples, context):
+    return torch.empty(10**15)
 '''
 SMALL = [
     *("--batch", "2", "--micro-batch", "4", "--lr", "1e-2", "--threads", "1", "--eval-every", "2", "--steps", "2"),
@@ -118,8 +124,18 @@ def test_refusals_are_one_line(model: Path, judge: str, tmp_path: Path, capsys: 
     assert "give --prompts FILE, or --task image or audio" in hub
     groups = said(*command(model, judge, tmp_path / "b", "algorithm.generations=0"))
     assert "generations = 0; expected a whole number of at least 1" in groups
-    memory = said(*[word.replace(":red", ":full") for word in command(model, judge, tmp_path / "c")])
-    assert "out of memory" in memory and "--micro-batch" in memory and "--gradient-checkpointing" in memory
+
+
+@pytest.mark.parametrize("kind", ["full", "huge"])
+def test_out_of_memory_in_a_reward_is_that_of_training(
+    kind: str, model: Path, judge: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 6 and what to lower, on an accelerator's error and on a real one of the CPU; the reward is named."""
+    words = command(model, judge, tmp_path / "c", "run.eval_count=2")
+    assert main([word.replace(":red", f":{kind}") for word in words]) == 6
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"out of memory in reward '{judge}:{kind}'" in line
+    assert "--micro-batch" in line and "--gradient-checkpointing" in line
 
 
 def test_lora_of_another_base_is_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

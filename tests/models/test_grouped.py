@@ -76,6 +76,31 @@ def test_grouped_conditions_equal_expanded_ones(rows: list[int], keys: tuple[str
     torch.testing.assert_close(checkpointed(x, t, Grouped(cond, index)).detach(), outputs[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [[0, 0, 1, 1, 2, 2], [2, 0, 1], [1, 1, 1]])
+@pytest.mark.parametrize("keys", [("pooled", "tokens", "mask", "drop"), ("tokens",)])
+def test_one_time_for_all_equals_a_time_each(rows: list[int], keys: tuple[str, ...]) -> None:
+    """A shared time is embedded and modulates once per prompt; outputs and gradients stay (1e-5: other sums)."""
+    net, index, widths = network(), torch.tensor(rows), []
+    net.modulation.register_forward_hook(lambda m, inputs, out: widths.append(len(out)))
+    cond = {key: value for key, value in text(3).items() if key in keys}
+    x, t = torch.randn(len(rows), 7, 3), torch.full((1,), 0.3)
+    gradients, outputs = [], []
+    for times, given in (
+        (t.repeat(len(rows)), index_cond(cond, index)),
+        (t.expand(len(rows)), Grouped(cond, index).pick(slice(None))),
+        (t.expand(len(rows)), index_cond(cond, index)),
+    ):
+        net.zero_grad()
+        out = net(x, times, given)
+        out.square().sum().backward()
+        outputs.append(out.detach())
+        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
+    for out, gradient in zip(outputs[1:], gradients[1:]):
+        torch.testing.assert_close(out, outputs[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradient, gradients[0], rtol=1e-4, atol=1e-4 * float(gradients[0].abs().max()))
+    assert widths == ([len(rows), len(set(rows)), len(rows)] if "pooled" in keys else [len(rows), 1, 1])
+
+
 def test_projections_follow_the_number_of_prompts() -> None:
     net = network()
     seen = count_projected(net)
