@@ -11,7 +11,6 @@ import pytest
 from gencontrol.cli import doctor, main
 from gencontrol.cli.bundled import BUNDLED, check_manifest, write_manifest
 
-
 BUNDLES = ("attributes", "clap", "digits", "scene_judge", "scene_reader", "text_to_audio", "text_to_image")
 
 

@@ -98,7 +98,7 @@ def test_one_time_for_all_equals_a_time_each(rows: list[int], keys: tuple[str, .
     for out, gradient in zip(outputs[1:], gradients[1:]):
         torch.testing.assert_close(out, outputs[0], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(gradient, gradients[0], rtol=1e-4, atol=1e-4 * float(gradients[0].abs().max()))
-    assert widths == ([len(rows), len(set(rows)), len(rows)] if "pooled" in keys else [len(rows), 1, 1])
+    assert widths == [len(rows), len(set(rows)), len(rows)]
 
 
 def test_projections_follow_the_number_of_prompts() -> None:
