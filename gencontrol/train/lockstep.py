@@ -1,10 +1,10 @@
 """Keeps ranks in step whose passes of a sharded network are collectives, although their work differs.
 
-Before every pass and every backward the ranks exchange what they want: the kind of pass and the role, whose weights they
-gather from one another (one small all_gather).  A rank that has nothing to do, because fewer of its samples were valid,
-runs a shadow pass on its own last inputs with weight zero; a rank that failed says so, and all others stop there; a
-signal to any rank stops all at the same pass.  So any algorithm is right under sharding, whatever its ranks do between
-two exchanges.
+Before every pass and every backward the ranks exchange what they want (one small all_gather): the kind of pass and the
+role, whose weights they gather from one another.  A rank that has nothing to do, because fewer of its samples were
+valid, runs a shadow pass on its own last inputs with weight zero; a rank that failed says so, and all others stop
+there; a signal to any rank stops all at the same pass.  So any algorithm is right under sharding, whatever its ranks do
+between two exchanges.
 """
 
 from __future__ import annotations
