@@ -1,7 +1,11 @@
-"""Two processes over gloo: same sums as one, an error or a signal on one rank ends both (P2, R5, D3, G2, W5)."""
+"""Two processes over gloo, plain and sharded: same sums as one, an error or a signal on one rank ends both.
+
+P2, R5, D3, G2, W5 of the fault plan.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import signal
@@ -11,8 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from gencontrol.errors import UsageError
+from gencontrol.errors import GencontrolError, UsageError
 from gencontrol.files import FileLayer
 from gencontrol.train.dist import Group
 from gencontrol.train.trainer import TrainConfig, Trainer
@@ -101,6 +106,82 @@ def test_w5_error_on_one_rank_stops_both_with_its_message(tmp_path: Path) -> Non
     assert all(code not in (0, 143) for code in codes)
     assert "rank 1 failed: RuntimeError: the reward of this rank broke" in said[0]
     assert "the reward of this rank broke" in said[1]
+
+
+def broken_layer(toy: Toy, rank: int, begun: Path) -> None:
+    """Let rank 1 fail inside the network at its third training pass, where the other rank waits for it."""
+    passes: list[int] = []
+
+    def hook(*_: object) -> None:
+        passes.append(1)
+        if rank == 1 and torch.is_grad_enabled() and len(passes) > 3:
+            begun.touch()
+            raise RuntimeError("a layer of this rank broke")
+
+    toy.roles.module[1].register_forward_hook(hook)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("place", ["between passes", "inside a pass"])
+def test_sharded_an_error_on_one_rank_stops_both_with_its_message(tmp_path: Path, place: str) -> None:
+    begun = tmp_path / "begun"
+
+    def work(rank: int) -> None:
+        def on_loss(step: int, calls: int) -> float:
+            if rank == 1 and step == 1 and place == "between passes":
+                begun.touch()
+                raise RuntimeError("the reward of this rank broke")
+            return 1.0
+
+        toy = Toy(on_loss=on_loss)
+        if place == "inside a pass":
+            broken_layer(toy, rank, begun)
+        Trainer(TrainConfig(steps=50, shard=True), tmp_path / "run").fit(toy)
+
+    codes, said = finish(start(tmp_path / "run", work), tmp_path / "run")
+    assert time.time() - begun.stat().st_mtime < limit_s()
+    assert codes == [1, 1], said
+    assert all("rank 1 failed: RuntimeError" in text or "of this rank broke" in text for text in said), said
+    assert "rank 1 failed: RuntimeError" in said[0]
+
+
+def test_sharded_runs_stop_at_a_signal_and_resume_on_one_or_two_ranks(tmp_path: Path) -> None:
+    """G2 and R5 of a sharded run: 2 → 1 → 2 processes, equal to one process up to float32 sums in another order."""
+    config = TrainConfig(steps=200, micro_batch=2, lr=1e-3, save_every=1000, eval_every=100, shard=True)
+    two = tmp_path / "two"
+    processes = start(two, lambda rank: run_toy(config, two, delay_s=0.03))
+    wait_for_line(two, 2)
+    processes[1].send_signal(signal.SIGTERM)
+    codes, said = finish(processes, two)
+    assert codes == [143, 143], said
+    saved = max(int(p.name.removeprefix("step_")) for p in (two / "checkpoints").iterdir())
+    assert saved == metric_lines(two)[-1]["step"] < 190
+    whole = dataclasses.replace(config, shard=False)
+    Trainer(whole, two).fit(Toy(updates=2), stop_at=saved + 2)
+    codes, said = finish(start(two, lambda rank: run_toy(config, two, stop_at=saved + 4)), two)
+    assert codes == [0, 0], said
+    Trainer(whole, tmp_path / "one").fit(Toy(updates=2), stop_at=saved + 4)
+    one, two_lines = metric_lines(tmp_path / "one"), metric_lines(two)
+    assert [row["step"] for row in one] == [row["step"] for row in two_lines]
+    for a, b in zip(one, two_lines, strict=True):
+        for key in a.keys() & {"loss/total", "loss/square", "grad_norm"}:
+            assert a[key] == pytest.approx(b[key], rel=1e-3), (a["step"], key)
+
+
+def run_toy(config: TrainConfig, folder: Path, *, delay_s: float = 0.0, stop_at: int | None = None) -> int:
+    """Train the toy; returns the exit code of the command line."""
+    try:
+        Trainer(config, folder).fit(Toy(updates=2, delay_s=delay_s), stop_at=stop_at)
+    except GencontrolError as error:
+        return error.exit_code
+    return 0
+
+
+def test_sharding_needs_several_processes_and_no_compiler(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there is one; start with torchrun") as caught:
+        Trainer(TrainConfig(shard=True), tmp_path / "run").fit(Toy())
+    assert caught.value.exit_code == 2 and not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="shard = true with compile = true"):
+        TrainConfig(shard=True, compile=True)
 
 
 def test_n2_nan_on_one_rank_skips_the_update_on_both(tmp_path: Path) -> None:

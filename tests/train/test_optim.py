@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -173,3 +176,30 @@ def test_compile_runs_the_network_through_torch_compile(tmp_path: Path, monkeypa
     monkeypatch.setattr(toy.roles.module, "compile", lambda: asked.append(True))
     Trainer(TrainConfig(steps=1, compile=True), tmp_path).fit(toy)
     assert asked == [True]
+
+
+def cannot_compile() -> str:
+    """Why inductor cannot build C++ code here, or an empty text."""
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+        return "inductor needs a C++ compiler: neither $CXX nor g++ nor clang++ is on the path"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return "" if header.exists() else f"inductor needs Python's headers: {header} is absent"
+
+
+@pytest.mark.skipif(bool(cannot_compile()), reason=cannot_compile() or "can compile")
+def test_steps_through_inductor_equal_eager_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default backend: generated C++ kernels, forward and backward, under both roles; fp32 in another order."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    torch._dynamo.reset()
+    from torch._inductor import metrics
+
+    metrics.reset()
+    for name, compiled in (("eager", False), ("compiled", True)):
+        config = TrainConfig(steps=2, lr=1e-2, eval_every=2, micro_batch=8, compile=compiled)
+        Trainer(config, tmp_path / name).fit(Toy())
+    torch._dynamo.reset()
+    assert metrics.generated_kernel_count >= 2
+    eager, fused = metric_lines(tmp_path / "eager"), metric_lines(tmp_path / "compiled")
+    for before, after in zip(eager, fused, strict=True):
+        for key in before.keys() & {"loss/total", "grad_norm", "eval/square"}:
+            assert after[key] == pytest.approx(before[key], rel=1e-5), (before["step"], key)
