@@ -292,5 +292,6 @@ def test_saved_control_samples_as_it_was_trained(tmp_path: Path) -> None:
         for model in (loaded, ctrl.task.denoiser)
     ]
     assert torch.equal(*found)
+    assert load_control(base, tmp_path)[1] == plan  # the folder above it is understood
     with pytest.raises(UsageError, match="holds no control"):
-        load_control(base, tmp_path)
+        load_control(base, tmp_path / "absent")
