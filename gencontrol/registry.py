@@ -48,6 +48,14 @@ REWARDS = {
     "compositional": "gencontrol.rewards.compositional:Compositional",
     "ocr": "gencontrol.rewards.ocr:OcrReward",
 }
+#: rewards that score one medium alone
+REWARDS_OF = {
+    "audio": ("clap", "fad", "fad-set", "vendi", "quality", "loudness-range", "spectral-centroid"),
+    "image": (
+        *("compositional", "ocr", "clip", "pickscore", "hps", "aesthetic", "classifier", "digit-class"),
+        *("compressibility", "incompressibility"),
+    ),
+}
 BENCHES = {
     "overhead": "gencontrol.bench.overhead:main",
     "dragon": "gencontrol.bench.dragon:main",

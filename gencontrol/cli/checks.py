@@ -20,6 +20,7 @@ def check_names(run: RunConfig) -> None:
     """Check everything that the [run] section names; see the functions below for what they raise."""
     check_rewards(run.reward)
     check_model(run.model)
+    check_medium(run.reward, run.model, run.task)
     if run.reference is not None:
         check_reference(run.reference)
     if run.reward_model is not None:
@@ -47,6 +48,24 @@ def check_rewards(specs: Sequence[str]) -> None:
             )
 
 
+def check_medium(specs: Sequence[str], model: str, task: str) -> None:
+    """Raise UsageError for a reward of sound on a model that makes images, or the other way round."""
+    from gencontrol.cli.models import medium_of
+    from gencontrol.registry import REWARDS_OF
+    from gencontrol.rewards.loading import parse_spec
+
+    medium = medium_of(model, task)
+    if medium is None:
+        return
+    for spec in specs:
+        name, _ = parse_spec(spec)
+        if any(name in names for other, names in REWARDS_OF.items() if other != medium):
+            raise UsageError(
+                f"--reward {name} does not score {medium}s, and --model {model} makes {medium}s; choose one of "
+                f"{', '.join(REWARDS_OF[medium])}, or package.module:Name of your own."
+            )
+
+
 def check_model(source: str) -> None:
     """Raise UsageError or EnvironmentMissing unless the source is "bundled", a pipeline folder or a hub id."""
     from gencontrol.pipelines.hub import BUNDLED_NAMES, bundled_folder, read_index
@@ -67,7 +86,13 @@ def check_source(source: str, option: str) -> None:
             raise UsageError(f"{option} {source} is a file; give the folder of the model.")
         return
     if not _is_hub_id(source):
-        raise UsageError(f"{option} {source} does not exist; give a folder, a hub id (owner/name) or 'bundled'.")
+        from gencontrol.pipelines.hub import BUNDLED_NAMES
+
+        names = list(BUNDLED_NAMES) if option == "--model" else ["bundled"]
+        known = " or ".join(f"'{name}'" for name in names)
+        raise UsageError(
+            f"{option} {source} does not exist.{nearest(source, names)} Give a folder, a hub id (owner/name), {known}."
+        )
 
 
 def _is_hub_id(source: str) -> bool:

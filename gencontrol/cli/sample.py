@@ -8,7 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gencontrol.cli.checks import check_model, check_reference, check_rewards, check_source, download_hint
+from gencontrol.cli.checks import (
+    check_medium,
+    check_model,
+    check_reference,
+    check_rewards,
+    check_source,
+    download_hint,
+)
 from gencontrol.cli.environment import choose_device, prepare
 from gencontrol.cli.models import load_pipeline
 from gencontrol.cli.prompts import read_prompts
@@ -66,6 +73,7 @@ def _check(parameters: Mapping[str, Any], model: str) -> None:
     check_model(model)
     if parameters["reward"]:
         check_rewards(parameters["reward"])
+        check_medium(parameters["reward"], model, "auto")
     for option in ("reward_model", "reference"):
         if parameters[option] and not parameters["reward"]:
             raise UsageError(

@@ -39,3 +39,12 @@ def test_the_arms_do_the_same_network_work(guidance: float, monkeypatch: pytest.
     # ours: 2 prompts (and 1 empty row) when drawing, and again in each of the 2 trained steps of its 2 micro-batches
     own = 2 + 2 * 2 if branches == 1 else 3 + 2 * (2 + 2)
     assert measured == {"ours": (network, 2, own), "plain": (network, 6, network), "single": (network, 6, network)}
+
+
+@pytest.mark.parametrize("arm", epoch.ARMS)
+def test_all_arms_compile_alike(arm: epoch.Arm, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr("torch.nn.Module.compile", lambda module: compiled.append(type(module).__name__))
+    epoch.make(arm, epoch.Work(prompts=2, group=2, dim=16, depth=1, size=8, compile=True))
+    epoch.make(arm, epoch.Work(prompts=2, group=2, dim=16, depth=1, size=8))
+    assert compiled == ["PatchTransformer"]
