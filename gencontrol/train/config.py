@@ -99,7 +99,7 @@ def check_processes(config: TrainConfig, world_size: int) -> None:
     if config.shard and world_size == 1:
         raise UsageError(
             "train.shard = true splits the weights over processes, and there is one; start with torchrun "
-            "--nproc-per-node 2 -m gencontrol … (or accelerate launch), or leave shard out."
+            "--nproc-per-node 2 -m gencontrol … (or accelerate launch --multi_gpu, not --cpu), or leave shard out."
         )
 
 

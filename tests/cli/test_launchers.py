@@ -75,10 +75,11 @@ def command(home: Path, output: str, reward: str = "red", *more: str) -> list[st
     ]
 
 
-#: words between `python -m` and `-m gencontrol`; the last is a free port
+#: words between `python -m` and `-m gencontrol`; the last is a free port.  With --cpu accelerate starts one process,
+#: whatever --num_processes says (several are mpirun's); with --multi_gpu it starts two, GPUs or not.
 LAUNCHERS = {
     "torchrun": "torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:",
-    "accelerate": "accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no "
+    "accelerate": "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
     "--main_process_port ",
 }
 
@@ -123,6 +124,8 @@ def test_two_processes_are_one(home: Path, launcher: str, option: str) -> None:
     output = f"run-{launcher}{option}"
     done = launch(home, launcher, command(home, output, "red", *option.split()))
     assert done.returncode == 0, done.stderr[-2000:]
+    state = json.loads((home / output / "checkpoints" / "step_00000002" / "state.json").read_text())
+    assert state["topology"]["world_size"] == 2
     one, two = lines(home / "one"), lines(home / output)
     assert [row["step"] for row in one] == [row["step"] for row in two] == [0, 1, 2]
     # the noise is the same; a batch of two differs from one of two in another order by fp32 rounding

@@ -14,12 +14,13 @@ from torch import nn
 
 from gencontrol.algorithms.base import StepContext
 from gencontrol.errors import CheckpointError, EnvironmentMissing, UsageError
+from gencontrol.models.roles import Roles
 from gencontrol.train.dist import Group
 from gencontrol.train.layout import Layout
 from gencontrol.train.optim import LossScale, Optimizer, clip_gradients, gradients, learning_rate, name_parameters
 from gencontrol.train.trainer import TrainConfig, Trainer
 from tests.contracts import assert_same_run, metric_lines
-from tests.training_toy import Toy
+from tests.training_toy import Toy, network
 
 
 def test_p2_learning_rate_is_a_function_of_the_position_alone() -> None:
@@ -186,6 +187,18 @@ def cannot_compile() -> str:
     return "" if header.exists() else f"inductor needs Python's headers: {header} is absent"
 
 
+class Whole(nn.Module):
+    """The toy's network with a forward of its own: the compiler passes over containers of torch.nn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.body(x)
+        return out
+
+
 @pytest.mark.skipif(bool(cannot_compile()), reason=cannot_compile() or "can compile")
 def test_steps_through_inductor_equal_eager_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The default backend: generated C++ kernels, forward and backward, under both roles; fp32 in another order."""
@@ -196,7 +209,9 @@ def test_steps_through_inductor_equal_eager_ones(tmp_path: Path, monkeypatch: py
     metrics.reset()
     for name, compiled in (("eager", False), ("compiled", True)):
         config = TrainConfig(steps=2, lr=1e-2, eval_every=2, micro_batch=8, compile=compiled)
-        Trainer(config, tmp_path / name).fit(Toy())
+        toy = Toy()
+        toy.roles = Roles(Whole(), ("policy", "ema"))
+        Trainer(config, tmp_path / name).fit(toy)
     torch._dynamo.reset()
     assert metrics.generated_kernel_count >= 2
     eager, fused = metric_lines(tmp_path / "eager"), metric_lines(tmp_path / "compiled")
