@@ -92,6 +92,9 @@ def loading(run: RunData) -> tuple[str, str]:
             f'pipe = {words.pipeline}.from_pretrained("{run.config.get("run", {}).get("model", "bundled")}")',
             f'pipe.load_lora_weights("{final / "lora"}")',
         ]
+    if (final / "control").is_dir():
+        lines += ["\n# the weights are the base's; what was learned is the control", f'pipe.load_control("{final}")']
+        lines += ["print(pipe.control_labels)  # pipe(prompt, y={attribute: label}, y_scale=1.0)"]
     return "\n".join(lines), f'gencontrol sample --model {final} --prompt "{words.example}" --output samples'
 
 
@@ -172,6 +175,9 @@ def _base(base: str) -> str:
 
 def _adapter(settings: dict[str, Any] | Any) -> str:
     rank = settings.get("lora_rank", 0)
+    if settings.get("algorithm") == "ctrl" or (settings.get("algorithm") == "cfg-finetune" and rank):
+        beside = f", and a LoRA adapter of rank {rank} beside it" if rank else ""
+        return f"A new condition was trained{beside}: it lies in control/, and final/ itself is the untouched base."
     if not rank:
         return "All weights of the denoiser were trained."
     return f"A LoRA adapter of rank {rank} was trained; final/ holds it merged, and alone in lora/."

@@ -71,6 +71,14 @@ def test_classifiers_are_written_one_per_attribute(run: Path) -> None:
     assert tone.config.classes == ("bright", "dark") and tone.config.size == 8
 
 
+def test_card_says_how_to_use_the_control(run: Path) -> None:
+    card = (run / "run" / "final" / "README.md").read_text()
+    assert "pipe.load_control(" in card and "pipe.control_labels" in card
+    assert (
+        "A new condition was trained, and a LoRA adapter of rank 2 beside it" in card and "holds it merged" not in card
+    )
+
+
 def test_weights_of_attributes_reach_the_reward(run: Path) -> None:
     assert load_toml(run / "run" / "config.toml")["run"]["attribute_weights"] == {"size": 2}
     loaded = load_rewards(["classifier"], reward_model=run / "labels", weights={"size": 2.0}, device="cpu")
