@@ -10,10 +10,21 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from gencontrol.algorithms.base import RolesProtocol
 from gencontrol.train.dist import Group
 from gencontrol.train.optim import gradients
+from gencontrol.train.signals import SignalGuard
 
 Table = dict[str, dict[str, Tensor]]
+
+
+def make_layout(roles: RolesProtocol, group: Group, signals: SignalGuard, *, shard: bool) -> Layout:
+    """Return the layout of a run; with `shard` the network and its roles are split over the ranks in place."""
+    if not shard:
+        return Layout(group)
+    from gencontrol.train.shard import Shards  # takes half a second to import
+
+    return Shards(roles, group, signals)
 
 
 class Layout:

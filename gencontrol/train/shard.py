@@ -76,12 +76,14 @@ class Shards(Layout):
         self.lockstep = Lockstep(roles, group, signals, self._gather_once)
 
     def _check_ties(self) -> None:
+        inside = {id(part): number for number, unit in enumerate(units(self.module)) for part in unit.modules()}
         owner: dict[int, int] = {}
-        for number, unit in enumerate(units(self.module)):
-            for name, parameter in unit.named_parameters():
+        for part in self.module.modules():
+            for name, parameter in part.named_parameters(recurse=False):
+                number = inside.get(id(part), -1)
                 if owner.setdefault(id(parameter), number) != number:
                     raise UsageError(
-                        f"train.shard: weight '{name}' of {type(unit).__name__} is shared between blocks, which "
+                        f"train.shard: weight '{name}' of {type(part).__name__} is shared between blocks, which "
                         "fully_shard cannot split; leave shard out for this model."
                     )
 
@@ -186,14 +188,16 @@ class Shards(Layout):
         """Put whole parameters and the network's own class back (torch has no call for it)."""
         self.lockstep.close()
         self.reshard()
-        replaced: dict[int, Tensor] = {}
+        replaced: dict[int, nn.Parameter] = {}
         keep: list[Tensor] = []  # ids stay unique while their tensors live
         for part in list(self.module.modules()):
             for name, parameter in list(part.named_parameters(recurse=False)):
                 if isinstance(parameter, DTensor):
-                    whole = nn.Parameter(whole_tensor(parameter), requires_grad=parameter.requires_grad)
-                    part._parameters[name] = replaced[id(parameter)] = whole
-                    keep.append(parameter)
+                    if id(parameter) not in replaced:
+                        whole = nn.Parameter(whole_tensor(parameter), requires_grad=parameter.requires_grad)
+                        replaced[id(parameter)] = whole
+                        keep.append(parameter)
+                    part._parameters[name] = replaced[id(parameter)]
         self.roles.convert(lambda t: replaced[id(t)] if id(t) in replaced else whole_tensor(t), None)
         for wrapped in list(self._parts()):
             _unwrap(wrapped)

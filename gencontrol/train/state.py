@@ -36,9 +36,7 @@ class RunState:
         settings: all settings of the run, stored in each checkpoint.
         algorithm: whose roles and state are saved.
         checkpoints: where.
-        world_size: recorded; another one at a resume is announced.
-        writes: whether this process writes (rank 0).
-        layout: how the weights lie.
+        layout: how the weights lie; rank 0 of its group writes, another number of ranks at a resume is announced.
     """
 
     def __init__(
@@ -47,8 +45,6 @@ class RunState:
         settings: Mapping[str, Any],
         algorithm: Algorithm,
         checkpoints: Checkpoints,
-        world_size: int,
-        writes: bool,
         layout: Layout,
     ) -> None:
         named = name_parameters(algorithm.roles.module, algorithm.roles.trainable())
@@ -60,7 +56,7 @@ class RunState:
         self.record: dict[str, Any] = {"step": 0}
         self.saved_step: int | None = None
         self._settings, self._algorithm, self._checkpoints = settings, algorithm, checkpoints
-        self._world_size, self._writes, self._layout = world_size, writes, layout
+        self._world_size, self._writes, self._layout = layout.group.world_size, layout.group.rank == 0, layout
         self._boundary: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
         self._frozen: tuple[Table, Table] | None = None
 

@@ -30,7 +30,7 @@ from gencontrol.train.checkpoint import Checkpoints
 from gencontrol.train.config import TrainConfig, check_processes
 from gencontrol.train.dist import Group, is_there, no_note, nothing
 from gencontrol.train.health import write_dump
-from gencontrol.train.layout import Layout
+from gencontrol.train.layout import make_layout
 from gencontrol.train.optim import clip_gradients, gradients, learning_rate, scale_gradients
 from gencontrol.train.run_folder import Lock, MetricsFile, check_settings, clean_leftovers, write_samples
 from gencontrol.train.signals import SignalGuard
@@ -114,20 +114,8 @@ class _Run:
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
         self.checkpoints = Checkpoints(self.run_dir / "checkpoints", self.config.keep, trainer.files)
-        self.layout = Layout(group)
-        if self.config.shard:
-            from gencontrol.train.shard import Shards
-
-            self.layout = Shards(algorithm.roles, group, signals)
-        self.state = RunState(
-            self.config,
-            trainer.settings,
-            algorithm,
-            self.checkpoints,
-            group.world_size,
-            writes=self.writes,
-            layout=self.layout,
-        )
+        self.layout = make_layout(algorithm.roles, group, signals, shard=self.config.shard)
+        self.state = RunState(self.config, trainer.settings, algorithm, self.checkpoints, self.layout)
         self.metrics = MetricsFile(self.run_dir / "metrics.jsonl", trainer.files)
         self.tracker: Tracker = NoTracker()
         self.progress = Progress(self.config.steps, visible=self.writes)
@@ -139,6 +127,7 @@ class _Run:
         line_written = self._resume()
         if state.step >= config.steps and line_written and (self.run_dir / "final").is_dir():
             self._say(f"finished: {state.step} of {config.steps} steps are done in '{self.run_dir}'.")
+            self.layout.release()
             return self._summary("finished")
         if config.compile:
             self.algorithm.roles.module.compile()
