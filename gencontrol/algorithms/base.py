@@ -138,3 +138,24 @@ class Algorithm(Protocol):
     def save_final(self, folder: Path) -> None:
         """Write a folder that `from_pretrained` loads."""
         ...
+
+
+class Turns(Protocol):
+    """Keeps the ranks of a sharded network in step; see `gencontrol.train.lockstep`."""
+
+    def settle(self) -> None: ...
+    def failed(self) -> None: ...
+
+
+_turns: Turns | None = None
+
+
+def in_step(turns: Turns | None) -> None:
+    """Let `turns` be asked before every exchange from now on (None: no longer)."""
+    global _turns
+    _turns = turns
+
+
+def turns() -> Turns | None:
+    """Return what must be asked before an exchange between ranks, or None where the network is not sharded."""
+    return _turns

@@ -5,35 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
 from torch import distributed as dist
 
+from gencontrol.algorithms.base import turns
 from gencontrol.errors import GencontrolError
 
 
-class Turns(Protocol):
-    """Keeps the ranks of a sharded network in step; see `gencontrol.train.lockstep`."""
-
-    def settle(self) -> None: ...
-    def failed(self) -> None: ...
-
-
-_turns: Turns | None = None
-
-
-def in_step(turns: Turns | None) -> None:
-    """Let `turns` be asked before every exchange from now on (None: no longer)."""
-    global _turns
-    _turns = turns
-
-
 def _settle() -> None:
-    if _turns is not None:
-        _turns.settle()
+    if (order := turns()) is not None:
+        order.settle()
 
 
 #: How long a rank waits for the reason after another rank has failed.
@@ -78,9 +62,11 @@ def shared_fate(poll: Callable[[], None]) -> Iterator[None]:
     Raises:
         GencontrolError: another rank failed and no reason arrived.
     """
-    if _turns is not None:  # the Trainer's exchange reports a failure; until then the others learn of it at a pass
+    if (
+        order := turns()
+    ) is not None:  # the Trainer's exchange reports a failure; until then the others learn of it at a pass
         yield
-        _turns.settle()
+        order.settle()
         return
     error: Exception | None = None
     try:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from gencontrol.algorithms.parallel import Turns
+from gencontrol.algorithms.base import Turns
 from gencontrol.errors import GencontrolError, Preempted, UsageError
 from gencontrol.train.optim import gradients
 from gencontrol.train.signals import SignalGuard

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gencontrol.algorithms.base import RolesProtocol
-from gencontrol.algorithms.parallel import in_step
+from gencontrol.algorithms.base import RolesProtocol, in_step
 from gencontrol.train.dist import Group, PeerError
 from gencontrol.train.signals import SignalGuard
 from gencontrol.types import Grouped

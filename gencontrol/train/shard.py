@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +28,18 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from gencontrol.algorithms.base import RolesProtocol
 from gencontrol.errors import UsageError
-from gencontrol.models.denoiser import TakesGroups
 from gencontrol.train.dist import Group
 from gencontrol.train.layout import Layout, Table
 from gencontrol.train.lockstep import Lockstep
 from gencontrol.train.optim import gradients
 from gencontrol.train.signals import SignalGuard
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """A network that computes parts of a condition beforehand (`TakesGroups`)."""
+
+    def prepare(self, cond: Any) -> Any: ...
 
 
 def units(module: nn.Module) -> list[nn.Module]:
@@ -95,10 +101,10 @@ class Shards(Layout):
             part.set_gradient_divide_factor(1.0)  # losses are sums
             part.set_force_sum_reduction_for_comms(True)
         _state(self.module)._lazy_init()
-        if isinstance(self.module, TakesGroups):
+        if isinstance(self.module, Prepares):
             self._gather_for_prepare(self.module)
 
-    def _gather_for_prepare(self, module: TakesGroups) -> None:
+    def _gather_for_prepare(self, module: Prepares) -> None:
         """`prepare` runs layers outside of their blocks' forward: gather all units around it."""
         plain = module.prepare
 
@@ -201,7 +207,7 @@ class Shards(Layout):
         self.roles.convert(lambda t: replaced[id(t)] if id(t) in replaced else whole_tensor(t), None)
         for wrapped in list(self._parts()):
             _unwrap(wrapped)
-        if isinstance(self.module, TakesGroups):
+        if isinstance(self.module, Prepares):
             del self.module.prepare  # the class's own again
 
 
