@@ -24,8 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--parts", default=",".join(PARTS), help=f"comma-separated: {', '.join(PARTS)} (default: all)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of every part (default 3)")
     parser.add_argument("--iterations", type=int, default=400, help="updates of each training (default 400)")
-    parser.add_argument("--batch", type=int, default=96, help="paths of an update of the part digits (default 96)")
-    parser.add_argument("--mixture-batch", type=int, default=256, help="of the part mixture (default 256, the page's)")
+    parser.add_argument("--batch", type=int, default=96, help="paths of an update (default 96)")
     parser.add_argument("--scene-iterations", type=int, default=240, help="of the part scenes (default 240)")
     parser.add_argument("--scene-batch", type=int, default=32, help="paths of an update of the part scenes (32)")
     parser.add_argument("--scene-guidance", type=float, default=1.0, help="guidance of the base of scenes (1: none)")
@@ -50,7 +49,7 @@ def _mixture(options: argparse.Namespace) -> dict[str, Any]:
     return mixture_part(
         seeds=range(options.seeds),
         iterations=options.iterations,
-        batch=8 if options.quick else options.mixture_batch,
+        batch=options.batch,
         steps=steps,
         samples=samples,
         say=_say,
@@ -103,7 +102,7 @@ def main(arguments: Sequence[str]) -> int:
             raise UsageError(f"unknown part '{part}'.{nearest(part, PARTS)} Parts: {', '.join(PARTS)}.")
     if min(options.seeds, options.iterations, options.scene_iterations) < 1:
         raise UsageError("--seeds and both iterations are at least 1.")
-    if min(options.batch, options.mixture_batch, options.scene_batch) < 2:
+    if min(options.batch, options.scene_batch) < 2:
         raise UsageError("the batches are at least 2.")
     if options.quick:
         options.seeds, options.iterations, options.batch = 2, 3, 8

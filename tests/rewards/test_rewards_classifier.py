@@ -86,3 +86,19 @@ def test_bundled_reward_knows_the_digits() -> None:
     assert float(seven[test.labels == 7].mean()) > -0.5 and float(seven[test.labels != 7].mean()) < -4.0
     even = load_reward("digit-class", label="even")((test.images + 1) / 2, NONE).values
     assert float(((even > -0.7) == (test.labels % 2 == 0)).float().mean()) > 0.96
+
+
+def test_larger_images_are_shrunk() -> None:
+    """Constant images keep their value, gradients reach every pixel, smaller ones are refused."""
+    from gencontrol.rewards.classifier import ClassifierReward
+    from tests.fixtures_scenes import classifier
+
+    reward = ClassifierReward(reward_model={"tone": classifier(("dark", "bright"), 8)}, label="dark", device="cpu")
+    levels = torch.tensor([0.2, 0.7]).view(2, 1, 1, 1)
+    small, large = (reward(levels.expand(2, 3, side, side), RewardContext()).values for side in (8, 20))
+    torch.testing.assert_close(large, small, atol=1e-5, rtol=1e-5)
+    pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    reward(pixels, RewardContext()).values.sum().backward()
+    assert pixels.grad is not None and bool((pixels.grad.abs().sum(1) > 0).all())
+    with pytest.raises(UsageError, match="give larger squares"):
+        reward(torch.full((1, 3, 6, 6), 0.5), RewardContext())
