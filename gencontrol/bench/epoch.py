@@ -233,7 +233,7 @@ def measure(work: Work, runs: int, arguments: Sequence[str]) -> dict[str, Any]:
         for arm, call in calls.items():
             taken[arm].append(seconds(call, work.device))
     count = work.prompts * work.group
-    result = {}
+    result: dict[str, Any] = {}
     for arm in ARMS:
         ratios = [theirs / own for theirs, own in zip(taken[arm], taken["ours"], strict=True)]
         result[arm] = {

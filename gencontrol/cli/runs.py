@@ -23,6 +23,7 @@ CONFIG, RECORD = "config.toml", "run.json"
 
 #: options of [run] that may change between two commands on one folder: they cannot alter what is learned
 HARMLESS = ("run.output", "run.online", "run.cache")
+_LISTED = 6  # differences named in a refusal
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,13 @@ def _compare(path: Path, old: Mapping[str, Any], new: Mapping[str, Any], allowed
 
     found = differences(old, json.loads(json.dumps(new)))
     serious = {key: pair for key, pair in found.items() if key not in allowed and not is_harmless(key, new)}
+    if "run.algorithm" in serious:  # all options of the algorithm differ then, which helps nobody
+        before, after = serious["run.algorithm"]
+        raise UsageError(f"{path} holds a run of {before}, this one is {after}; name another --output.")
     if serious:
-        listed = "; ".join(f"{key} was {before!r}, now {after!r}" for key, (before, after) in serious.items())
+        pairs = [f"{key} was {before!r}, now {after!r}" for key, (before, after) in serious.items()]
+        rest = len(pairs) - _LISTED
+        listed = "; ".join(pairs[:_LISTED]) + (f"; and {rest} more" if rest > 0 else "")
         raise UsageError(
             f"{path} was begun with other settings: {listed}. Name another --output, repeat the old options, or give "
             f"--allow-change {next(iter(serious))} for each."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from gencontrol.cli import main
 from gencontrol.config import load_toml
+from gencontrol.errors import UsageError
 
 REWARD = '''
 import pathlib
@@ -164,6 +166,21 @@ def test_a_used_folder_with_other_options_is_refused(
     prompts.write_text("quite another prompt\n")
     assert main(command) == 2
     assert "run.prompts_hash" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "text"),
+    [("rwr", "holds a run of dragon, this one is rwr; name another --output."), ("dragon", "; and 3 more. Name")],
+)
+def test_a_refusal_of_many_differences_stays_short(algorithm: str, text: str, tmp_path: Path) -> None:
+    """Another algorithm has other options altogether: naming it is enough."""
+    from gencontrol.cli.runs import _compare
+
+    options = {f"option{i}": i for i in range(9)}
+    old = {"run": {"algorithm": "dragon"}, "algorithm": options}
+    new = {"run": {"algorithm": algorithm}, "algorithm": {name: value + 1 for name, value in options.items()}}
+    with pytest.raises(UsageError, match=re.escape(text)):
+        _compare(tmp_path, old, new, ())
 
 
 # ---------------------------------------------------------------- refused before loading
