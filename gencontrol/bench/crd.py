@@ -33,7 +33,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=150, help="rounds of every run of the part digits (default 150)")
     parser.add_argument("--first-seed", type=int, default=0, help="the first of the seeds (default 0)")
     parser.add_argument("--rate", type=float, default=None, help="learning rate instead of a part's own, for all rows")
-    parser.add_argument("--methods", default="", help="only rows whose label holds this text; claims are left out")
+    parser.add_argument(
+        "--methods", default="", help="only the row of this label, or rows whose label holds this; claims are left out"
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke test: two seeds, few rounds, poor bases")
     parser.add_argument("--output", default="runs/bench/crd", help="folder of the JSON results, tables and curves")
     return parser
@@ -49,7 +51,8 @@ def _race(
     """Run all methods on all seeds; returns results by label, and the bases' measurements with and without guidance."""
     from gencontrol.bench.crd_runs import kept_run
 
-    methods = [m for m in methods if options.methods in m.label]
+    exact = [m for m in methods if m.label == options.methods]
+    methods = exact or [m for m in methods if options.methods in m.label]
     if not methods:
         raise UsageError(f"--methods: no row's label holds '{options.methods}'.")
     plan = plan if options.rate is None else replace(plan, lr=options.rate)
@@ -103,7 +106,9 @@ def _scenes(options: argparse.Namespace, part: str) -> dict[str, Any]:
 
     plan = crd_runs.SCENES_PLAN
     if options.quick:
-        plan = replace(plan, rounds=2, groups=2, generations=2, demo_steps=2, train_times=2, measured=(1, 2))
+        plan = replace(
+            plan, rounds=2, groups=2, generations=2, demo_steps=2, train_times=2, measured=(1, 2), compiled=False
+        )
 
     def world(seed: int) -> crd_scenes.ScenesWorld:
         return crd_scenes.build_world(part, seed, per_kind=2 if options.quick else crd_scenes.HELD_OUT[part])

@@ -34,7 +34,7 @@ class ScenesModel:
 
 def train_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     """Defaults of [train] that make the bundled model in about 45 minutes on one core."""
-    steps = given.get("steps", 10_000)
+    steps = given.get("steps", 9000)
     if not isinstance(steps, int):
         return {}
     return {
