@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gencontrol.cli.environment import choose_device, prepare
 from gencontrol.cli.pretrain_digits import DigitsRun
 from gencontrol.cli.pretrain_digits import train_defaults as digits_defaults
-from gencontrol.cli.pretrain_scenes import ScenesRun, readers_defaults
+from gencontrol.cli.pretrain_scenes import CaptionedRun, ScenesRun, readers_defaults
 from gencontrol.cli.pretrain_scenes import train_defaults as scenes_defaults
 from gencontrol.cli.runs import RunFolder, fit, open_run
 from gencontrol.cli.settings import describe, given_flags, merge, run_mode
@@ -119,8 +120,8 @@ def _train(stage: str, table: dict[str, dict[str, Any]], parameters: Mapping[str
     if stage == "digits":
         run, defaults = build(DigitsRun, table["run"], "run"), digits_defaults(table["train"])
     elif stage in ("scenes", "scene-readers", "classifier"):
-        settings = scenes_defaults if stage == "scenes" else readers_defaults
-        run, defaults = build(ScenesRun, table["run"], "run"), settings(table["train"])
+        kind, settings = (CaptionedRun, scenes_defaults) if stage == "scenes" else (ScenesRun, readers_defaults)
+        run, defaults = build(kind, table["run"], "run"), settings(table["train"])
     else:
         run, defaults = build(PretrainRun, table["run"], "run"), _train_defaults(table["train"])
     train = build(TrainConfig, {**defaults, **table["train"]}, "train")
@@ -189,7 +190,7 @@ def _fit(
         if architecture is None:
             made = make_readers(algorithm, options, seed=train.seed, device=device)
         else:
-            make = make_digits if isinstance(run, DigitsRun) else make_scenes
+            make = partial(make_scenes, words=run.words) if isinstance(run, CaptionedRun) else make_digits
             made = make(algorithm, options, *architecture, seed=train.seed, device=device)
     elif architecture is not None:
         from gencontrol.cli.pretrain_flow import make_flow

@@ -20,6 +20,17 @@ class ScenesRun:
 
 
 @dataclass(frozen=True)
+class CaptionedRun(ScenesRun):
+    """The [run] section of the generator's pretraining: also the share of word captions, in [0, 1]."""
+
+    words: float = 0.06
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.words <= 1.0:
+            raise ValueError(f"words = {self.words}; expected a share in [0, 1]")
+
+
+@dataclass(frozen=True)
 class ScenesModel:
     """The [model] section: patch size in pixels, sizes of the transformer and of the text encoder."""
 
@@ -50,7 +61,9 @@ def train_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def make_scenes(algorithm: Any, options: Any, sizes: ScenesModel, spec: Any, *, seed: int, device: str) -> Any:
+def make_scenes(
+    algorithm: Any, options: Any, sizes: ScenesModel, spec: Any, *, seed: int, device: str, words: float
+) -> Any:
     """Assemble network and text encoder with fresh weights and return the pretraining algorithm on the scenes."""
     import torch
 
@@ -81,9 +94,9 @@ def make_scenes(algorithm: Any, options: Any, sizes: ScenesModel, spec: Any, *, 
         network = CaptionedNetwork(text_encoder, PatchTransformer(cut, Transformer(shape))).to(device)
     return algorithm(
         spec.denoiser(network),
-        SceneCorpus(tokenizer, "train", seed=seed),
+        SceneCorpus(tokenizer, "train", seed=seed, words=words),
         options,
-        held_out=SceneCorpus(tokenizer, "test", seed=seed),
+        held_out=SceneCorpus(tokenizer, "test", seed=seed, words=words),
         seed=seed,
         save=lambda folder: save_text_to_image(folder, network.transformer, text_encoder, tokenizer, spec),
     )

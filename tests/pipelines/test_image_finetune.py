@@ -95,7 +95,13 @@ def manifest(name: str, pipe: TextToImagePipeline, folder: Path) -> Path:
 
 
 def build(
-    name: str, pipe: TextToImagePipeline, folder: Path | None = None, *, rank: int = 2, reward: Any = None, **options: Any
+    name: str,
+    pipe: TextToImagePipeline,
+    folder: Path | None = None,
+    *,
+    rank: int = 2,
+    reward: Any = None,
+    **options: Any,
 ) -> Any:
     """An algorithm with its roles on LoRA (rank 0: all weights); `folder` is for methods that learn from files."""
     kind = resolve(ALGORITHMS, name, "algorithm")

@@ -33,7 +33,7 @@ from gencontrol.rng import stream_seed
 
 Split = Literal["train", "test"]
 
-#: share of each category in the training data; few words, so that a reward for reading has room
+#: share of each category in the training data; few words unless asked for, so that a reward for reading has room
 SHARES = {
     "single": 0.05,
     "two": 0.14,
@@ -121,19 +121,29 @@ def _colour(rng: np.random.Generator, probability: float) -> str | None:
     return str(rng.choice(list(COLOURS))) if rng.random() < probability else None
 
 
-def sample_spec(rng: np.random.Generator, split: Split = "train", kind: str | None = None) -> SceneSpec:
-    """Draw a description of a split, of one category or of any (by SHARES).
+def _shares(words: float) -> list[float]:
+    """SHARES with another share of words; the other categories keep their proportions."""
+    others = (1.0 - words) / (1.0 - SHARES["word"])
+    return [words if kind == "word" else share * others for kind, share in SHARES.items()]
+
+
+def sample_spec(
+    rng: np.random.Generator, split: Split = "train", kind: str | None = None, *, words: float = SHARES["word"]
+) -> SceneSpec:
+    """Draw a description of a split, of one category or of any (by SHARES, with `words` as the share of words).
 
     Raises:
-        UsageError: an unknown split or category.
+        UsageError: an unknown split or category, or a share outside [0, 1].
     """
+    if not 0.0 <= words <= 1.0:
+        raise UsageError(f"words = {words}; the share of words is a number in [0, 1].")
     if split not in ("train", "test"):
         raise UsageError(f"scenes have no split '{split}'; give train or test.")
     if kind is not None and kind not in CATEGORIES:
         raise UsageError(
             f"scenes have no category '{kind}'.{nearest(kind, CATEGORIES)} Known: {', '.join(CATEGORIES)}."
         )
-    kind = kind or str(rng.choice(list(SHARES), p=list(SHARES.values())))
+    kind = kind or str(rng.choice(list(SHARES), p=_shares(words)))
     while True:
         spec = _draw(kind, split, rng)
         if is_held_out(spec) == (split == "test") and category(spec) == kind:
@@ -155,12 +165,14 @@ class SceneCorpus:
         split: which captions.
         size: items; item i never changes.
         seed: of every item.
+        words: share of word captions.
     """
 
     tokenizer: Any
     split: Split = "train"
     size: int = 1_000_000
     seed: int = 0
+    words: float = SHARES["word"]
 
     variants = 1
 
@@ -169,14 +181,14 @@ class SceneCorpus:
 
     def spec(self, item: int) -> SceneSpec:
         """Description of an item."""
-        return sample_spec(self._rng(item), self.split)
+        return sample_spec(self._rng(item), self.split, words=self.words)
 
     def _rng(self, item: int) -> np.random.Generator:
         return np.random.default_rng(stream_seed(self.seed, f"scenes/{self.split}", item))
 
     def _make(self, item: int) -> tuple[SceneSpec, Scene]:
         rng = self._rng(item)
-        spec = sample_spec(rng, self.split)
+        spec = sample_spec(rng, self.split, words=self.words)
         return spec, arrange(spec, rng)
 
     def images(self, items: Sequence[int]) -> Float[Tensor, "b 3 32 32"]:
