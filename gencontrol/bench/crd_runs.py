@@ -71,6 +71,7 @@ class Plan:
     lr: float = 5e-4
     bf16: bool = False
     lora: int = 0
+    ema: float = 0.0
     compiled: bool = False
     measured: tuple[int, ...] = (25, 50, 75, 100, 125, 150)
 
@@ -130,14 +131,14 @@ class Calls:
 
 
 def build(method: Method, plan: Plan, task: PromptTask, reward: Any, seed: int) -> Any:
-    """Return the method's algorithm on this task; raw weights are measured, so no average is kept."""
+    """Return the method's algorithm on this task."""
     kind = resolve(ALGORITHMS, method.algorithm, "algorithm")
     shared = {
         "prompts_per_round": plan.groups,
         "generations": plan.generations,
         "updates_per_round": plan.updates,
         "demo_steps": plan.demo_steps,
-        "ema_decay": 0.0,
+        "ema_decay": plan.ema,
     }
     forward = COMMON | {"train_times": plan.train_times} if method.algorithm in ("crd", "nft", "awm") else {}
     config = kind.Config(**{**shared, **forward, **method.options})
@@ -171,7 +172,9 @@ def run_method(
     measure: Callable[[Denoiser], dict[str, float]],
     seed: int,
 ) -> dict[str, dict[int, float]]:
-    """Fine-tune; returns metric → {round: value} with the raw policy's measurements and the passes of training so far.
+    """Fine-tune; returns metric → {round: value}, and the network's passes of training so far.
+
+    Measured is the policy itself, or its average where the plan keeps one.
 
     A run whose loss is no longer finite ends there; its later measurements are missing, which the tables show.
     """
@@ -181,11 +184,12 @@ def run_method(
         task.denoiser.network.compile(dynamic=False)
     autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=plan.bf16)
     curves: dict[str, dict[int, float]] = {}
+    role = "ema" if plan.ema else "policy"
 
     def look(step: int) -> None:
         if step + 1 not in plan.measured:
             return
-        with calls.paused(), algorithm.roles.use("policy"), autocast():
+        with calls.paused(), algorithm.roles.use(role), autocast():
             found = measure(task.denoiser)
         for key, value in (found | {"passes": float(calls.rows)}).items():
             curves.setdefault(key, {})[step + 1] = value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,16 @@ def write_card(
 
 
 def origin_of_run(run: Path, machine: str = "shared with other work") -> list[str]:
-    """Lines that say by which command, where and how long a run folder's model was trained, as the run recorded it."""
-    start = json.loads((run / "run.json").read_text())["starts"][0]
-    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    """Lines that say by which commands, where and how long a run folder's model was trained, as the run recorded it."""
+    starts = json.loads((run / "run.json").read_text())["starts"]
+    start, last = starts[0], json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     versions = ", ".join(f"{name} {start['versions'][name]}" for name in ("gencontrol", "torch", "transformers"))
+    commands = [f"    {start['command']}"]
+    for before, after in pairwise(starts):
+        if after["command"] != before["command"]:
+            commands += ["", f"then, from step {after['step']}:", "", f"    {after['command']}"]
     return [
-        f"    {start['command']}",
+        *commands,
         "",
         f"{last['step']} steps in {last['time/wall']:.0f} s of wall time ({start['device']}, {machine}; "
         f"{versions}; commit {start['commit']}).",

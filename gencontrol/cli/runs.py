@@ -107,11 +107,13 @@ def _compare(path: Path, old: Mapping[str, Any], new: Mapping[str, Any], allowed
 
 
 def record(run: RunFolder, extra: Mapping[str, Any]) -> None:
-    """Write run.json (`extra`, and per start the command line, versions, commit, device) into the folder."""
+    """Write run.json (`extra`, and per start the step, command line, versions, commit, device) into the folder."""
+    from gencontrol.train.checkpoint import Checkpoints
+
     run.path.mkdir(parents=True, exist_ok=True)
     file = run.path / RECORD
-    starts = _read_starts(file)
-    _replace(file, json.dumps({**extra, "starts": [*starts, environment()]}, indent=1, ensure_ascii=False) + "\n")
+    start = {"step": max(Checkpoints(run.path / "checkpoints", keep=1).steps(), default=0), **environment()}
+    _replace(file, json.dumps({**extra, "starts": [*_read_starts(file), start]}, indent=1, ensure_ascii=False) + "\n")
 
 
 def _read_starts(file: Path) -> list[Any]:
