@@ -1,9 +1,9 @@
 """The scenes world of `gencontrol bench crd`: the bundled text-to-image model, real captions, real instruments.
 
-Part "scenes": reward `compositional` on training captions of six categories; measured on held-out captions.  Part
-"words": reward `ocr` on training words; measured on held-out words.  Never trained on: the judge, in whose embedding
-the drift (Fréchet distance to rendered scenes of the same held-out captions) and the diversity (mean distance between
-two samples of one caption) are taken; the distance between two rendered sets of that size is the floor.
+Part "scenes": reward `compositional` (graded) on training captions of six categories; measured on held-out captions.
+Part "words": reward `ocr` on training words; measured on held-out words.  Never trained on: the judge, in whose
+embedding the drift (Fréchet distance to rendered scenes of the same held-out captions) and the diversity (mean distance
+between two samples of one caption) are taken; the distance between two rendered sets of that size is the floor.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -37,7 +37,10 @@ from gencontrol.types import Cond, RewardContext, index_cond
 
 #: categories of each part
 KINDS = {"scenes": tuple(kind for kind in CATEGORIES if kind != "word"), "words": ("word",)}
-REWARDS = {"scenes": "compositional", "words": "ocr"}
+REWARDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "scenes": ("compositional", {"score": "share"}),  # graded: hard captions teach too
+    "words": ("ocr", {}),
+}
 #: held-out captions of each category, sampled twice each; training captions of each
 HELD_OUT, TRAINED = {"scenes": 20, "words": 100}, {"scenes": 60, "words": 240}
 #: sampler steps of a measurement, and rows at once
