@@ -156,7 +156,8 @@ def build_world(part: str, seed: int, *, per_kind: int) -> ScenesWorld:
     held_out = [t for k in kinds for t in sample_captions(per_kind, split="test", kind=k, seed=seed) for _ in range(2)]
     with torch.no_grad():
         real, other = (Gaussian.of(judge.embed(rendered(held_out, place)).double()) for place in (1, 2))
-    reward = load_reward(REWARDS[part])
+    name, config = REWARDS[part]
+    reward = load_reward(name, **config)
     return ScenesWorld(
         pipe,
         reward,

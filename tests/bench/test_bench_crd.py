@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from gencontrol.bench import crd_scenes
 from gencontrol.bench.crd_claims import (
     at_equal_accuracy,
     gain,
@@ -18,7 +20,7 @@ from gencontrol.bench.crd_claims import (
     words_checks,
 )
 from gencontrol.bench.crd_digits import PIXELS, PromptedClass, World, blank_flow
-from gencontrol.bench.crd_runs import METHODS, Plan, kept_run, of_part
+from gencontrol.bench.crd_runs import METHODS, SCENES_PLAN, Plan, kept_run, of_part
 from gencontrol.bench.crd_tables import DIGITS, curves, digits_checks, drift_at_reward, method_table
 from gencontrol.rewards.gaussian import Gaussian
 
@@ -96,3 +98,15 @@ def test_scenes_rows_hold_every_peer_with_and_without_the_anchor() -> None:
     assert {f"{m}{a}" for m in ("AWM", "RWR", "Flow-GRPO") for a in ("", " + anchor")} <= labels
     assert {"CRD", "CRD, no anchor", "NFT + anchor", "NFT, official GenEval"} <= labels
     assert {method.label for method in of_part("words")} == {"CRD", "Flow-GRPO"}
+
+
+@pytest.mark.parametrize("part", ["scenes", "words"])
+def test_the_parts_on_the_bundled_model_run(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crd_scenes, "EVAL_STEPS", 2)
+    world = crd_scenes.build_world(part, 0, per_kind=2)
+    small = {"rounds": 1, "groups": 2, "generations": 2, "demo_steps": 2, "train_times": 1, "measured": (1,)}
+    run = kept_run(tmp_path, of_part(part)[0], replace(SCENES_PLAN, compiled=False, **small), world, 0)
+    assert set(run) == {"reward", "exact", "fd", "diversity", "passes"}
+    assert run["passes"][1] == 4 * 2 + 4 * 4 and world.floor > 0  # the rollout; policy, old and the guided base
+    fresh = {name: weight.clone() for name, weight in world.base.state_dict().items()}
+    assert all(torch.equal(weight, fresh[name]) for name, weight in world.task().denoiser.state_dict().items())
