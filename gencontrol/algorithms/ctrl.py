@@ -170,8 +170,8 @@ class Ctrl(RewardTuning):
     def chain(self, ctx: StepContext | None = None) -> ControlChain:
         """Return the controlled chain with the weights that are active now."""
         c = self.config
-        own = {} if ctx is None else {"autocast": lambda: autocast(ctx), "poll": ctx.poll}
-        return ControlChain(self.model, self.plan.grid, c.eta, c.frozen_gradient, c.checkpointing, **own)  # type: ignore[arg-type]  # as named
+        own: dict[str, Any] = {} if ctx is None else {"autocast": lambda: autocast(ctx), "poll": ctx.poll}
+        return ControlChain(self.model, self.plan.grid, c.eta, c.frozen_gradient, c.checkpointing, **own)
 
     def reward_of(
         self, x: Float[Tensor, "b *d"], prompts: Sequence[str], rows: Int64[Tensor, " b"]

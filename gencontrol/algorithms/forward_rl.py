@@ -298,7 +298,7 @@ class ForwardTuning(RewardTuning):
 
     def objective(self, micro: Micro, views: Views) -> tuple[Float[Tensor, " r"], dict[str, Tensor]]:
         """Return the method's loss of each row, and sums over the rows to log."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}.objective")  # abstract: every method has its own
 
     def loss(self, micro: Micro, ctx: StepContext) -> LossOut:
         """The method's loss plus κ·mean_d (v_θ − v_ref)² of every row."""

@@ -18,9 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gencontrol.bench.base import verdicts, write_result
-from gencontrol.bench.dts_measure import draw_curves
-from gencontrol.errors import UsageError, nearest
+from gencontrol.bench.parts import chosen_parts, run_parts
+from gencontrol.errors import UsageError
 
 #: reward at which drifts are compared
 GOAL = 0.97
@@ -158,25 +157,12 @@ def main(arguments: Sequence[str]) -> int:
         UsageError: an unknown part, or a number out of range.
     """
     options = _parser().parse_args(list(arguments))
-    parts = [part.strip() for part in options.parts.split(",") if part.strip()]
-    for part in parts:
-        if part not in PARTS:
-            raise UsageError(f"unknown part '{part}'.{nearest(part, PARTS)} Parts: {', '.join(PARTS)}.")
+    parts = chosen_parts(options.parts, PARTS)
     if options.seeds < 1 or options.rounds < 6 or options.first_seed < 0:
         raise UsageError("--seeds is at least 1, --first-seed at least 0, --rounds at least 6.")
     if options.rate is not None and not options.rate > 0:
         raise UsageError(f"--rate {options.rate}: a learning rate is above 0.")
     if options.quick:
         options.seeds = min(options.seeds, 2)
-    folder = Path(options.output)
-    for part in parts:
-        began = time.perf_counter()
-        result = _RUN[part](options)
-        seconds = time.perf_counter() - began
-        printed = result.pop("table") + "\n" + verdicts(result["checks"])
-        picture = draw_curves(folder, f"crd_{part}", result["curves"])
-        path = write_result(folder, f"crd_{part}", result, seconds)
-        (folder / f"crd_{part}.md").write_text(printed, encoding="utf-8")
-        curves = f", curves {picture}" if picture is not None else ""
-        print(printed + f"\n{part}: {seconds:.0f} s, written to {path}{curves}", flush=True)
+    run_parts({part: partial(_RUN[part], options) for part in parts}, Path(options.output), "crd_")
     return 0

@@ -88,11 +88,10 @@ class FreeVelocity(nn.Module):
         self.base = MixtureVelocity().requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(seed, "crd-exact/init"))
-            self.body = nn.Sequential(
-                nn.Linear(3, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1)
-            ).double()
-        nn.init.zeros_(self.body[-1].weight)  # type: ignore[arg-type]
-        nn.init.zeros_(self.body[-1].bias)  # type: ignore[arg-type]
+            last = nn.Linear(64, 1)
+            self.body = nn.Sequential(nn.Linear(3, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), last).double()
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     def forward(self, xt: Float[Tensor, "b 1"], t: Float[Tensor, " b"], cond: Cond = None) -> Float[Tensor, "b 1"]:
         """Predict the velocity."""

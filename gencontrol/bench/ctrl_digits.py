@@ -179,7 +179,7 @@ TRAININGS: tuple[tuple[float, str, tuple[float, ...]], ...] = (
 
 def _classifier(world: DigitsWorld, seed: int, effort: Effort) -> tuple[DigitImages, Any]:
     few = world.few(5, seed)
-    return few, fit_classifier(few.images, few.labels, CLASSES, steps=effort.fit_steps, seed=seed)
+    return few, fit_classifier(few.images, few.labels, CLASSES, steps=effort.fit_steps, seed=seed)[0]
 
 
 def peer_rows(world: DigitsWorld, seed: int, effort: Effort) -> dict[str, dict[str, float]]:

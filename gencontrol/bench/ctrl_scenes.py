@@ -182,7 +182,7 @@ def _run_seed(seed: int, effort: Effort) -> dict[str, dict[str, float]]:
     pipe, judge = _bundled()
     images, labels = labelled_pairs(effort.per_row, seed)
     own = {
-        name: fit_classifier(images, labels[:, place], values, folds=2, steps=effort.fit_steps, seed=seed)
+        name: fit_classifier(images, labels[:, place], values, folds=2, steps=effort.fit_steps, seed=seed)[0]
         for place, (name, values) in enumerate((("colour", COLOUR), ("size", SIZE)))
     }
     ctrl = _train(pipe, ClassifierReward(reward_model=own, device="cpu"), effort, seed)

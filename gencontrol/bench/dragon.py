@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gencontrol.bench.base import verdicts, write_result
-from gencontrol.errors import UsageError, nearest
+from gencontrol.bench.parts import chosen_parts, run_parts
+from gencontrol.errors import UsageError
 
 PARTS = ("6a", "6b", "sound")
 
@@ -91,21 +91,11 @@ def main(arguments: Sequence[str]) -> int:
         UsageError: an unknown part or target, or a number out of range.
     """
     options = _parser().parse_args(list(arguments))
-    parts = [part.strip() for part in options.parts.split(",") if part.strip()]
-    for part in parts:
-        if part not in PARTS:
-            raise UsageError(f"unknown part '{part}'.{nearest(part, PARTS)} Parts: {', '.join(PARTS)}.")
+    parts = chosen_parts(options.parts, PARTS)
     if options.seeds < 1 or options.sound_rounds < 1 or options.sound_pairs < 2 or options.sound_minutes <= 0:
         raise UsageError(
             "--seeds and --sound-rounds are at least 1, --sound-pairs at least 2, --sound-minutes positive."
         )
-    folder = Path(options.output)
-    for part in parts:
-        began = time.perf_counter()
-        result = {"6a": _mixture, "6b": _songs, "sound": _sound}[part](options)
-        seconds = time.perf_counter() - began
-        printed = result.pop("table") + "\n" + verdicts(result["checks"])
-        path = write_result(folder, part, result, seconds)
-        (folder / f"{part}.md").write_text(printed, encoding="utf-8")
-        print(printed + f"\n{part}: {seconds:.0f} s, written to {path}", flush=True)
+    run = {"6a": _mixture, "6b": _songs, "sound": _sound}
+    run_parts({part: partial(run[part], options) for part in parts}, Path(options.output))
     return 0

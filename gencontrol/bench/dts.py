@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gencontrol.bench.base import verdicts, write_result
-from gencontrol.bench.dts_measure import draw_curves
-from gencontrol.errors import UsageError, nearest
+from gencontrol.bench.parts import chosen_parts, run_parts
+from gencontrol.errors import UsageError
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -137,25 +136,12 @@ def main(arguments: Sequence[str]) -> int:
         UsageError: an unknown part, or a number out of range.
     """
     options = _parser().parse_args(list(arguments))
-    parts = [part.strip() for part in options.parts.split(",") if part.strip()]
-    for part in parts:
-        if part not in PARTS:
-            raise UsageError(f"unknown part '{part}'.{nearest(part, PARTS)} Parts: {', '.join(PARTS)}.")
+    parts = chosen_parts(options.parts, PARTS)
     if options.seeds < 2 or options.sound_prompts < 2 or options.sound_nfe < 20 or options.sound_minutes <= 0:
         raise UsageError(
             "--seeds and --sound-prompts are at least 2, --sound-nfe at least 20, --sound-minutes positive."
         )
     if options.quick:
         options.seeds = 2
-    folder = Path(options.output)
-    for part in parts:
-        began = time.perf_counter()
-        result = _RUN[part](options)
-        seconds = time.perf_counter() - began
-        printed = result.pop("table") + "\n" + verdicts(result["checks"])
-        picture = draw_curves(folder, part, result["curves"])
-        path = write_result(folder, part, result, seconds)
-        (folder / f"{part}.md").write_text(printed, encoding="utf-8")
-        curves = f", curves {picture}" if picture is not None else ""
-        print(printed + f"\n{part}: {seconds:.0f} s, written to {path}{curves}", flush=True)
+    run_parts({part: partial(_RUN[part], options) for part in parts}, Path(options.output))
     return 0

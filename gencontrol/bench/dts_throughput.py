@@ -10,6 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def run(*, nfe: int, runs: int, dim: int, depth: int, say: Callable[[str], None]
     plain(model, 1)
     pairs = []
     for number in range(runs):
-        both: list[Callable[[], int]] = [lambda: plain(model, nfe), lambda n=number: searched(model, nfe, n)]  # type: ignore[misc]
+        both: list[Callable[[], int]] = [partial(plain, model, nfe), partial(searched, model, nfe, number)]
         rates = [0.0, 0.0]
         for which in (0, 1) if number % 2 else (1, 0):
             began = time.process_time()

@@ -181,12 +181,12 @@ def _fit(
     """Fit and write one attribute's classifier; returns its row of labels.json."""
     import torch
 
-    from gencontrol.models.classifier_fit import fit_and_check
+    from gencontrol.models.classifier_fit import fit_classifier
 
     rows = [row for row, entry in enumerate(entries) if name in entry.other["labels"]]
     labels = torch.tensor([classes.index(entries[row].other["labels"][name]) for row in rows])
     try:
-        model, right = fit_and_check(
+        model, right = fit_classifier(
             images[rows],
             labels,
             classes,

@@ -54,36 +54,6 @@ def fit_classifier(
     noise: float = 0.3,
     width: int = 24,
     seed: int = 0,
-) -> ImageClassifier:
-    """Return a calibrated classifier; arguments and errors are those of `fit_and_check`."""
-    return fit_and_check(
-        images,
-        labels,
-        classes,
-        folds=folds,
-        steps=steps,
-        batch=batch,
-        lr=lr,
-        weight_decay=weight_decay,
-        noise=noise,
-        width=width,
-        seed=seed,
-    )[0]
-
-
-def fit_and_check(
-    images: Float[Tensor, "n c s s"],
-    labels: Int64[Tensor, " n"],
-    classes: Sequence[str],
-    *,
-    folds: int = 5,
-    steps: int = 150,
-    batch: int = 32,
-    lr: float = 2e-3,
-    weight_decay: float = 1e-2,
-    noise: float = 0.3,
-    width: int = 24,
-    seed: int = 0,
 ) -> tuple[ImageClassifier, float]:
     """Return a calibrated classifier, and the share of images that are recognised by one that did not see them.
 

@@ -116,7 +116,7 @@ class Labels:
         assert isinstance(labels, Sequence)
         if not len(labels):
             raise UsageError(f"condition '{self.config.name}': an empty list of labels.")
-        return torch.stack([self._row(label) for label in labels])  # type: ignore[arg-type]
+        return torch.stack([self._row(label) for label in labels])  # type: ignore[arg-type]  # a list of labels, by the docstring
 
     def _row(self, label: Label) -> Tensor:
         if self.config.kind == "vector":

@@ -126,7 +126,7 @@ class TakesGroups(nn.Module):
 
     def prepare(self, cond: Grouped) -> Grouped:
         """Return the condition with all that depends on it alone, under the present weights; valid for these alone."""
-        raise NotImplementedError(f"{type(self).__name__}.prepare")
+        raise NotImplementedError(f"{type(self).__name__}.prepare")  # abstract: only its networks know
 
 
 class Model(Protocol):

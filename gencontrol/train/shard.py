@@ -116,7 +116,7 @@ class Shards(Layout):
             finally:
                 self.reshard()
 
-        module.prepare = prepare  # type: ignore[method-assign]
+        module.prepare = prepare  # type: ignore[method-assign]  # of this instance, until `release`
 
     def _parts(self) -> Iterator[FSDPModule]:
         return (part for part in self.module.modules() if isinstance(part, FSDPModule))
@@ -238,7 +238,7 @@ def exchange(policy: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
 
 
 def _state(module: nn.Module) -> Any:
-    return fully_shard.state(module)  # type: ignore[attr-defined]
+    return fully_shard.state(module)  # type: ignore[attr-defined]  # set by torch's contract decorator
 
 
 def _unwrap(part: Any) -> None:

@@ -206,7 +206,7 @@ def test_classifier_fit_calibration_and_reward() -> None:
     labels = torch.arange(60) % 3
     means = torch.tensor([-0.6, 0.0, 0.6])[labels]
     images = means[:, None, None, None] + 0.35 * torch.randn(60, 1, 4, 4, generator=generator)
-    model = fit_classifier(images, labels, ("low", "mid", "high"), folds=2, steps=30, width=8)
+    model = fit_classifier(images, labels, ("low", "mid", "high"), folds=2, steps=30, width=8)[0]
     assert (model(images).argmax(1) == labels).float().mean() > 0.85
     before = model.config.temperature
     assert before != 1.0 and calibrate(model, images, labels) == model.config.temperature
@@ -214,7 +214,9 @@ def test_classifier_fit_calibration_and_reward() -> None:
         fit_classifier(images[labels < 2], labels[labels < 2], ("low", "mid", "high"))
     with pytest.raises(UsageError, match="numbers from 0 to 1"):
         calibrate(
-            fit_classifier(images[:40], labels[:40].clamp(max=1), ("a", "b"), folds=1, steps=2, width=8), images, labels
+            fit_classifier(images[:40], labels[:40].clamp(max=1), ("a", "b"), folds=1, steps=2, width=8)[0],
+            images,
+            labels,
         )
     pictures = ((images[:4] + 1) / 2).clamp(0, 1).requires_grad_()
     reward = ClassifierReward(reward_model={"tone": model, "again": model}, weights={"again": 2.0}, device="cpu")

@@ -1,0 +1,42 @@
+"""What benchmarks of several parts share: which parts were asked for, and one loop that runs, prints and writes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gencontrol.bench.base import verdicts, write_result
+from gencontrol.bench.dts_measure import draw_curves
+from gencontrol.errors import UsageError, nearest
+
+
+def chosen_parts(text: str, known: Sequence[str]) -> list[str]:
+    """Return the parts of a comma-separated text.
+
+    Raises:
+        UsageError: an unknown part.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    for part in parts:
+        if part not in known:
+            raise UsageError(f"unknown part '{part}'.{nearest(part, known)} Parts: {', '.join(known)}.")
+    return parts
+
+
+def run_parts(parts: Mapping[str, Callable[[], dict[str, Any]]], folder: Path, prefix: str = "") -> None:
+    """Run each part, print its table and verdicts, write `<prefix><part>` as JSON, Markdown and curves.
+
+    A part's result holds "table" (text), "checks", perhaps "curves" (see `draw_curves`), and what else the JSON keeps.
+    """
+    for part, run in parts.items():
+        name, began = prefix + part, time.perf_counter()
+        result = run()
+        seconds = time.perf_counter() - began
+        printed = result.pop("table") + "\n" + verdicts(result["checks"])
+        picture = draw_curves(folder, name, result.get("curves", {}))
+        path = write_result(folder, name, result, seconds)
+        (folder / f"{name}.md").write_text(printed, encoding="utf-8")
+        curves = f", curves {picture}" if picture is not None else ""
+        print(printed + f"\n{part}: {seconds:.0f} s, written to {path}{curves}", flush=True)
