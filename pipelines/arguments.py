@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -107,3 +107,13 @@ def noise(
     if tuple(latents.shape) != shape:
         raise UsageError(f"latents have shape {tuple(latents.shape)}; this call needs {shape}.")
     return latents.to(device, torch.float32)
+
+
+def whole_or_parts(name: str, own: Mapping[str, Any], pipeline: Any, process: Any) -> None:
+    """Raise UsageError unless either a whole pipeline or all of our own components (and no pipeline) are given."""
+    given = sorted(part for part, value in own.items() if value is not None)
+    if (pipeline is None and len(given) < len(own)) or (pipeline is not None and (given or process is not None)):
+        raise UsageError(
+            f"{name} takes either a diffusers pipeline or all of {', '.join(own)}; got "
+            f"{'a pipeline and ' if pipeline is not None else ''}{', '.join(given) or 'nothing'}."
+        )

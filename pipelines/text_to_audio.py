@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gencontrol.errors import UsageError
 from gencontrol.pipelines import arguments
 from gencontrol.pipelines.artefacts import sound_artefacts
 from gencontrol.pipelines.backend import AudioBackend, NativeAudio, ProcessSpec
@@ -55,12 +54,7 @@ class TextToAudioPipeline(PromptedPipeline):
             UsageError: both or neither are given, a component is missing, or a pipeline of another kind.
         """
         own = {"transformer": transformer, "text_encoder": text_encoder, "tokenizer": tokenizer, "codec": codec}
-        given = sorted(name for name, part in own.items() if part is not None)
-        if (pipeline is None and len(given) < len(own)) or (pipeline is not None and (given or process is not None)):
-            raise UsageError(
-                f"TextToAudioPipeline takes either a diffusers pipeline or all of {', '.join(own)}; got "
-                f"{'a pipeline and ' if pipeline is not None else ''}{', '.join(given) or 'nothing'}."
-            )
+        arguments.whole_or_parts("TextToAudioPipeline", own, pipeline, process)
         if pipeline is None:
             spec = process if process is not None else ProcessSpec()
             self._set_backend(NativeAudio(transformer, text_encoder, tokenizer, codec, spec))

@@ -16,7 +16,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gencontrol.data.images import png_grid, to_pil
-from gencontrol.errors import UsageError
 from gencontrol.pipelines import arguments
 from gencontrol.pipelines.backend import ProcessSpec
 from gencontrol.pipelines.image_backend import ImageBackend, NativeImage
@@ -57,12 +56,7 @@ class TextToImagePipeline(PromptedPipeline):
             UsageError: both or neither are given, a component is missing, or a pipeline of another kind.
         """
         own = {"transformer": transformer, "text_encoder": text_encoder, "tokenizer": tokenizer}
-        given = sorted(name for name, part in own.items() if part is not None)
-        if (pipeline is None and len(given) < len(own)) or (pipeline is not None and (given or process is not None)):
-            raise UsageError(
-                f"TextToImagePipeline takes either a diffusers pipeline or all of {', '.join(own)}; got "
-                f"{'a pipeline and ' if pipeline is not None else ''}{', '.join(given) or 'nothing'}."
-            )
+        arguments.whole_or_parts("TextToImagePipeline", own, pipeline, process)
         if pipeline is None:
             spec = process if process is not None else ProcessSpec()
             self._set_backend(NativeImage(transformer, text_encoder, tokenizer, spec))

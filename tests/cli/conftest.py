@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.search_run import REWARD
+
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -23,3 +25,12 @@ def prompts(tmp_path: Path) -> Path:
     path = tmp_path / "prompts.txt"
     path.write_text("a bell\ntwo drums\nsad cello\nrain\n")
     return path
+
+
+@pytest.fixture
+def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a module of user rewards."""
+    module = f"search_judge_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{module}.py").write_text(REWARD)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return module
