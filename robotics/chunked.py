@@ -36,6 +36,9 @@ class PolicySpec:
         horizon: actions in a chunk, counted from the oldest observation in the history.
         n_obs: observations in the history.
         n_action: actions executed before the next chunk, at most horizon − n_obs + 1.
+        control: what an action means, e.g. "delta end effector, 20 Hz"; "" where nobody said.  Policies that say
+            different things are not composed.
+        task_conditioned: whether the policy is told which task to do.
 
     Raises:
         UsageError: sizes do not fit.
@@ -46,6 +49,8 @@ class PolicySpec:
     horizon: int = 16
     n_obs: int = 2
     n_action: int = 8
+    control: str = ""
+    task_conditioned: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a chunk that ends before its actions are executed."""

@@ -152,6 +152,8 @@ class Denoiser(nn.Module):
         process: the noise law.
         prediction: coordinates of the output; None for a MaskedProcess.
         sigma_data: standard deviation of the data, used by EDM alone.
+        eps_floor: the log-SNR below which an EPS network is not asked.  A table of discrete steps that were all trained
+            (a robot policy's DDPM, whose x0 is clipped) may lower it to reproduce its first step exactly.
     """
 
     def __init__(
@@ -160,6 +162,7 @@ class Denoiser(nn.Module):
         process: GaussianProcess | MaskedProcess,
         prediction: Prediction | str | None = None,
         sigma_data: float = 0.5,
+        eps_floor: float = EPS_LOGSNR_FLOOR,
     ) -> None:
         super().__init__()
         if (prediction is None) != isinstance(process, MaskedProcess):
@@ -170,8 +173,8 @@ class Denoiser(nn.Module):
         self.sigma_data = sigma_data
         self._t_max = 1.0
         if self.prediction == Prediction.EPS and isinstance(process, GaussianProcess):
-            if 2 * process.schedule.at(1.0).half_logsnr < EPS_LOGSNR_FLOOR:
-                self._t_max = process.schedule.time_at(EPS_LOGSNR_FLOOR)
+            if 2 * process.schedule.at(1.0).half_logsnr < eps_floor:
+                self._t_max = process.schedule.time_at(eps_floor)
 
     def forward(self, xt: Tensor, t: Time, cond: Cond = None) -> Pred | TokenPred:
         """Run the network at x_t [b *d] and t (float or [b])."""

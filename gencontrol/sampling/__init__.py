@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-from gencontrol.sampling.guidance import cfg, compose, inpaint, retime, score_shift
+from gencontrol.sampling.guidance import cfg, clip_x0, compose, inpaint, own_conditions, retime, score_shift
 from gencontrol.sampling.loop import STEPS, Callback, Path, make_step, sample
 from gencontrol.sampling.masked_steps import Ancestral as ancestral
 from gencontrol.sampling.masked_steps import Blocks as blocks
@@ -47,6 +47,7 @@ __all__ = [
     "best_of_n",
     "blocks",
     "cfg",
+    "clip_x0",
     "compose",
     "confidence",
     "das",
@@ -59,6 +60,7 @@ __all__ = [
     "importance_sampling",
     "inpaint",
     "make_step",
+    "own_conditions",
     "retime",
     "sample",
     "score_shift",

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from gencontrol.models.denoiser import Pred, TokenPred
 from gencontrol.process.gaussian import GaussianProcess, Time
 from gencontrol.process.masked import MaskedProcess
-from gencontrol.process.schedule import column
+from gencontrol.process.schedule import Scalar, column
 from gencontrol.sampling.state import repeat_cond
 from gencontrol.types import Cond, Grouped, Prediction, cat_cond, cond_rows
 
 #: (prediction at (x_t, t), t, condition) → a score [b *d] to add; x_t and x0 are attributes of the prediction.
 ScoreFn = Callable[[Pred, Time, Cond], Tensor]
+#: weights of a composition: one per model, or a function of the log-SNR that returns them; see `compose`
+Weights = Sequence[float | Tensor] | Callable[[float | Tensor], Sequence[float | Tensor]]
 
 
 class Control(nn.Module):
@@ -129,49 +131,117 @@ def retime(model: Any, process: GaussianProcess) -> Control:
 class _Composed(Control):
     """Convex mix of the predictions of several models."""
 
-    def __init__(self, models: Sequence[Any], weights: Sequence[float]) -> None:
+    def __init__(self, models: Sequence[Any], weights: Weights, *, own_conditions: bool) -> None:
         super().__init__(models[0].process)
         self.models = list(models)
-        self.weights = list(weights)
+        self.weights = weights if callable(weights) else _convex(weights, len(models))
+        self.own_conditions = own_conditions
         for index, model in enumerate(models):
             if isinstance(model, nn.Module):
                 self.add_module(f"model{index}", model)
 
+    def weights_at(self, xt: Tensor, t: Time) -> list[Scalar]:
+        """Return one weight per model at t, each a float or broadcastable against x_t."""
+        if not callable(self.weights):
+            return [value if isinstance(value, float) else value.to(xt.device) for value in self.weights]
+        if isinstance(self.process, MaskedProcess):
+            raise ValueError("weights by log-SNR need Gaussian models; masked tokens have none")
+        return _convex(self.weights(2 * self.process.at(t, xt).half_logsnr), len(self.models))
+
+    def predictions(
+        self, xt: Tensor, t: Time, cond: Cond, weights: Sequence[Scalar]
+    ) -> list[tuple[Pred | TokenPred, Scalar]]:
+        """Return (prediction, weight) of every model whose weight is not the number 0."""
+        found = []
+        for index, (model, weight) in enumerate(zip(self.models, weights)):
+            if isinstance(weight, float) and weight == 0.0:
+                continue
+            own = cond[f"model{index}"] if self.own_conditions else cond
+            found.append((model(xt, t, own), weight))
+        return found
+
     def forward(self, xt: Tensor, t: Time, cond: Cond = None) -> Pred | TokenPred:
         """Predict with one call of every model whose weight is not 0."""
-        active = [(model, weight) for model, weight in zip(self.models, self.weights) if weight > 0]
-        preds = [model(xt, t, cond) for model, _ in active]
-        if len(preds) == 1:
-            return preds[0]
+        found = self.predictions(xt, t, cond, self.weights_at(xt, t))
+        if len(found) == 1:
+            return found[0][0]
         if isinstance(self.process, MaskedProcess):
-            return TokenPred(_mix([p.log_probs for p in preds], [w for _, w in active]), xt)
-        mixed = _mix([p.v for p in preds], [w for _, w in active])
-        return Pred(mixed, preds[0].xt, self.process.at(t, xt), Prediction.V)
+            return TokenPred(_mix([(pred.log_probs, w) for pred, w in found if isinstance(pred, TokenPred)]), xt)
+        preds = [(pred, weight) for pred, weight in found if isinstance(pred, Pred)]
+        mixed = _mix([(pred.v, weight) for pred, weight in preds])
+        return Pred(mixed, preds[0][0].xt, self.process.at(t, xt), Prediction.V)
 
 
-def compose(models: Sequence[Any], weights: Sequence[float]) -> Control:
+def compose(models: Sequence[Any], weights: Weights, *, own_conditions: bool = False) -> Control:
     """Mix several models with convex weights into one that has the FIRST model's process.
 
     Gaussian models are compared at equal signal-to-noise ratio: the mix of their scores.  Token models must share their
     vocabulary and masking; their log-probabilities are mixed (a geometric mean, normalised by the softmax).
 
+    Args:
+        weights: one per model: numbers, tensors that broadcast against x_t (a weight per dimension or position), or a
+            function of the log-SNR that returns them (Gaussian models alone).  The function gets a float, or with a
+            time per item a tensor [b 1 … 1].  A model whose weight is the number 0 is not called.
+        own_conditions: the condition holds one per model, as `own_conditions(conds)` returns it.
+
     Raises:
         ValueError: weights are negative, do not sum to 1 (1e-6), or the processes cannot be compared.
     """
-    if not models or len(models) != len(weights):
-        raise ValueError(f"compose got {len(models)} models and {len(weights)} weights; give one weight per model")
-    values = [float(w) for w in weights]
-    if min(values) < 0 or abs(sum(values) - 1) > 1e-6:
-        raise ValueError(f"compose weights {values} are not convex; they must be >= 0 and sum to 1")
+    if not models or (not callable(weights) and len(models) != len(weights)):
+        given = "a function" if callable(weights) else str(len(weights))
+        raise ValueError(f"compose got {len(models)} models and {given} weights; give one weight per model")
     first = models[0].process
     if isinstance(first, MaskedProcess):
         if any(model.process != first for model in models):
             raise ValueError("compose needs token models with the same MaskedProcess")
-        return _Composed(models, values)
+        return _Composed(models, weights, own_conditions=own_conditions)
     if not all(isinstance(model.process, GaussianProcess) for model in models):
         raise ValueError("compose cannot mix Gaussian and masked models")
     same = [model if model.process.schedule is first.schedule else retime(model, first) for model in models]
-    return _Composed(same, values)
+    return _Composed(same, weights, own_conditions=own_conditions)
+
+
+def own_conditions(conds: Sequence[Cond]) -> Cond:
+    """Return the condition of a composition whose models have one each, in their order."""
+    return {f"model{index}": cond for index, cond in enumerate(conds)}
+
+
+def _convex(weights: Sequence[Scalar], count: int) -> list[Scalar]:
+    """Check weights; numbers become floats.  Tensors on an accelerator are not looked at (it would stall it)."""
+    values: list[Scalar] = [w if isinstance(w, Tensor) and w.ndim else float(w) for w in weights]
+    total = sum(values)
+    bad = len(values) != count
+    for value, low, high in [*((value, -1e-6, math.inf) for value in values), (total, 1 - 1e-6, 1 + 1e-6)]:
+        if isinstance(value, Tensor):
+            bad = bad or (value.device.type == "cpu" and not bool(((value >= low) & (value <= high)).all()))
+        else:
+            bad = bad or not low <= value <= high or (low < 0 and value < 0)
+    if bad:
+        raise ValueError(f"compose weights {values} are not convex; give {count} that are >= 0 and sum to 1")
+    return values
+
+
+class _Clipped(Control):
+    """A Gaussian model whose clean prediction is bounded."""
+
+    def __init__(self, model: Any, bound: float) -> None:
+        super().__init__(model.process)
+        self.model, self.bound = model, bound
+
+    def forward(self, xt: Tensor, t: Time, cond: Cond = None) -> Pred:
+        """Predict with x0 clamped; eps follows from the clamped x0."""
+        pred = self.model(xt, t, cond)
+        return pred.replace(pred.x0.clamp(-self.bound, self.bound), Prediction.X0)
+
+
+def clip_x0(model: Any, bound: float) -> Control:
+    """Clamp the clean prediction to [-bound, bound] and let eps follow from it (`clip_sample` of diffusers).
+
+    Around a composition this clips the mix, not its parts, so that a weight of 1 remains the model alone.
+    """
+    if not isinstance(model.process, GaussianProcess) or not bound > 0:
+        raise ValueError(f"clip_x0 needs a Gaussian model and a bound > 0, not {bound}")
+    return _Clipped(model, float(bound))
 
 
 class _Shifted(Control):
@@ -237,9 +307,10 @@ def inpaint(model: Any, x_known: Shaped[Tensor, "#b *d"], mask: Shaped[Tensor, "
     return _Inpainted(model, x_known, mask)
 
 
-def _mix(values: Sequence[Tensor], weights: Sequence[float]) -> Float[Tensor, "*d"]:
+def _mix(parts: Sequence[tuple[Tensor, Scalar]]) -> Float[Tensor, "*d"]:
     """Weighted sum."""
-    total = weights[0] * values[0]
-    for value, weight in zip(values[1:], weights[1:]):
-        total = torch.add(total, value, alpha=weight)
+    value, weight = parts[0]
+    total = weight * value
+    for value, weight in parts[1:]:
+        total = total + weight * value if isinstance(weight, Tensor) else torch.add(total, value, alpha=weight)
     return total

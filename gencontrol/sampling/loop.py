@@ -129,8 +129,8 @@ def sample(
         shape: (b, *d) of the result.
         steps: number of steps; may be left out when `times` holds values.
         step: name or Step object; None is euler, or ancestral for tokens.
-        generator: one for the batch, or a list with one per sample, which makes a sample independent of its batch;
-            None uses torch's global generator.
+        generator: one for the batch, or a list with one per sample or `Keyed` (step i takes its counter + i + 1),
+            which make a sample independent of its batch; None uses torch's global generator.
         cond: condition of batch b.
         callback: called after every step with (index, time reached, x); a returned tensor replaces x.
         x_init: state at the first time, instead of a draw from the prior.
@@ -162,7 +162,7 @@ def sample(
         with torch.set_grad_enabled(graph and index >= len(grid) - 1 - grad_steps):
             noise = None
             if chosen.stochastic_at(t_next):
-                noise = chosen.draw(state.x, generator)
+                noise = chosen.draw(state.x, _of_step(generator, index))
             state = chosen(model, state, t, t_next, cond, noise)
             if callback is not None:
                 replaced = callback(index, t_next, state.x)
@@ -176,6 +176,11 @@ def sample(
     known = [value for value in log_probs if value is not None]
     complete = torch.stack(known) if len(known) == len(log_probs) else None
     return Path(state.x, torch.stack(states), tuple(grid), complete)
+
+
+def _of_step(generator: Generators, index: int) -> Generators:
+    """Keyed noise has no state: every step takes a counter of its own, the prior the first."""
+    return Keyed(generator.keys, generator.counter + index + 1) if isinstance(generator, Keyed) else generator
 
 
 def _start(
