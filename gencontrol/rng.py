@@ -37,6 +37,11 @@ class Keyed:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def draws(self, counters: Sequence[int]) -> Keyed:
+        """Return several draws as one batch: row j·b + i is row i of `Keyed(keys, counters[j])`."""
+        steps = torch.tensor([int(counter) for counter in counters], device=self.keys.device) * _GOLDEN
+        return Keyed((self.keys + steps[:, None]).flatten())
+
     def uniform(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Float[Tensor, "b *d"]:
         """Return float64 numbers in [0, 1), 53 random bits each; shape[0] must be the number of keys.
 

@@ -176,6 +176,11 @@ class Denoiser(nn.Module):
             if 2 * process.schedule.at(1.0).half_logsnr < eps_floor:
                 self._t_max = process.schedule.time_at(eps_floor)
 
+    @property
+    def t_max(self) -> float:
+        """The last time that the network is asked at; 1 unless `eps_floor` holds it back."""
+        return self._t_max
+
     def forward(self, xt: Tensor, t: Time, cond: Cond = None) -> Pred | TokenPred:
         """Run the network at x_t [b *d] and t (float or [b])."""
         if isinstance(cond, Grouped) and not isinstance(self.network, TakesGroups):

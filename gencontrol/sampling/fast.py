@@ -1,0 +1,143 @@
+"""A Gaussian sampler for small networks, where the loop itself would cost as much as the network.
+
+`sample` builds objects at every step (predictions, states); this one reduces a step to two linear combinations whose
+numbers are computed once per grid, worked out in place.  Same numbers as `sample` with `ddim` or `euler` to rounding,
+with `clip_x0(model, limit)` in the place of the model where x0 is clipped (tested against it).
+
+With a network output r of any prediction type, x0 = p·x + q·r and the step is x' = keep·x + move·x0 + std·noise.  A
+clipped x0 gives its own eps = (x − a·x0)/s (gpc.md §2.4; diffusers' `clip_sample` does the same for DDPM).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gencontrol.models.denoiser import Denoiser
+from gencontrol.process.convert import convert_weights
+from gencontrol.process.gaussian import GaussianProcess
+from gencontrol.rng import Keyed
+from gencontrol.sampling.steps import Ddim, Euler
+from gencontrol.types import Prediction
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """The numbers of every step of a grid.
+
+    Args:
+        times: at which the network is asked.
+        p, q: x0 = p·x + q·output.
+        keep, move, std: x' = keep·x + move·x0 + std·noise.
+        limit: x0 is clipped to ± this; infinity does not clip.
+    """
+
+    times: tuple[float, ...]
+    p: tuple[float, ...]
+    q: tuple[float, ...]
+    keep: tuple[float, ...]
+    move: tuple[float, ...]
+    std: tuple[float, ...]
+    limit: float
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether any step draws noise."""
+        return any(self.std)
+
+
+def step_table(
+    process: GaussianProcess,
+    prediction: Prediction,
+    grid: Sequence[float],
+    step: Ddim | Euler,
+    *,
+    limit: float = float("inf"),
+    t_max: float = 1.0,
+) -> StepTable:
+    """Compute the table of a grid of decreasing times that ends at 0.
+
+    Args:
+        prediction: what the network outputs; X0 makes `run` take clean predictions (a composition).
+        step: `Ddim(eta)` or `Euler()`.
+        limit: of the clean prediction.
+        t_max: of the Denoiser.
+    """
+    like = torch.empty(0)
+    rows = []
+    for t, t_next in zip(grid, grid[1:]):
+        asked = min(t, t_max)
+        at = process.schedule.at(asked)
+        p, q = convert_weights(prediction, Prediction.X0, at)
+        if t_next == 0.0:
+            rows.append((asked, p, q, 0.0, 1.0, 0.0))
+            continue
+        if isinstance(step, Euler):
+            keep, move, std = 1.0 + (t_next - t) * at.ds / at.s, (t_next - t) * (at.da - at.ds * at.a / at.s), 0.0
+        else:
+            w0, w1, std = (float(value) for value in process.step_weights(t, t_next, step.eta, like))
+            keep, move = w1 / at.s, w0 - w1 * at.a / at.s
+        rows.append((asked, float(p), float(q), keep, move, std))
+    times, p, q, keep, move, std = (tuple(column) for column in zip(*rows))
+    return StepTable(times, p, q, keep, move, std, limit)
+
+
+def run(
+    table: StepTable,
+    output: Callable[[int, Tensor], Tensor],
+    x: Float[Tensor, "b *d"],
+    noise: Sequence[Tensor] | None = None,
+) -> Float[Tensor, "b *d"]:
+    """Take all steps.
+
+    Args:
+        output: (index of the step, x) → the network's output there, which may share no memory with x.
+        x: the state at the first time; overwritten.
+        noise: one [b *d] for each step but the last; needed where the table has a deviation.
+
+    Returns:
+        The clean sample; before the last clipping it is not kept.
+    """
+    x0, clip = torch.empty_like(x), table.limit != float("inf")
+    for k in range(len(table.times)):
+        raw = output(k, x)
+        torch.mul(x, table.p[k], out=x0).add_(raw, alpha=table.q[k])
+        if clip:
+            x0.clamp_(-table.limit, table.limit)
+        if table.keep[k] == 0.0 and table.move[k] == 1.0:
+            return x0
+        x.mul_(table.keep[k]).add_(x0, alpha=table.move[k])
+        if table.std[k]:
+            assert noise is not None  # the caller asks `stochastic`
+            x.add_(noise[k], alpha=table.std[k])
+    return x
+
+
+def step_noise(table: StepTable, shape: Sequence[int], noise: Keyed) -> Sequence[Tensor] | None:
+    """Return the noise of all steps, that of step k being draw k + 1 of the rows' streams; None where none is needed.
+
+    One hash serves all steps.
+    """
+    if not table.stochastic:
+        return None
+    count = len(table.times) - 1
+    draws = noise.draws(range(1, count + 1)).normal((count * shape[0], *shape[1:]), noise.keys.device)
+    return draws.view(count, *shape).unbind(0)
+
+
+def table_of(
+    denoiser: Denoiser, grid: Sequence[float], step: Ddim | Euler, *, limit: float = float("inf")
+) -> StepTable:
+    """Return the table of a denoiser's own prediction type.
+
+    Raises:
+        ValueError: a masked model, or an EDM network (its input is scaled).
+    """
+    if not isinstance(denoiser.process, GaussianProcess) or denoiser.prediction in (None, Prediction.EDM):
+        raise ValueError("the fast sampler needs a Gaussian denoiser of a prediction type other than EDM")
+    assert denoiser.prediction is not None
+    return step_table(denoiser.process, denoiser.prediction, grid, step, limit=limit, t_max=denoiser.t_max)
