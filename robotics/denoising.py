@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gencontrol.data.normalize import Normalizer
 from gencontrol.errors import UsageError
 from gencontrol.rng import Keyed
 from gencontrol.robotics.chunked import ChunkedPolicy, PolicySpec
@@ -24,91 +24,6 @@ from gencontrol.types import Cond
 
 #: key → [b n_obs ...]
 History = Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Affine:
-    """An action normaliser, x = (a − shift)/scale per dimension; what composition compares.
-
-    Args:
-        shift, scale: [A]; scale > 0.
-
-    Raises:
-        UsageError: shapes differ, a scale is not > 0, or a number is not finite.
-    """
-
-    shift: Float[Tensor, " a"]
-    scale: Float[Tensor, " a"]
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be undone."""
-        fits = self.shift.ndim == 1 and self.shift.shape == self.scale.shape
-        if not fits or not bool((self.scale > 0).all() & torch.isfinite(self.scale).all()):
-            raise UsageError("an action normaliser needs shift and scale of one length, every scale > 0 and finite.")
-        if not bool(torch.isfinite(self.shift).all()):
-            raise UsageError("an action normaliser has a shift that is not finite.")
-
-    @classmethod
-    def identity(cls, size: int) -> Affine:
-        """Return the normaliser of actions that are used as they are."""
-        return cls(torch.zeros(size), torch.ones(size))
-
-    def normalize(self, x: Float[Tensor, "*b a"]) -> Float[Tensor, "*b a"]:
-        """Return (x − shift)/scale."""
-        return (x - self.shift.to(x)) / self.scale.to(x)
-
-    def denormalize(self, x: Float[Tensor, "*b a"]) -> Float[Tensor, "*b a"]:
-        """Return x·scale + shift."""
-        return x * self.scale.to(x) + self.shift.to(x)
-
-
-class ActionNormalizer(Protocol):
-    """Any affine action normaliser: `Affine`, or the one that a policy of ours keeps."""
-
-    @property
-    def shift(self) -> Tensor:
-        """b of x = (a − b)/g, [A]."""
-        ...
-
-    @property
-    def scale(self) -> Tensor:
-        """g of x = (a − b)/g, [A]."""
-        ...
-
-    def denormalize(self, x: Tensor) -> Tensor:
-        """Return actions in the environment's units."""
-        ...
-
-
-@runtime_checkable
-class ParentModel(Protocol):
-    """What a policy must have to be composed.
-
-    Attributes:
-        spec: what it reads and writes.
-        denoiser: a Gaussian Model of normalised chunks [b horizon A]; process and prediction type declare its noise
-            convention.
-        action_normalizer: between normalised and environment units.
-        sampler: how its own chunks are drawn.
-        sampler_steps: steps of that sampler.
-    """
-
-    spec: PolicySpec
-    denoiser: Any
-    action_normalizer: Any
-
-    @property
-    def sampler_steps(self) -> int:
-        """Steps of its own sampler."""
-        ...
-
-    def encode(self, history: History) -> Cond:
-        """Return the condition of the denoiser for observations key → [b n_obs ...]."""
-        ...
-
-    def sample_chunk(self, observation: History, noise: Keyed) -> Tensor:
-        """Return chunks [b horizon A] in the environment's units, by its own sampler."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -158,19 +73,53 @@ class ChunkSampler:
         )
 
 
+@runtime_checkable
+class ParentModel(Protocol):
+    """What a policy must have to be composed.
+
+    Attributes:
+        spec: what it reads and writes.
+        denoiser: a Gaussian Model of normalised chunks [b horizon A]; process and prediction type declare its noise
+            convention.
+        action_normalizer: between normalised and environment units.
+        sampler: how its own chunks are drawn.
+        sampler_steps: steps of that sampler.
+    """
+
+    spec: PolicySpec
+    denoiser: Any
+    action_normalizer: Normalizer
+    sampler: ChunkSampler
+
+    @property
+    def sampler_steps(self) -> int:
+        """Steps of its own sampler."""
+        ...
+
+    def encode(self, history: History) -> Cond:
+        """Return the condition of the denoiser for observations key → [b n_obs ...]."""
+        ...
+
+    def sample_chunk(self, observation: History, noise: Keyed) -> Tensor:
+        """Return chunks [b horizon A] in the environment's units, by its own sampler."""
+        ...
+
+    def finish(self, chunk: Tensor) -> Tensor:
+        """Return normalised chunks [b h A], of any horizon, in the environment's units."""
+        ...
+
+
 class DenoisingPolicy(ChunkedPolicy):
     """A chunked policy over a denoiser; subclasses give `encode`.
 
     Args:
         spec: what it reads and writes.
         denoiser: Gaussian Model of normalised chunks.
-        action_normalizer: with shift, scale and denormalize.
+        action_normalizer: between normalised and environment units.
         sampler: how chunks are drawn.
     """
 
-    def __init__(
-        self, spec: PolicySpec, denoiser: Any, action_normalizer: ActionNormalizer, sampler: ChunkSampler
-    ) -> None:
+    def __init__(self, spec: PolicySpec, denoiser: Any, action_normalizer: Normalizer, sampler: ChunkSampler) -> None:
         super().__init__()
         self.spec = spec
         self.denoiser = denoiser
@@ -195,4 +144,8 @@ class DenoisingPolicy(ChunkedPolicy):
         """
         shape = (len(noise), self.spec.horizon, self.spec.action_dim)
         chunk = self.sampler.draw(self.denoiser, shape, noise, self.encode(observation))
+        return self.finish(chunk)
+
+    def finish(self, chunk: Float[Tensor, "b h a"]) -> Float[Tensor, "b h a"]:
+        """Return a normalised chunk, of any horizon, in the environment's units."""
         return self.action_normalizer.denormalize(chunk)
