@@ -232,7 +232,9 @@ def merge_specs(
     if len(controls) > 1:
         raise UsageError(f"the parents' actions mean different things: {', '.join(sorted(controls))}.")
     if len({spec.task_conditioned for spec in specs}) > 1:
-        warnings.warn("a parent that is told the task is mixed with one that is not; the mix may ignore the task")
+        warnings.warn(
+            "a parent that is told the task is mixed with one that is not; the mix may ignore the task", stacklevel=3
+        )
     n_obs = max(spec.n_obs for spec in specs)
     windows = [(n_obs - spec.n_obs, n_obs - spec.n_obs + spec.horizon) for spec in specs]
     length = max(stop for _, stop in windows)
@@ -259,8 +261,8 @@ def _check_parent(name: str, parent: object) -> None:
     """Refuse a policy that declares no noise convention."""
     if not isinstance(parent, ParentModel):
         raise UsageError(
-            f"'{name}' ({type(parent).__name__}) cannot be composed: it declares no denoiser, action_normalizer, sampler "
-            f"and encode; wrap it with gencontrol.robotics.foreign.ForeignPolicy."
+            f"'{name}' ({type(parent).__name__}) cannot be composed: it declares no denoiser, action_normalizer, "
+            f"sampler and encode; wrap it with gencontrol.robotics.foreign.ForeignPolicy."
         )
     if not isinstance(getattr(parent.denoiser, "process", None), GaussianProcess):
         raise UsageError(

@@ -119,7 +119,7 @@ class Superposition(ABC):
         weights: Tensor,
         clip: float | None,
     ) -> tuple[Tensor, Tensor, Tensor, int]:
-        """One ancestral step: the next state, its weights, the log-densities there and how many weights were clipped."""
+        """One ancestral step: next state, weights, log-densities there, and how many weights were clipped."""
         here, there = process.at(times[0], x), process.landing(times[1], x)
         w0, w1, std = Ddim(1.0).weights(process, *times, x)
         step_noise = std * xi

@@ -310,7 +310,8 @@ def _svg(fit: WeightFit) -> str:
         return edge + weight * (width - 2 * edge), height - edge - rate * (height - 2 * edge)
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        'font-size="12">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
         f'<text x="{width / 2}" y="{height - 10}" text-anchor="middle">weight of {_escaped(fit.names[0])}</text>',
         f'<text x="{edge}" y="20">success on validation seeds, 95 % ({_escaped(fit.method)})</text>',
