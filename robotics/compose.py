@@ -27,7 +27,7 @@ from gencontrol.robotics.denoising import ChunkSampler, History, ParentModel
 from gencontrol.robotics.operators import And, Or, Superposition
 from gencontrol.robotics.placing import covered, place, share_where_covered
 from gencontrol.robotics.weight_search import WeightFit, fit_weights
-from gencontrol.sampling.guidance import Control, Weights, compose, own_conditions
+from gencontrol.sampling.guidance import Composed, Weights, compose, own_conditions
 from gencontrol.types import Cond
 
 __all__ = ["ComposedPolicy", "WeightFit", "compose_prediction", "fit_weights"]
@@ -126,7 +126,7 @@ class ComposedPolicy(ChunkedPolicy):
             **self._given,  # type: ignore[arg-type]
         )
 
-    def model(self) -> Control:
+    def model(self) -> Composed:
         """Return the composition as a Model of normalised chunks; its condition is what `condition` returns."""
         return compose(self._models, self._ordered(self.weights), own_conditions=True)
 

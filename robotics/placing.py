@@ -1,8 +1,8 @@
 """A parent inside a composition: its window of the composed chunk, and its action space against the reference's.
 
 x0_i = r·x0 + c per dimension, with r = g_ref/g_i and c = (b_ref − b_i)/g_i for normalisers x = (a − b)/g.  A shift
-alone (r = 1) is exact: x_t moves by a·c and eps stays.  A scale changes the signal-to-noise ratio of a dimension by r, which
-no time can undo; what `Placed` does then is an approximation (gpc.md §3.3, derived).
+alone (r = 1) is exact: x_t moves by a·c and eps stays.  A scale changes the signal-to-noise ratio of a dimension by r,
+which no time can undo; what `Placed` does then is an approximation (gpc.md §3.3, derived).
 """
 
 from __future__ import annotations

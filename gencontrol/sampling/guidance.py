@@ -128,7 +128,7 @@ def retime(model: Any, process: GaussianProcess) -> Control:
     return _Retimed(model, process)
 
 
-class _Composed(Control):
+class Composed(Control):
     """Convex mix of the predictions of several models."""
 
     def __init__(self, models: Sequence[Any], weights: Weights, *, own_conditions: bool) -> None:
@@ -162,7 +162,10 @@ class _Composed(Control):
 
     def forward(self, xt: Tensor, t: Time, cond: Cond = None) -> Pred | TokenPred:
         """Predict with one call of every model whose weight is not 0."""
-        found = self.predictions(xt, t, cond, self.weights_at(xt, t))
+        return self.mixed(self.predictions(xt, t, cond, self.weights_at(xt, t)), xt, t)
+
+    def mixed(self, found: Sequence[tuple[Pred | TokenPred, Scalar]], xt: Tensor, t: Time) -> Pred | TokenPred:
+        """Return the weighted mix of predictions at (x_t, t); one alone is returned as it is."""
         if len(found) == 1:
             return found[0][0]
         if isinstance(self.process, MaskedProcess):
@@ -172,7 +175,7 @@ class _Composed(Control):
         return Pred(mixed, preds[0][0].xt, self.process.at(t, xt), Prediction.V)
 
 
-def compose(models: Sequence[Any], weights: Weights, *, own_conditions: bool = False) -> Control:
+def compose(models: Sequence[Any], weights: Weights, *, own_conditions: bool = False) -> Composed:
     """Mix several models with convex weights into one that has the FIRST model's process.
 
     Gaussian models are compared at equal signal-to-noise ratio: the mix of their scores.  Token models must share their
@@ -194,11 +197,11 @@ def compose(models: Sequence[Any], weights: Weights, *, own_conditions: bool = F
     if isinstance(first, MaskedProcess):
         if any(model.process != first for model in models):
             raise ValueError("compose needs token models with the same MaskedProcess")
-        return _Composed(models, weights, own_conditions=own_conditions)
+        return Composed(models, weights, own_conditions=own_conditions)
     if not all(isinstance(model.process, GaussianProcess) for model in models):
         raise ValueError("compose cannot mix Gaussian and masked models")
     same = [model if model.process.schedule is first.schedule else retime(model, first) for model in models]
-    return _Composed(same, weights, own_conditions=own_conditions)
+    return Composed(same, weights, own_conditions=own_conditions)
 
 
 def own_conditions(conds: Sequence[Cond]) -> Cond:
