@@ -28,6 +28,11 @@ PRETRAIN = {
     "scenes": "gencontrol.algorithms.pretrain_scenes:ScenesPretrain",
     "scene-readers": "gencontrol.algorithms.pretrain_scene_readers:SceneReadersPretrain",
 }
+#: what `gencontrol train` makes from data sets
+TRAIN = {
+    "diffusion-policy": "gencontrol.algorithms.policy_pretrain:DiffusionPolicyPretrain",
+    "flow-policy": "gencontrol.algorithms.policy_pretrain:FlowPolicyPretrain",
+}
 REWARDS = {
     "clap": "gencontrol.rewards.clap:ClapReward",
     "fad": "gencontrol.rewards.distribution:FadReward",

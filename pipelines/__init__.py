@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from gencontrol.pipelines.base import Pipeline
     from gencontrol.pipelines.class_to_image import ClassToImagePipeline
     from gencontrol.pipelines.outputs import AudioPipelineOutput, ImagePipelineOutput
+    from gencontrol.pipelines.policy import ComposedPolicyPipeline, PolicyPipeline
     from gencontrol.pipelines.search_outputs import AudioSearchOutput, ImageSearchOutput
     from gencontrol.pipelines.text_to_audio import TextToAudioPipeline
     from gencontrol.pipelines.text_to_image import TextToImagePipeline
@@ -19,9 +20,11 @@ __all__ = [
     "AudioPipelineOutput",
     "AudioSearchOutput",
     "ClassToImagePipeline",
+    "ComposedPolicyPipeline",
     "ImagePipelineOutput",
     "ImageSearchOutput",
     "Pipeline",
+    "PolicyPipeline",
     "ProcessSpec",
     "TextToAudioPipeline",
     "TextToImagePipeline",
@@ -32,9 +35,11 @@ _WHERE = {
     "AudioPipelineOutput": "outputs",
     "AudioSearchOutput": "search_outputs",
     "ClassToImagePipeline": "class_to_image",
+    "ComposedPolicyPipeline": "policy",
     "ImagePipelineOutput": "outputs",
     "ImageSearchOutput": "search_outputs",
     "Pipeline": "base",
+    "PolicyPipeline": "policy",
     "ProcessSpec": "backend",
     "TextToAudioPipeline": "text_to_audio",
     "TextToImagePipeline": "text_to_image",

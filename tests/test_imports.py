@@ -31,7 +31,7 @@ TOP = {
     "algorithms": {*BELOW, "sampling", "algorithms", "rewards"},
     "rewards": {*FIRST, "rewards"},
     "train": {*FIRST, "train", "algorithms.base"},
-    "pipelines": {*BELOW, "sampling", "algorithms.task", "pipelines"},
+    "pipelines": {*BELOW, "sampling", "algorithms.task", "robotics", "pipelines"},
     "robotics": {*BELOW, "sampling", "algorithms", "rewards", "robotics"},
     "cli": {*FIRST, "cli"},
     "bench": {*BELOW, "sampling", "algorithms", "rewards", "robotics", "pipelines", "train", "bench"},

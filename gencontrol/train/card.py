@@ -63,6 +63,10 @@ def write_card(run_dir: str | Path) -> Path | None:
 def loading(run: RunData) -> tuple[str, str]:
     """Return lines of Python that load what the run made, and a shell command that uses it."""
     final = run.path / "final"
+    if run.record.get("kind") == "policy":
+        from gencontrol.train.card_policy import loading as policy_loading
+
+        return policy_loading(run)
     stage = run.config.get("run", {}).get("stage", "")
     if stage == "clap":
         return (
@@ -130,6 +134,10 @@ def _loading(run: RunData) -> str:
 def render_card(run: RunData) -> str:
     """Return the card as Markdown with the hub's metadata."""
     settings = run.config.get("run", {})
+    if run.record.get("kind") == "policy":
+        from gencontrol.train.card_policy import render
+
+        return render(run, _parameters(run), _provenance(run))
     if "reward" not in settings:
         return _pretrain_card(run)
     method, link = _METHODS.get(str(settings.get("algorithm")), (str(settings.get("algorithm")), ""))
@@ -243,7 +251,7 @@ def _data(settings: Any, words: _Words) -> str:
 
 def _parameters(run: RunData) -> list[str]:
     rows = ["| option | value |", "|---|---|"]
-    for section in ("train", "algorithm", "model", "process"):
+    for section in ("train", "algorithm", "model", "process", "policy"):
         rows += [f"| {section}.{key} | {value} |" for key, value in run.config.get(section, {}).items()]
     return [*rows, ""]
 

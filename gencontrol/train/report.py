@@ -56,6 +56,8 @@ def _what(run: RunData) -> str:
     if "reward" in settings:
         rewards = " + ".join(str(spec) for spec in settings["reward"])
         return f"{settings.get('algorithm', '')} towards {rewards}"
+    if run.record.get("kind") == "policy":
+        return f"{settings.get('algorithm', 'policy')} from {settings.get('dataset', 'demonstrations')}"
     return f"pretraining of {settings['stage']}" if "stage" in settings else "training"
 
 

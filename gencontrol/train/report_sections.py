@@ -15,6 +15,7 @@ KNOWN = {
     "eval/distance_to_base": ("Distance from the base model", "mean squared difference"),
     "loss/total": ("Training loss", "loss per item"),
     "eval/loss": ("Held-out loss", "loss per item"),
+    "eval/action_mse": ("Error of actions on held-out episodes", "mean square, normalised units"),
     "reward/valid_fraction": ("Samples that could be scored", "share of samples"),
     "sets/swap_acceptance": ("Accepted exchanges", "share of proposals"),
     "grad_norm": ("Gradient norm before clipping", "2-norm"),
