@@ -73,9 +73,15 @@ class _Row:
 
 
 class ChunkedPolicy(ABC):
-    """A policy that acts in chunks; subclasses give `spec` and `sample_chunk`."""
+    """A policy that acts in chunks; subclasses give `spec` and `sample_chunk`.
+
+    Libraries of linear algebra round differently for different batch sizes.  With `rows_at_once` set, `sample_chunk`
+    only ever sees batches of exactly this size (split, and padded with a repeated row), so that an action does not
+    depend on how many other rows ask with it; None hands over all rows that ask.
+    """
 
     spec: PolicySpec
+    rows_at_once: int | None = None
 
     def __init__(self) -> None:
         self._rows: dict[int, _Row] = {}
@@ -132,12 +138,19 @@ class ChunkedPolicy(ABC):
         """Sample one chunk for every row that has run out of actions."""
         if not states:
             return
+        size = self.rows_at_once or len(states)
+        for begin in range(0, len(states), size):
+            self._sample(states[begin : begin + size], size)
+
+    def _sample(self, states: list[_Row], size: int) -> None:
+        """Sample one chunk for each of at most `size` rows in a batch of exactly that size."""
+        asked = [*states, *[states[-1]] * (size - len(states))]
         keys = states[0].history[0].keys()
-        history = {key: np.stack([np.stack([step[key] for step in row.history]) for row in states]) for key in keys}
-        seeds = torch.tensor([row.seed for row in states], dtype=torch.int64)
-        noise = Keyed(row_keys(0, "policy", seeds, torch.tensor([row.decisions for row in states])))
+        history = {key: np.stack([np.stack([step[key] for step in row.history]) for row in asked]) for key in keys}
+        seeds = torch.tensor([row.seed for row in asked], dtype=torch.int64)
+        noise = Keyed(row_keys(0, "policy", seeds, torch.tensor([row.decisions for row in asked])))
         with torch.inference_mode():
-            chunks = self.sample_chunk(history, noise).float().cpu().numpy()
+            chunks = self.sample_chunk(history, noise)[: len(states)].float().cpu().numpy()
         first = self.spec.n_obs - 1
         for row, chunk in zip(states, chunks, strict=True):
             row.queue.extend(chunk[first : first + self.spec.n_action])
