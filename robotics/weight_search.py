@@ -19,6 +19,7 @@ import numpy as np
 
 from gencontrol.algorithms.stats import Estimate, wilson
 from gencontrol.errors import UsageError
+from gencontrol.robotics.statistics import bootstrap_mean
 
 if TYPE_CHECKING:
     from gencontrol.robotics.compose import ComposedPolicy
@@ -81,10 +82,7 @@ class WeightFit:
     def gain(self) -> Estimate:
         """Success of the chosen weights minus the best parent's, with a 95 % interval of the paired bootstrap."""
         pairs = np.array(self.test["composed"], float) - np.array(self.test[self.best_parent], float)
-        rng = np.random.default_rng(0)
-        means = pairs[rng.integers(0, len(pairs), (10_000, len(pairs)))].mean(1)
-        low, high = np.quantile(means, [0.025, 0.975])
-        return Estimate(float(pairs.mean()), float(low), float(high))
+        return bootstrap_mean(pairs)
 
     def table(self) -> str:
         """Return the arms and the result as Markdown tables."""

@@ -53,14 +53,14 @@ def sampled_law(model: Any, times: Sequence[float], eta: float) -> Law:
     Args:
         eta: 0 DDIM, 1 DDPM.
     """
-    step = ddim(eta)
-    ends = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
-    mean, variance = 0.0, float(model.process.schedule.at(times[0]).s) ** 2
-    for t, t_next in zip(times, times[1:]):
-        (at_zero, at_one), std = step.moments(model, ends, t, t_next)
-        slope = float(at_one - at_zero)
-        mean = float(at_zero) + slope * mean
-        variance = slope**2 * variance + float(std) ** 2
+    grid = torch.tensor(times, dtype=torch.float64)
+    ends = torch.tensor([[0.0], [1.0]], dtype=torch.float64).repeat_interleave(len(grid) - 1, 0)
+    means, std = ddim(eta).moments(model, ends, grid[:-1].repeat(2), grid[1:].repeat(2))  # all steps at once
+    at_zero, at_one = means.view(2, -1)
+    noise = torch.as_tensor(std).flatten().expand(2 * len(at_zero))[: len(at_zero)].square()
+    mean, variance = 0.0, model.process.schedule.at(times[0]).s ** 2
+    for constant, slope, added in zip(at_zero.tolist(), (at_one - at_zero).tolist(), noise.tolist()):
+        mean, variance = constant + slope * mean, slope**2 * variance + added
     return mean, math.sqrt(variance)
 
 

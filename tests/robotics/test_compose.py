@@ -1,0 +1,457 @@
+"""Composition of policies against closed forms and its own contracts (methods/gpc.md §10)."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from gencontrol.bench.gpc_exact import level_times, limit_law, mixture, part_a, sampled_law
+from gencontrol.data.normalize import Normalizer
+from gencontrol.errors import UsageError
+from gencontrol.models.denoiser import Denoiser
+from gencontrol.process import VP, Cosine, Edm, GaussianProcess, Linear
+from gencontrol.process.convert import from_x0_eps, to_x0_eps
+from gencontrol.robotics.chunked import PolicySpec
+from gencontrol.robotics.compose import ComposedPolicy, compose_prediction
+from gencontrol.robotics.denoising import ChunkSampler
+from gencontrol.robotics.foreign import ForeignPolicy, noise_model, velocity_model
+from gencontrol.robotics.mixing import ByLogSnr, PerChunkIndex, PerDim
+from gencontrol.robotics.policies import squaredcos
+from gencontrol.sampling import compose, ddim, retime
+from gencontrol.types import Prediction
+from tests.robotics.composition_parents import (
+    ACTIONS,
+    DIFFUSION,
+    FLOW,
+    HORIZON,
+    KEY,
+    SPEC,
+    chunk,
+    gaussian,
+    history,
+    noise,
+    parent,
+)
+
+
+class Broken(nn.Module):
+    """A denoiser that must not be called."""
+
+    process = DIFFUSION
+
+    def forward(self, xt, t, cond=None):
+        raise AssertionError("a parent of weight 0 was called")
+
+
+def broken() -> ForeignPolicy:
+    def refuse(found):
+        raise AssertionError("a parent of weight 0 was encoded")
+
+    return ForeignPolicy(SPEC, Broken(), sampler=ChunkSampler(10), encoder=refuse)
+
+
+# ---- 1: weight 1 is the parent -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", ["ddim", ddim(1.0), "euler", "heun"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_weight_one_is_the_parent_bit_for_bit(step, place: int) -> None:
+    only = parent(process=DIFFUSION if place else FLOW, sampler=ChunkSampler(7, step, clip=0.9))
+    parents = [broken(), broken()]
+    parents[place] = only
+    weights = [0.0, 0.0]
+    weights[place] = 1.0
+    assert torch.equal(chunk(ComposedPolicy(parents, weights)), chunk(only))
+
+
+def test_weight_one_through_the_queues_of_a_whole_episode() -> None:
+    only = parent(sampler=ChunkSampler(5, ddim(1.0), clip=None))
+    composed = ComposedPolicy([only, broken()], [1.0, 0.0])
+    for policy in (only, composed):
+        policy.reset(seeds=[5, 6])
+    for _ in range(5):
+        seen = {KEY: np.zeros((2, 3), np.float32)}
+        assert np.array_equal(composed.select_action(seen), only.select_action(seen))
+
+
+def test_a_schedule_that_gives_one_parent_everything_is_its_model() -> None:
+    other = parent(-0.4, 0.2)
+    composed = ComposedPolicy([other, broken()], schedule=lambda logsnr: [1.0, 0.0])
+    composed.parents[1].encoder = None  # a schedule may need it later: it is encoded, never called
+    assert torch.equal(chunk(composed), chunk(other))
+
+
+# ---- 2, 3, 12: identical parents, order, batch ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (0.13, 0.87), (0.2, 0.3, 0.5)])
+def test_identical_parents_give_the_parent(weights: tuple[float, ...]) -> None:
+    one = parent()
+    found = chunk(ComposedPolicy([one] * len(weights), weights))
+    torch.testing.assert_close(found, chunk(one), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("operator", ["convex", "or", "and"])
+def test_order_of_parents_does_not_matter(operator: str) -> None:
+    parents, weights = [parent(0.5, 0.3), parent(-0.2, 0.4), parent(0.1, 0.2)], [0.2, 0.5, 0.3]
+    expected = chunk(ComposedPolicy(parents, weights, operator=operator))
+    # AND solves a linear system, whose rounding depends on the order
+    atol = 1e-3 if operator == "and" else 1e-5
+    for order in itertools.permutations(range(3)):
+        composed = ComposedPolicy([parents[i] for i in order], [weights[i] for i in order], operator=operator)
+        torch.testing.assert_close(chunk(composed), expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("operator", ["convex", "or", "and"])
+def test_a_row_does_not_depend_on_its_batch(operator: str) -> None:
+    composed = ComposedPolicy([parent(0.5, 0.3), parent(-0.2, 0.4, FLOW)], [0.4, 0.6], operator=operator)
+    whole = composed.sample_chunk(history(4), noise(4))
+    for row in range(4):
+        torch.testing.assert_close(
+            composed.sample_chunk(history(1), noise(1, first=row))[0], whole[row], atol=1e-5, rtol=0
+        )
+
+
+# ---- 4, 5, 8: conversions ------------------------------------------------------------------------------------------
+
+KINDS = [Prediction.X0, Prediction.EPS, Prediction.V, Prediction.VELOCITY]
+
+
+@pytest.mark.parametrize("schedule", [squaredcos(100), Linear(), VP(), Cosine(), Edm()])
+@pytest.mark.parametrize("kind", KINDS)
+def test_predictions_round_trip(schedule, kind: Prediction) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, 5, 3, generator=generator, dtype=torch.float64)
+    process = GaussianProcess(schedule)
+    for t in (0.105, 0.5, 0.93):
+        c, xt = schedule.at(t), process.corrupt(x0, t, eps)
+        found = to_x0_eps(from_x0_eps(x0, eps, c, kind), xt, c, kind)
+        torch.testing.assert_close(torch.stack(found), torch.stack([x0, eps]), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("t", [0.05, 0.3, 0.71, 0.99])
+def test_diffusion_and_flow_times_round_trip_at_equal_ratio(t: float) -> None:
+    there, scale = DIFFUSION.matched(t, FLOW.schedule)
+    c, f = DIFFUSION.schedule.at(t), FLOW.schedule.at(there)
+    assert f.s == pytest.approx(c.s / (c.a + c.s), rel=1e-10)  # gpc.md §3.2
+    assert scale == pytest.approx(1 / (c.a + c.s), rel=1e-10)
+    assert f.half_logsnr == pytest.approx(c.half_logsnr, rel=1e-9, abs=1e-9)
+    back, inverse = FLOW.matched(there, DIFFUSION.schedule)
+    assert back == pytest.approx(t, abs=1e-9) and inverse * scale == pytest.approx(1.0, rel=1e-9)
+
+
+@pytest.mark.parametrize("k, ratio, u", [(95, 16.02, 0.9413), (50, 1.045, 0.5109), (0, 0.02513, 0.0245)])
+def test_the_alignment_table(k: int, ratio: float, u: float) -> None:
+    c = DIFFUSION.schedule.at((k + 1) / 100)
+    assert c.s / c.a == pytest.approx(ratio, rel=1e-3)
+    assert DIFFUSION.matched((k + 1) / 100, FLOW.schedule)[0] == pytest.approx(u, abs=1e-4)
+
+
+@pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
+def test_composition_commutes_with_the_prediction_type_for_convex_weights_only(t: float) -> None:
+    first, second = gaussian(0.5, 0.3), gaussian(-0.4, 0.6)
+    x = torch.randn(3, HORIZON, ACTIONS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    preds, c = (first(x, t), second(x, t)), DIFFUSION.schedule.at(t)
+    mixed = compose([first, second], [0.3, 0.7])(x, t)
+    for kind in KINDS:
+        raw = 0.3 * preds[0].to(kind) + 0.7 * preds[1].to(kind)
+        torch.testing.assert_close(to_x0_eps(raw, x, c, kind)[1], mixed.eps, rtol=0, atol=1e-6)
+    eps, x0 = (0.6 * preds[0].to(k) + 0.9 * preds[1].to(k) for k in (Prediction.EPS, Prediction.X0))
+    assert float(((x - c.s * eps) / c.a - x0).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("weights", [(0.0, 1.0), (0.4, 0.6), (1.0, 0.0)])
+def test_one_gaussian_as_diffusion_and_as_flow(weights: tuple[float, float]) -> None:
+    law, same = gaussian(0.5, 0.3), gaussian(0.5, 0.3, FLOW)
+    parents = [parent(0.5, 0.3), parent(0.5, 0.3, FLOW)]
+    x = torch.randn(3, HORIZON, ACTIONS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for t in level_times(20)[:-1]:
+        found = compose_prediction(parents, weights, x, t, [None, None])
+        torch.testing.assert_close(found.eps, law(x, t).eps, rtol=0, atol=1e-7)
+        torch.testing.assert_close(retime(same, DIFFUSION)(x, t).eps, law(x, t).eps, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("time_at_noise, sign", [(1.0, 1), (0.0, -1), (1.0, -1), (0.0, 1)])
+def test_declared_flow_conventions_are_undone(time_at_noise: float, sign: int) -> None:
+    law = gaussian(0.5, 0.3, FLOW)
+
+    def network(x, time, cond):
+        t = float(time[0]) if time_at_noise == 1.0 else 1 - float(time[0])
+        return sign * law(x, t).velocity
+
+    model = velocity_model(network, time_at_noise=time_at_noise, velocity_sign=sign)
+    x = torch.randn(2, HORIZON, ACTIONS, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(model(x, 0.375).x0, law(x, 0.375).x0, rtol=1e-5, atol=1e-6)
+    wrong = velocity_model(network, time_at_noise=time_at_noise, velocity_sign=-sign)
+    assert float((wrong(x, 0.375).x0 - law(x, 0.375).x0).abs().max()) > 0.1
+
+
+def test_a_noise_network_gets_the_index_of_its_level() -> None:
+    asked = []
+
+    def network(x, index, cond):
+        asked.append(float(index[0]))
+        return gaussian(0.5, 0.3)(x, (float(index[0]) + 1) / 100).eps
+
+    model = noise_model(network, schedule=squaredcos(100), prediction="epsilon")
+    policy = ForeignPolicy(SPEC, model, sampler=ChunkSampler(5, "ddim"))
+    chunk(policy)
+    assert asked == pytest.approx([80, 60, 40, 20, 0], abs=1e-4)
+    asked.clear()
+    chunk(ForeignPolicy(SPEC, model, sampler=ChunkSampler(100, "ddim")))
+    assert asked == pytest.approx(list(range(99, -1, -1)), abs=1e-3)
+
+
+# ---- 6, 7: the sampled law -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("second", [DIFFUSION, FLOW], ids=["diffusion", "diffusion + flow"])
+def test_the_law_of_gaussian_parents_is_the_closed_form(second: GaussianProcess) -> None:
+    fine, times = GaussianProcess(squaredcos(1000)), level_times(1000)
+    flow = second if second is FLOW else fine
+    equal = compose([mixture([-1.0], [0.5], [1.0], fine), mixture([1.0], [0.5], [1.0], flow)], [0.3, 0.7])
+    mean, sd = sampled_law(equal, times, 0.0)
+    assert mean == pytest.approx(0.4, abs=1e-3) and sd == pytest.approx(0.5, abs=2e-3)
+    unequal = compose([mixture([-1.0], [0.5], [1.0], fine), mixture([1.0], [1.0], [1.0], flow)], [0.5, 0.5])
+    mean, sd = sampled_law(unequal, times, 0.0)
+    assert mean == pytest.approx(-0.2259, abs=1e-3) and sd == pytest.approx(0.7071, abs=1.1e-3)
+    mean, sd = sampled_law(unequal, times, 1.0)
+    assert mean == pytest.approx(-0.3333, abs=2e-3) and sd == pytest.approx(0.6797, abs=2.5e-3)
+
+
+def test_the_limits_of_the_table() -> None:
+    assert limit_law((-1, 1), (0.5, 1.0), (0.5, 0.5), 0.0) == pytest.approx((-0.2259, 0.7071), abs=1e-4)
+    assert limit_law((-1, 1), (0.5, 1.0), (0.5, 0.5), 1.0) == pytest.approx((-0.3333, 0.6797), abs=1e-4)
+    assert limit_law((-1, 1), (0.5, 0.5), (1.0, 1.0), 1.0)[1] == pytest.approx(0.2887, abs=1e-4)
+
+
+def test_part_a_of_the_benchmark() -> None:
+    result = part_a(levels=1000, count=2000)
+    failed = [check for check in result["checks"] if not check.holds]
+    assert failed == []
+    found = dict(result["finite"])
+    assert found["10"] == pytest.approx(0.428, abs=1e-3) and found["100"] == pytest.approx(0.492, abs=1e-3)
+
+
+# ---- 10: action spaces ---------------------------------------------------------------------------------------------
+
+
+def test_a_shifted_normaliser_changes_nothing() -> None:
+    """The second parent has the same law of actions, told in a shifted action space."""
+    shift, scale = torch.tensor([0.3, -0.7]), torch.tensor([2.0, 0.5])
+    first, second = parent(0.5, 0.3, scale=scale.tolist()), parent(-0.2, 0.4, scale=scale.tolist())
+    expected = chunk(ComposedPolicy([first, second], [0.4, 0.6]))
+    means = second.denoiser.means - (shift / scale).repeat(HORIZON)
+    moved = parent(-0.2, 0.4, shift=shift.tolist(), scale=scale.tolist())
+    moved.denoiser.means.copy_(means)
+    found = chunk(ComposedPolicy([first, moved], [0.4, 0.6]))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_scaled_normaliser_is_refused_or_mapped_in_x0() -> None:
+    first, second = parent(0.5, 0.05), parent(0.5, 0.05, scale=(1.0, 1.2))
+    with pytest.raises(UsageError, match=r"differ in scale.*dimension 1"):
+        ComposedPolicy([first, second], [0.5, 0.5])
+    mapped = ComposedPolicy([first, second], [0.5, 0.5], allow_scale_mismatch=True)
+    found = chunk(mapped, 200).mean(0)
+    ramp = torch.linspace(0.5, 1.0, HORIZON * ACTIONS).reshape(HORIZON, ACTIONS)
+    expected = 0.5 * ramp * torch.tensor([1.0, 1.1])  # narrow laws: the mean is the mean of the two
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
+    ComposedPolicy([first, parent(scale=(1.0, 1.0005))], [0.5, 0.5])  # within the tolerance
+
+
+# ---- schedules of weights ------------------------------------------------------------------------------------------
+
+
+def test_weights_by_dimension_and_by_place() -> None:
+    parents = [parent(0.5, 0.3), parent(-0.4, 0.2)]
+    by_dim = chunk(ComposedPolicy(parents, schedule=PerDim(((1.0, 0.0), (0.0, 1.0)))))
+    # independent numbers: a dimension with all its weight on one parent is that parent's
+    torch.testing.assert_close(by_dim[..., 0], chunk(parents[0])[..., 0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(by_dim[..., 1], chunk(parents[1])[..., 1], rtol=0, atol=1e-5)
+    by_place = chunk(ComposedPolicy(parents, schedule=PerChunkIndex(((1, 1, 0, 0), (0, 0, 1, 1)))))
+    torch.testing.assert_close(by_place[:, :2], chunk(parents[0])[:, :2], rtol=0, atol=1e-5)
+    torch.testing.assert_close(by_place[:, 2:], chunk(parents[1])[:, 2:], rtol=0, atol=1e-5)
+
+
+def test_weights_by_log_snr() -> None:
+    schedule = ByLogSnr((-4.0, 0.0, 4.0), ((1.0, 0.0), (0.5, 0.5), (0.2, 0.8)))
+    assert schedule(-2.0) == pytest.approx([0.75, 0.25]) and schedule(9.0) == pytest.approx([0.2, 0.8])
+    rows = schedule(torch.tensor([-9.0, 2.0])[:, None, None])
+    assert rows[0].shape == (2, 1, 1) and rows[0].flatten().tolist() == pytest.approx([1.0, 0.35])
+    parents = [parent(0.5, 0.3), parent(-0.4, 0.2)]
+    constant = ComposedPolicy(parents, schedule=ByLogSnr((0.0,), ((0.3, 0.7),)))
+    torch.testing.assert_close(chunk(constant), chunk(ComposedPolicy(parents, [0.3, 0.7])), rtol=0, atol=1e-6)
+    late = ComposedPolicy(parents, schedule=ByLogSnr((7.0, 7.1), ((1.0, 0.0), (0.0, 1.0))))
+    assert float((chunk(late) - chunk(parents[0])).abs().max()) < 0.2  # almost to the end the first parent
+
+
+def test_times_per_item_have_weights_per_item() -> None:
+    models = [gaussian(0.5, 0.3), gaussian(-0.4, 0.6)]
+    schedule = ByLogSnr((-4.0, 4.0), ((1.0, 0.0), (0.0, 1.0)))
+    mixed = compose(models, schedule)
+    x, times = torch.zeros(3, HORIZON, ACTIONS, dtype=torch.float64), torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    together = mixed(x, times).x0
+    for row, t in enumerate(times.tolist()):
+        torch.testing.assert_close(together[row], mixed(x[:1], t).x0[0], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "make, match",
+    [
+        (lambda: ByLogSnr((0.0, 0.0), ((1.0,), (1.0,))), "increase"),
+        (lambda: ByLogSnr((0.0,), ((0.5, 0.6),)), "sum"),
+        (lambda: PerDim(((0.5, -0.1), (0.5, 1.1))), "below 0"),
+        (lambda: PerChunkIndex(((0.5, 0.1), (0.5,))), "equal length"),
+    ],
+)
+def test_schedules_that_are_not_convex_are_refused(make, match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        make()
+
+
+# ---- contracts between parents -------------------------------------------------------------------------------------
+
+
+def test_parents_read_their_own_observations() -> None:
+    seen: dict[str, tuple[int, ...]] = {}
+
+    def watching(name: str, keys: dict[str, tuple[int, ...]], n_obs: int) -> ForeignPolicy:
+        def encode(found):
+            seen[name] = {key: value.shape for key, value in found.items()}
+
+        spec = PolicySpec(keys, ACTIONS, horizon=HORIZON + n_obs - 1, n_obs=n_obs, n_action=2)
+        made = parent(spec=spec)
+        made.encoder = encode
+        return made
+
+    first = watching("first", {"state": (3,), "image": (4, 4, 3)}, 2)
+    second = watching("second", {"points": (5, 3), "state": (3,)}, 1)
+    composed = ComposedPolicy([first, second], [0.5, 0.5], horizons="overlap")
+    assert set(composed.spec.observations) == {"state", "image", "points"} and composed.spec.n_obs == 2
+    observation = {
+        "state": np.zeros((3, 3), np.float32),
+        "image": np.zeros((3, 4, 4, 3), np.uint8),
+        "points": np.zeros((3, 5, 3), np.float32),
+    }
+    assert composed.select_action(observation).shape == (3, ACTIONS)
+    assert seen["first"] == {"state": (3, 2, 3), "image": (3, 2, 4, 4, 3)}
+    assert seen["second"] == {"points": (3, 1, 5, 3), "state": (3, 1, 3)}
+
+
+def test_the_overlap_is_composed_and_the_tail_is_the_longer_parents() -> None:
+    short = PolicySpec({KEY: (3,)}, ACTIONS, horizon=2, n_obs=1, n_action=2)
+    first = parent(0.5, 0.3)
+    second = parent(0.5, 0.3, spec=short)
+    second.denoiser.means.copy_(first.denoiser.means[:, ACTIONS : 3 * ACTIONS])
+    with pytest.raises(UsageError, match="horizons='overlap'"):
+        ComposedPolicy([first, second], [0.5, 0.5])
+    composed = ComposedPolicy([first, second], [0.5, 0.5], horizons="overlap")
+    # the second parent starts at the newest observation, index n_obs − 1 = 1 of the composed chunk
+    assert composed.composed.tolist() == [False, True, True, False] and composed.spec.horizon == HORIZON
+    torch.testing.assert_close(chunk(composed), chunk(first), rtol=0, atol=1e-5)  # where both predict, they agree
+    moved = ComposedPolicy([first, parent(-0.5, 0.3, spec=short)], [0.5, 0.5], horizons="overlap")
+    gap = (chunk(moved) - chunk(first)).abs().amax((0, 2))
+    assert bool((gap[1:3] > 0.1).all()) and float(gap[[0, 3]].max()) < 1e-5
+    alone = ComposedPolicy([first, parent(-0.5, 0.3, spec=short)], [0.0, 1.0], horizons="overlap")
+    torch.testing.assert_close(chunk(alone)[:, 1:3], chunk(alone.parents[1]))
+
+
+@pytest.mark.parametrize(
+    "make, match",
+    [
+        (lambda: ComposedPolicy([], []), "at least one"),
+        (lambda: ComposedPolicy([parent()], [1.0], schedule=PerDim(((1.0, 1.0),))), "either"),
+        (lambda: ComposedPolicy([parent(), parent()], [0.7, 0.7]), "sum 1"),
+        (lambda: ComposedPolicy([parent(), parent()], [0.5, 0.5], operator="xor"), "unknown operator"),
+        (lambda: ComposedPolicy([parent(), parent()], operator="or", schedule=lambda s: [1, 0]), "convex"),
+        (lambda: ComposedPolicy([parent(), object()], [0.5, 0.5]), "declares no denoiser"),
+        (lambda: ComposedPolicy([ForeignPolicy(SPEC, nn.Linear(2, 2))], [1.0]), "no Gaussian noise law"),
+        (lambda: ComposedPolicy([parent()], [1.0], reference=3), "reference"),
+        (lambda: ComposedPolicy([parent(), parent()], [0.5, 0.5], n_action=9), "n_action"),
+        (lambda: velocity_model(nn.Identity(), time_at_noise=0.5, velocity_sign=1), "time_at_noise"),
+        (lambda: noise_model(nn.Identity(), schedule=squaredcos(100), prediction="flow"), "epsilon"),
+    ],
+)
+def test_what_cannot_be_composed_is_refused(make, match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        make()
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        ({"observations": {KEY: (4,)}}, "observation"),
+        ({"action_dim": 3}, "action dimensions"),
+        ({"n_action": 1}, "n_action="),
+        ({"control": "absolute joints"}, "mean different things"),
+    ],
+)
+def test_specs_that_differ_are_refused(change, match: str) -> None:
+    base = {"observations": {KEY: (3,)}, "action_dim": ACTIONS, "horizon": HORIZON, "n_action": 2, "control": "delta"}
+    first, second = PolicySpec(**base), PolicySpec(**{**base, **change})
+    parents = [
+        parent(spec=first),
+        parent(spec=second, shift=[0.0] * second.action_dim, scale=[1.0] * second.action_dim),
+    ]
+    with pytest.raises(UsageError, match=match):
+        ComposedPolicy(parents, [0.5, 0.5])
+
+
+def test_mixing_with_a_policy_that_is_not_told_the_task_warns() -> None:
+    told = PolicySpec({KEY: (3,)}, ACTIONS, horizon=HORIZON, n_obs=2, n_action=2, task_conditioned=True)
+    with pytest.warns(UserWarning, match="task"):
+        assert ComposedPolicy([parent(spec=told), parent()], [0.5, 0.5]).spec.task_conditioned
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ComposedPolicy([parent(spec=told), parent(spec=told)], [0.5, 0.5])
+
+
+def test_the_reference_is_the_parent_with_discrete_levels() -> None:
+    flow, diffusion = parent(process=FLOW), parent(sampler=ChunkSampler(4, clip=None))
+    composed = ComposedPolicy({"flow": flow, "dp": diffusion}, [0.5, 0.5])
+    assert composed.reference == 1 and composed.sampler.steps == 4
+    assert ComposedPolicy([flow, diffusion], [0.5, 0.5], reference=0).sampler.steps == 10
+
+
+def test_the_mix_is_clipped_and_not_its_parts() -> None:
+    """Parents beyond the limits on both sides: their mix lies inside and is untouched by the clip."""
+    parents = [parent(1.5, 0.05), parent(-1.5, 0.05)]
+    free = ComposedPolicy(parents, [0.5, 0.5])
+    bounded = ComposedPolicy(parents, [0.5, 0.5], sampler=ChunkSampler(10, "ddim", clip=1.0))
+    torch.testing.assert_close(chunk(bounded), chunk(free), rtol=0, atol=1e-5)
+    assert float(chunk(ComposedPolicy(parents, [1.0, 0.0])).max()) > 1.2
+    skewed = ComposedPolicy(parents, [0.95, 0.05], sampler=ChunkSampler(10, "ddim", clip=1.0))
+    assert float(chunk(skewed).max()) <= 1.0
+
+
+def test_keyed_noise_differs_from_step_to_step() -> None:
+    """Ancestral sampling has the deviation that independent draws give; equal noise in every step would not."""
+    policy = parent(0.0, 1.0, sampler=ChunkSampler(20, ddim(1.0), tuple(level_times(20)), clip=None))
+    expected = sampled_law(mixture([0.0], [1.0], [1.0], DIFFUSION), level_times(20), 1.0)[1]
+    found = policy.sample_chunk(history(2000), noise(2000))
+    assert float(found.std()) == pytest.approx(expected, rel=0.02)
+
+
+def test_denoisers_of_two_prediction_types_meet() -> None:
+    """Networks that output x0 and eps of one law: any mix is that law."""
+    law = gaussian(0.5, 0.3)
+
+    class Says(nn.Module):
+        def __init__(self, kind: Prediction) -> None:
+            super().__init__()
+            self.kind = kind
+
+        def forward(self, x, t, cond):
+            return law(x, t).to(self.kind)
+
+    models = [Denoiser(Says(kind), DIFFUSION, kind) for kind in (Prediction.X0, Prediction.EPS)]
+    parents = [ForeignPolicy(SPEC, model, Normalizer(torch.zeros(2), torch.ones(2))) for model in models]
+    x = torch.randn(2, HORIZON, ACTIONS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = compose_prediction(parents, [0.25, 0.75], x, 0.6, [None, None])
+    torch.testing.assert_close(found.x0, law(x, 0.6).x0, rtol=0, atol=1e-9)
