@@ -7,9 +7,10 @@ with the same spacing), so that any reader can seek to any frame.  Video loses d
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,11 @@ OPTIONS = {"crf": "18", "g": "2", "bf": "0", "preset": "fast"}
 
 
 class FrameWriter:
-    """Writes frames to one mp4 at a constant rate."""
+    """Writes frames to one mp4 at a constant rate, with options of libx264."""
 
-    def __init__(self, path: Path, fps: float, height: int, width: int) -> None:
+    def __init__(
+        self, path: Path, fps: float, height: int, width: int, options: Mapping[str, str] = MappingProxyType(OPTIONS)
+    ) -> None:
         if height % 2 or width % 2:
             raise UsageError(f"video needs even image sides, not {height} × {width}; write with images='png'.")
         av = require("av")
@@ -31,7 +34,7 @@ class FrameWriter:
         self.path, self.frames, self._closed = path, 0, False
         self._av, self._rate = av, Fraction(fps).limit_denominator(100_000)
         self._container = av.open(str(path), "w")
-        self._stream = self._container.add_stream("libx264", rate=self._rate, options=OPTIONS)
+        self._stream = self._container.add_stream("libx264", rate=self._rate, options=dict(options))
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
 
     def write(self, images: Array) -> tuple[float, float]:
