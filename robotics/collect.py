@@ -3,108 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-import numpy as np
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from gencontrol.errors import UsageError
-from gencontrol.robotics.envs import Batch, Envs, EnvSpec
-from gencontrol.robotics.episodes import Array, Episode, Episodes
-
-
-class Actor(Protocol):
-    """What recording and evaluation need of a policy."""
-
-    def reset(self, rows: Sequence[int] | None = None, seeds: Sequence[int] | None = None) -> None: ...
-    def select_action(self, observation: Mapping[str, Any], rows: Sequence[int] | None = None) -> Array: ...
-
-
-@dataclass
-class _Open:
-    """The recording of one row."""
-
-    seed: int
-    observations: list[dict[str, Array]]
-    actions: list[Array] = field(default_factory=list)
-    steps: list[tuple[float, bool, bool, bool]] = field(default_factory=list)
-
-
-def record(policy: Actor, envs: Envs, seeds: Sequence[int]) -> Iterator[Episode | str]:
-    """Yield the episode of each seed, or the reason why it has none, as they end (not in the order of `seeds`).
-
-    An episode depends on its seed alone; rows that end take the next seed at once.
-    """
-    waiting = list(reversed(seeds))
-    running: dict[int, _Open] = {}
-    current: dict[int, dict[str, Array]] = {}
-    free = list(range(envs.num_envs))
-    while waiting or running:
-        begun = {row: waiting.pop() for row in free[: len(waiting)]}
-        free = [row for row in free if row not in begun]
-        if begun:
-            batch = envs.reset(list(begun), list(begun.values()))
-            policy.reset(list(begun), list(begun.values()))
-            for index, row in enumerate(batch.rows):
-                if row in batch.faults:
-                    free.append(row)
-                    yield batch.faults[row]
-                    continue
-                current[row] = _row_of(batch, index)
-                running[row] = _Open(begun[row], [current[row]])
-        rows = sorted(running)
-        if not rows:
-            continue
-        actions = policy.select_action({k: np.stack([current[r][k] for r in rows]) for k in current[rows[0]]}, rows)
-        actions = np.clip(actions, envs.spec.action_low, envs.spec.action_high).astype(np.float32)
-        yield from _advance(envs, envs.step(rows, actions), actions, running, current, free)
-
-
-def _advance(
-    envs: Envs,
-    batch: Batch,
-    actions: Array,
-    running: dict[int, _Open],
-    current: dict[int, dict[str, Array]],
-    free: list[int],
-) -> Iterator[Episode | str]:
-    """Write one step of every row down; yield what ended."""
-    ended = batch.ended
-    for index, row in enumerate(batch.rows):
-        if row in batch.faults:
-            running.pop(row)
-            free.append(row)
-            yield batch.faults[row]
-            continue
-        current[row] = _row_of(batch, index)
-        opened = running[row]
-        opened.observations.append(current[row])
-        opened.actions.append(actions[index])
-        flags = bool(batch.terminated[index]), bool(batch.truncated[index]), bool(batch.success[index])
-        opened.steps.append((float(batch.reward[index]), *flags))
-        if ended[index]:
-            free.append(row)
-            yield _closed(running.pop(row), envs.spec)
-
-
-def _row_of(batch: Batch, index: int) -> dict[str, Array]:
-    return {key: value[index].copy() for key, value in batch.observation.items()}
-
-
-def _closed(opened: _Open, spec: EnvSpec) -> Episode:
-    rewards, terminated, truncated, success = (np.array(column) for column in zip(*opened.steps))
-    return Episode(
-        observations={k: np.stack([row[k] for row in opened.observations]) for k in opened.observations[0]},
-        actions=np.stack(opened.actions),
-        rewards=rewards.astype(np.float32),
-        terminated=terminated,
-        truncated=truncated,
-        success=success,
-        task=spec.task,
-        seed=opened.seed,
-        fps=spec.fps,
-    )
+from gencontrol.robotics.envs import Envs, EnvSpec
+from gencontrol.robotics.episodes import Episode, Episodes
+from gencontrol.robotics.rollout import Actor, Rollouts
 
 
 @dataclass(frozen=True)
@@ -143,6 +49,7 @@ def collect(
     keep: int | None = None,
     only_successes: bool = True,
     say: Callable[[int, int, int], None] | None = None,
+    poll: Callable[[], None] | None = None,
 ) -> Collection:
     """Record episodes of a policy.
 
@@ -151,6 +58,7 @@ def collect(
         keep: stop when this many are kept (None: try all seeds).  Which are kept does not depend on `envs.num_envs`.
         only_successes: leave out episodes without success.
         say: called with (kept, attempted, succeeded) after every episode.
+        poll: called between steps; may raise to stop.
 
     Raises:
         UsageError: nothing was kept.
@@ -159,14 +67,16 @@ def collect(
     kept: list[Episode] = []
     rejected: Counter[str] = Counter()
     attempted = succeeded = 0
+    rollouts = Rollouts(policy, envs)
     while attempted < len(seeds) and len(kept) < wanted:
         missing = wanted - len(kept)
-        for found in record(policy, envs, seeds[attempted : attempted + missing]):
+        for rollout in rollouts.run(seeds[attempted : attempted + missing], poll):
             attempted += 1
-            good = isinstance(found, Episode) and won(found, envs.spec)
+            found = rollout.episode if rollout.fault is None else None
+            good = found is not None and won(found, envs.spec)
             succeeded += good
-            if isinstance(found, str):
-                rejected[found.split(" (at ")[0]] += 1
+            if found is None:
+                rejected[str(rollout.fault).split(" (at ")[0]] += 1
             elif good or not only_successes:
                 kept.append(found)
             else:

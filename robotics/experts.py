@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gencontrol.errors import EnvironmentMissing, UsageError
+from gencontrol.errors import UsageError
 from gencontrol.rng import Keyed, row_keys, stream
+from gencontrol.robotics.env_gymnasium import GymnasiumEnv
+from gencontrol.robotics.env_make import make_env
 
 Rows = NDArray[np.float32]
 Observation = Mapping[str, Any]
@@ -204,29 +206,27 @@ class PointMazeExpert(Expert):
         return np.clip(self.STIFFNESS * (target - place) - self.DAMPING * speed, -1.0, 1.0).astype(np.float32)
 
 
-def expert_for(env_id: str, flaws: Flaws | None = None) -> Expert:
-    """Return the expert of an environment id.
+def expert_for(env_id: str, flaws: Flaws | None = None, kwargs: Mapping[str, Any] | None = None) -> Expert:
+    """Return the expert of an environment, found by the class of the simulation behind the id.
+
+    Args:
+        env_id, kwargs: see `gencontrol.robotics.envs.make_env`.
 
     Raises:
-        UsageError: no expert is known for it.
-        EnvironmentMissing: gymnasium-robotics is not installed.
+        UsageError: no expert is known for it, or no such environment.
+        EnvironmentMissing: its package is not installed.
     """
-    if "PickAndPlace" in env_id or "fetch" in env_id.lower():
-        return FetchPickAndPlaceExpert(flaws)
-    if not env_id.startswith("PointMaze"):
-        raise UsageError(
-            f"no scripted expert is known for '{env_id}'; they exist for FetchPickAndPlace and PointMaze ids. Give a "
-            "policy folder or package.module:make_policy instead."
-        )
+    env = make_env(env_id, kwargs=kwargs)
     try:
-        import gymnasium
-        import gymnasium_robotics
-    except ImportError as error:
-        raise EnvironmentMissing(f'{error.name} is needed for {env_id}: pip install "gencontrol[robotics]".') from error
-    gymnasium.register_envs(gymnasium_robotics)
-    env = gymnasium.make(env_id)
-    try:
-        maze = env.get_wrapper_attr("maze")
-        return PointMazeExpert(maze.maze_map, maze.maze_size_scaling, flaws)
+        inner = env.env.unwrapped if isinstance(env, GymnasiumEnv) else None
+        names = {kind.__name__ for kind in type(inner).__mro__}
+        if "MujocoFetchPickAndPlaceEnv" in names:
+            return FetchPickAndPlaceExpert(flaws)
+        if inner is not None and "PointMazeEnv" in names:
+            return PointMazeExpert(inner.maze.maze_map, inner.maze.maze_size_scaling, flaws)
     finally:
         env.close()
+    raise UsageError(
+        f"no scripted expert is known for '{env_id}'; they exist for FetchPickAndPlace and PointMaze. Give a policy "
+        "folder or package.module:make_policy instead."
+    )

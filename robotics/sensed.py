@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gencontrol.errors import EnvironmentMissing
 from gencontrol.rng import stream
+from gencontrol.robotics.env_make import family_of, require
 
 Rows = NDArray[np.float32]
 
@@ -54,11 +54,10 @@ def make_two_cameras(sigma_a: float = SIGMA, sigma_b: float = SIGMA, render_mode
     Raises:
         EnvironmentMissing: gymnasium-robotics is not installed.
     """
-    try:
-        import gymnasium
-        import gymnasium_robotics
-    except ImportError as error:
-        raise EnvironmentMissing(f'{error.name} is needed for Fetch: pip install "gencontrol[robotics]".') from error
+    require(family_of("FetchPickAndPlace-v4"))
+    import gymnasium
+    import gymnasium_robotics
+
     gymnasium.register_envs(gymnasium_robotics)
     sigmas = {"camera_a": sigma_a, "camera_b": sigma_b}
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import gencontrol
-from gencontrol.cli import commands, train_commands
+from gencontrol.cli import commands, robot_commands, train_commands
 from gencontrol.cli.options import NormalisedCommand
 from gencontrol.errors import GencontrolError, is_out_of_memory
 
@@ -43,7 +43,7 @@ def _root(
     """Steer a pretrained generative model towards a reward: fine-tune, search, sample, measure."""
 
 
-for _name, (_function, _panel) in {**commands.TABLE, **train_commands.TABLE}.items():
+for _name, (_function, _panel) in {**commands.TABLE, **train_commands.TABLE, **robot_commands.TABLE}.items():
     if _name == "bench":  # its options belong to the benchmark
         app.command(_name, rich_help_panel=_panel, context_settings={"ignore_unknown_options": True})(_function)
     else:
