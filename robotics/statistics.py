@@ -76,9 +76,10 @@ def _ratio(tail: int, total: int) -> float:
 
 
 def newcombe(both: int, first: int, second: int, neither: int) -> Estimate:
-    """Difference second − first of two paired rates with Newcombe's score interval (1998, Stat. Med. 17:2635, method 10).
+    """Difference second − first of two paired rates with Newcombe's score interval.
 
-    Unlike the bootstrap it keeps a width when no pair is discordant.
+    Method 10 of Newcombe (1998, Statistics in Medicine 17:2635).  Unlike the bootstrap it keeps a width when no pair is
+    discordant.
     """
     n = both + first + second + neither
     if n < 1:

@@ -18,7 +18,7 @@ SOURCES = {
     **{f"gencontrol.{n}": ROOT / n for n in ("pipelines", "rewards", "robotics")},
 }
 
-FIRST = {"types", "errors", "files", "rng", "config", "registry", "_compat", "__version__"}
+FIRST = {"types", "errors", "files", "page", "rng", "config", "registry", "_compat", "__version__"}
 BELOW = {*FIRST, "process", "kernels", "models", "data"}
 #: part → parts that it may import at the top of a file
 TOP = {

@@ -10,11 +10,11 @@ import os
 from html import escape
 from pathlib import Path
 
+from gencontrol.page import page
 from gencontrol.train.report_data import RunData, read_run
 from gencontrol.train.report_parts import tables
 from gencontrol.train.report_pictures import has_pictures, looking
 from gencontrol.train.report_sections import curves, headline, listening
-from gencontrol.train.report_style import page
 
 
 def write_report(run_dir: str | Path) -> Path:

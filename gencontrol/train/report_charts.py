@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from html import escape
 
+from gencontrol.page import superscript
+
 #: Margins of the plot in the drawing: right, top, bottom; the left one makes room for the longest tick label.
 RIGHT, TOP, BOTTOM = 14, 12, 46
 _MOST_POINTS = 400
@@ -102,11 +104,6 @@ def power_of(low: float, high: float) -> int:
     if largest == 0 or 1e-2 <= largest < 1e5:
         return 0
     return math.floor(math.log10(largest))
-
-
-def superscript(number: int) -> str:
-    """Write a whole number in superscript digits."""
-    return str(number).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def thin(line: Line, most: int = _MOST_POINTS) -> Line:

@@ -2,44 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from gencontrol.train.report_charts import superscript
+from gencontrol.page import data_uri, duration, number, signed, table, tile
 from gencontrol.train.report_data import RunData, Sound
 
-
-def number(value: float | None, digits: int = 3) -> str:
-    """Write a number for people, with a true minus sign; a missing one is a dash."""
-    if value is None:
-        return "–"
-    if value != 0 and (abs(value) < 10**-digits or abs(value) >= 1e6):
-        mantissa, _, power = f"{value:.{digits - 1}e}".partition("e")
-        return f"{mantissa.replace('-', '−')}·10{superscript(int(power))}"
-    return f"{value:.{digits}f}".replace("-", "−")
-
-
-def signed(value: float | None, digits: int = 3) -> str:
-    """As `number`, with a plus sign."""
-    text = number(value, digits)
-    return text if value is None or value < 0 else f"+{text}"
-
-
-def duration(seconds: float) -> str:
-    """Write a time for people."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def tile(name: str, value: str, detail: str, kind: str = "") -> str:
-    """One number with its name and what stands behind it; `kind` "good" or "bad" colours it."""
-    return (
-        f'<div><dt>{escape(name)}</dt><dd><div class="value {kind}">{escape(value)}</div>'
-        f'<div class="range">{escape(detail)}</div></dd></div>'
-    )
+__all__ = ["data_uri", "duration", "number", "side", "signed", "table", "tables", "tile"]
 
 
 def side(name: str, css: str, sound: Sound, prompt: str, before: float | None = None) -> str:
@@ -69,11 +39,6 @@ def side(name: str, css: str, sound: Sound, prompt: str, before: float | None = 
     )
 
 
-def data_uri(content: bytes, kind: str) -> str:
-    """The content as an address that needs no file."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
 def tables(run: RunData) -> str:
     """The configuration by section, the command lines, versions and devices."""
     starts = [start for start in run.record.get("starts", []) if isinstance(start, dict)]
@@ -91,20 +56,3 @@ def tables(run: RunData) -> str:
 
 def _distinct(starts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list({str(start.get("command")): start for start in starts}.values())
-
-
-def table(name: str, values: Any) -> str:
-    """A table of names and values; "" for anything else than a filled dictionary."""
-    if not isinstance(values, dict) or not values:
-        return ""
-    rows = "".join(
-        f'<tr><th scope="row">{escape(str(key))}</th><td>{escape(_plain(value))}</td></tr>'
-        for key, value in values.items()
-    )
-    return f"<table><caption>{escape(name)}</caption>{rows}</table>"
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(str(item) for item in value) or "–"
-    return "–" if value == "" else str(value)

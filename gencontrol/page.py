@@ -1,6 +1,10 @@
-"""The look of report.html: one style sheet for light and dark, screen and paper, and a few lines of script."""
+"""Pages of reports: one self-contained document, its look, and the pieces that all reports share."""
 
 from __future__ import annotations
+
+import base64
+from html import escape
+from typing import Any
 
 #: Ten shades of a value, from the paper to the full colour.
 _SHADES = "".join(
@@ -80,6 +84,8 @@ pre { background: var(--card); border: 1px solid var(--rule); border-radius: 8px
 .side img { display: block; width: 100%; height: 128px; object-fit: fill; border-radius: 6px;
   background: #08060f; image-rendering: auto; }
 .side audio { width: 100%; margin-top: 8px; height: 40px; }
+.side video { display: block; width: 100%; max-width: 420px; border-radius: 6px; background: #08060f; }
+table.rows th { width: auto; } .rows td, .rows th { padding-right: 18px; }
 .side img.picture { width: auto; max-width: min(100%, 320px); height: auto; object-fit: contain; }
 .scroll { overflow-x: auto; } table.grid { width: auto; } table.grid th { width: auto; max-width: 190px; }
 table.grid th[scope="row"] { color: var(--c); font-weight: 600; white-space: nowrap; }
@@ -124,10 +130,66 @@ document.addEventListener("play", event => {
 POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
+def number(value: float | None, digits: int = 3) -> str:
+    """Write a number for people, with a true minus sign; a missing one is a dash."""
+    if value is None:
+        return "–"
+    if value != 0 and (abs(value) < 10**-digits or abs(value) >= 1e6):
+        mantissa, _, power = f"{value:.{digits - 1}e}".partition("e")
+        return f"{mantissa.replace('-', '−')}·10{superscript(int(power))}"
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+def signed(value: float | None, digits: int = 3) -> str:
+    """As `number`, with a plus sign."""
+    text = number(value, digits)
+    return text if value is None or value < 0 else f"+{text}"
+
+
+def superscript(number: int) -> str:
+    """Write a whole number in superscript digits."""
+    return str(number).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def duration(seconds: float) -> str:
+    """Write a time for people."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def tile(name: str, value: str, detail: str, kind: str = "") -> str:
+    """One number with its name and what stands behind it; `kind` "good" or "bad" colours it."""
+    return (
+        f'<div><dt>{escape(name)}</dt><dd><div class="value {kind}">{escape(value)}</div>'
+        f'<div class="range">{escape(detail)}</div></dd></div>'
+    )
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    """The content as an address that needs no file."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def table(name: str, values: Any) -> str:
+    """A table of names and values; "" for anything else than a filled dictionary."""
+    if not isinstance(values, dict) or not values:
+        return ""
+    rows = "".join(
+        f'<tr><th scope="row">{escape(str(key))}</th><td>{escape(_plain(value))}</td></tr>'
+        for key, value in values.items()
+    )
+    return f"<table><caption>{escape(name)}</caption>{rows}</table>"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(str(item) for item in value) or "–"
+    return "–" if value == "" else str(value)
+
+
 def page(title: str, header: str, body: str, footer: str) -> str:
     """Return the whole HTML document."""
-    from html import escape
-
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
