@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from gencontrol.data.normalize import Normalizer
@@ -89,11 +90,18 @@ def noise_model(
     grid = functools.partial(diffusion_grid, len(schedule.a), trailing=trailing)
     # every entry of the table was trained, so the first step is asked where it is
     return Denoiser(
-        _Called(fn, schedule.index_of, 1.0),
+        _Called(fn, functools.partial(_level_index, schedule), 1.0),
         GridProcess(schedule, grid=grid),
         PREDICTIONS[prediction],
         eps_floor=-math.inf,
     )
+
+
+def _level_index(schedule: Table, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    """The index of a time, exactly whole where rounding alone says otherwise."""
+    index = schedule.index_of(t)
+    whole = index.round()
+    return torch.where((index - whole).abs() < 1e-3, whole, index)
 
 
 def named_schedule(name: str, levels: int, beta_start: float, beta_end: float) -> Table:
