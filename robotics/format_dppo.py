@@ -98,7 +98,8 @@ def write(episodes: Episodes, target: Path) -> None:
         return np.concatenate(rows, axis=axis)
 
     parts = {"states": joined(vectors, 1), "actions": np.concatenate([episode.actions for episode in episodes])}
-    scales, arrays = {}, {}
+    scales: dict[str, Array] = {}
+    arrays: dict[str, Array] = {}
     for name, short in (("states", "obs"), ("actions", "action")):
         low, high = parts[name].min(0).astype(np.float64), parts[name].max(0).astype(np.float64)
         scales |= {f"{short}_min": low, f"{short}_max": high}

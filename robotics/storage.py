@@ -90,12 +90,13 @@ def naming(where: str) -> Iterator[None]:
 @contextmanager
 def reading(path: Path, *damage: type[Exception]) -> Iterator[None]:
     """Turn what libraries raise about damaged files into one line about `path`."""
+    known: tuple[type[Exception], ...] = (OSError, EOFError, KeyError, *damage)
     try:
         yield
     except FileNotFoundError as error:
         missing = getattr(error, "filename", None) or path
         raise UsageError(f"'{path}' is incomplete: there is no '{missing}'; copy the data set again.") from error
-    except (OSError, EOFError, KeyError, *damage) as error:
+    except known as error:
         if isinstance(error, UsageError):
             raise
         reason = " ".join(str(error).split())[:160]
@@ -158,7 +159,7 @@ def is_image(shape: Sequence[int], dtype: Any) -> bool:
     return len(shape) == 3 and shape[-1] == 3 and np.dtype(dtype) == np.uint8
 
 
-def flags(count: int, found: Mapping[str, Array | None]) -> dict[str, Array]:
+def flags(count: int, found: Mapping[str, Array | None]) -> dict[str, Any]:
     """Return the per-step arrays of an Episode, with what a file lacks filled in.
 
     Missing rewards are 0, missing success is false, an episode whose end is not marked was truncated at its last step.

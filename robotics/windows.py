@@ -10,7 +10,7 @@ as in robomimic's SequenceDataset.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -113,8 +113,15 @@ class Windows:
 
     def to(self, device: torch.device | str) -> Windows:
         """Move everything, so that batches are gathered there."""
-        tensors = [t.to(device) for t in (self.actions, self.first, self.last, self.start)]
-        return Windows({k: v.to(device) for k, v in self.observations.items()}, *tensors, self.n_obs, self.horizon)
+        observations = {key: value.to(device) for key, value in self.observations.items()}
+        return replace(
+            self,
+            observations=observations,
+            actions=self.actions.to(device),
+            first=self.first.to(device),
+            last=self.last.to(device),
+            start=self.start.to(device),
+        )
 
     def batch(self, index: Int64[Tensor, " b"]) -> WindowBatch:
         """Gather windows by number."""
