@@ -62,6 +62,7 @@ REWARDS_OF = {
     ),
 }
 BENCHES = {
+    "policy-latency": "gencontrol.bench.policy_latency:main",
     "overhead": "gencontrol.bench.overhead:main",
     "dragon": "gencontrol.bench.dragon:main",
     "faults": "gencontrol.bench.faults:main",

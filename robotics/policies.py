@@ -128,14 +128,14 @@ class GenerativePolicy(DenoisingPolicy):
         shape = (len(cond), self.spec.horizon, self.spec.action_dim)
         if self.sampler.times is not None or not isinstance(self.sampler.step, (Ddim, Euler)):
             return self.sampler.draw(self.denoiser, shape, noise, cond)
-        table, times = self._plan(self.sampler, cond.device)
+        table, times = self.plan(self.sampler, cond.device)
         x = self.denoiser.process.prior(shape, noise, cond.device)
         entries = self.network.plan(times, cond)
         draws = step_noise(table, shape, noise)
         return run(table, lambda k, state: self.network.planned(state, entries[k]), x, draws)
 
-    def _plan(self, sampler: ChunkSampler, device: torch.device) -> tuple[StepTable, Tensor]:
-        """Return table and times of a sampler, computed once."""
+    def plan(self, sampler: ChunkSampler, device: torch.device) -> tuple[StepTable, Tensor]:
+        """Return table and times [k] of a sampler of DDIM or Euler steps, computed once."""
         found = self._plans.get((sampler, device))
         if found is None:
             step = sampler.step

@@ -7,7 +7,7 @@ its times in two products per chunk (`plan`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,16 @@ from torch.nn import functional as F
 
 from gencontrol.models.chunk_networks import ChunkNetwork
 from gencontrol.models.layers import time_embedding
+from gencontrol.models.small_conv import convolve, double, pays
+
+#: (x, layer) → layer(x)
+Conv = Callable[[Tensor, Any], Tensor]
+
+
+def _plain(x: Tensor, layer: nn.Module) -> Tensor:
+    """The layer itself."""
+    result: Tensor = layer(x)
+    return result
 
 
 class FilmBlock(nn.Module):
@@ -31,12 +41,12 @@ class FilmBlock(nn.Module):
         self.skip = nn.Conv1d(channels_in, channels, 1) if channels_in != channels else None
 
     def forward(
-        self, x: Float[Tensor, "b i h"], scale: Float[Tensor, "b c 1"], shift: Float[Tensor, "b c 1"]
+        self, x: Float[Tensor, "b i h"], scale: Float[Tensor, "b c 1"], shift: Float[Tensor, "b c 1"], conv: Conv
     ) -> Float[Tensor, "b c h"]:
         """Return the block's output; `scale` multiplies (1 is nothing) and `shift` is added."""
-        h = torch.addcmul(shift, F.silu(self.first_norm(self.first(x))), scale)
-        h = F.silu(self.second_norm(self.second(h)))
-        return h + (x if self.skip is None else self.skip(x))
+        h = torch.addcmul(shift, F.silu(self.first_norm(conv(x, self.first))), scale)
+        h = F.silu(self.second_norm(conv(h, self.second)))
+        return h + (x if self.skip is None else conv(x, self.skip))
 
 
 class ChunkUnet(ChunkNetwork):
@@ -94,7 +104,8 @@ class ChunkUnet(ChunkNetwork):
     ) -> Float[Tensor, "b h a"]:
         """Return the output."""
         embedded = self.time(time_embedding(t, self.time_dim).to(x.dtype))
-        return self.planned(x, self._split(self.film(F.silu(torch.cat([embedded, cond], dim=1)))))
+        film = self._split(self.film(F.silu(torch.cat([embedded, cond], dim=1))))
+        return self._body(x, film, (_plain, _plain))
 
     def plan(self, times: Float[Tensor, " k"], cond: Float[Tensor, "b c"]) -> Sequence[Any]:
         """Return the scales and shifts of all blocks at each time."""
@@ -110,17 +121,22 @@ class ChunkUnet(ChunkNetwork):
         return list(zip((scales + 1.0).split(self.outputs, 1), shifts.split(self.outputs, 1), strict=True))
 
     def planned(self, x: Float[Tensor, "b h a"], entry: Any) -> Float[Tensor, "b h a"]:
-        """Return the output at an entry of `plan`."""
+        """Return the output at an entry of `plan`; for one observation on the CPU by matrix products."""
+        return self._body(x, entry, (convolve, double) if pays(x) else (_plain, _plain))
+
+    def _body(self, x: Float[Tensor, "b h a"], entry: Any, kernels: tuple[Conv, Conv]) -> Float[Tensor, "b h a"]:
+        """Run all blocks with these kernels for convolutions and doublings."""
+        conv, grow = kernels
         h, films, kept = x.transpose(1, 2), iter(entry), []
         for index, block in enumerate(self.down):
-            h = block(h, *next(films))
+            h = block(h, *next(films), conv)
             if index % 2 and index // 2 < len(self.shrink):
                 kept.append(h)
-                h = self.shrink[index // 2](h)
+                h = conv(h, self.shrink[index // 2])
         for block in self.middle:
-            h = block(h, *next(films))
+            h = block(h, *next(films), conv)
         for index, block in enumerate(self.up):
             if index % 2 == 0:
-                h = torch.cat([self.grow[index // 2](h), kept.pop()], dim=1)
-            h = block(h, *next(films))
-        return self.leave(F.silu(self.last_norm(self.last(h)))).transpose(1, 2)
+                h = torch.cat([grow(h, self.grow[index // 2]), kept.pop()], dim=1)
+            h = block(h, *next(films), conv)
+        return conv(F.silu(self.last_norm(conv(h, self.last))), self.leave).transpose(1, 2)

@@ -68,22 +68,22 @@ def step_table(
         t_max: of the Denoiser.
     """
     like = torch.empty(0)
-    rows = []
+    rows: list[tuple[float, ...]] = []
     for t, t_next in zip(grid, grid[1:]):
         asked = min(t, t_max)
         at = process.schedule.at(asked)
-        p, q = convert_weights(prediction, Prediction.X0, at)
+        p, q = (float(value) for value in convert_weights(prediction, Prediction.X0, at))
         if t_next == 0.0:
-            rows.append((asked, p, q, 0.0, 1.0, 0.0))
-            continue
-        if isinstance(step, Euler):
-            keep, move, std = 1.0 + (t_next - t) * at.ds / at.s, (t_next - t) * (at.da - at.ds * at.a / at.s), 0.0
+            keep, move, std = 0.0, 1.0, 0.0
+        elif isinstance(step, Euler):
+            span = t_next - t
+            keep, move, std = 1.0 + span * at.ds / at.s, span * (at.da - at.ds * at.a / at.s), 0.0
         else:
             w0, w1, std = (float(value) for value in process.step_weights(t, t_next, step.eta, like))
             keep, move = w1 / at.s, w0 - w1 * at.a / at.s
-        rows.append((asked, float(p), float(q), keep, move, std))
-    times, p, q, keep, move, std = (tuple(column) for column in zip(*rows))
-    return StepTable(times, p, q, keep, move, std, limit)
+        rows.append((asked, p, q, keep, move, std))
+    columns = tuple(zip(*rows, strict=True))
+    return StepTable(*columns, limit=limit)
 
 
 def run(
