@@ -24,50 +24,16 @@ from torch import Tensor, nn
 
 from gencontrol.data.normalize import Normalizer
 from gencontrol.errors import UsageError
-from gencontrol.process.gaussian import GaussianProcess, Time
-from gencontrol.process.schedule import Scalar
 from gencontrol.robotics.chunked import PolicySpec
 from gencontrol.robotics.denoising import ChunkSampler, History
-from gencontrol.robotics.foreign import ForeignPolicy, named_schedule, noise_model
+from gencontrol.robotics.foreign import ForeignPolicy, diffusers_sampler, named_schedule, noise_model
 from gencontrol.robotics.foreign_nets import ConditionalUnet1d, RgbEncoder
-from gencontrol.sampling.steps import Ddim, StochasticStep
-from gencontrol.types import Cond
 
 #: convention of LeRobot's flow policies, for `velocity_model`
 FLOW: dict[str, Any] = {"time_at_noise": 1.0, "velocity_sign": 1}
 STATE, ENVIRONMENT, ACTION = "observation.state", "observation.environment_state", "action"
 _LAYERS = {"MEAN_STD": ("mean", "std"), "MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99")}
 _MODES = {**_LAYERS, "QUANTILE10": ("q10", "q90")}
-
-
-@dataclass(frozen=True)
-class DiffusersDdim(StochasticStep):
-    """DDIM as diffusers does it: the clean prediction is clipped, the noise prediction stays as it was.
-
-    `Ddim` under `clip_x0` derives the noise from the clipped prediction instead, as DDPM does.
-
-    Args:
-        bound: of the clean prediction.
-    """
-
-    bound: float = 1.0
-
-    @property
-    def stochastic(self) -> bool:
-        """False: eta = 0."""
-        return False
-
-    def weights(self, process: GaussianProcess, t: Time, t_next: Time, like: Tensor) -> tuple[Scalar, Scalar, Scalar]:
-        """Return (w0, w1, 0) of DDIM."""
-        return process.step_weights(t, t_next, 0.0, like)
-
-    def moments(
-        self, model: Any, x: Float[Tensor, "b *d"], t: Time, t_next: Time, cond: Cond = None
-    ) -> tuple[Float[Tensor, "b *d"], Scalar]:
-        """Return the next state and 0."""
-        w0, w1, std = self.weights(model.process, t, t_next, x)
-        pred = model(x, t, cond)
-        return w0 * pred.x0.clamp(-self.bound, self.bound) + w1 * pred.eps, std
 
 
 @dataclass(frozen=True)
@@ -199,9 +165,7 @@ def _sampler(config: Mapping[str, Any]) -> ChunkSampler:
     """LeRobot's scheduler: DDPM or deterministic DDIM of diffusers, "leading" spacing."""
     steps = int(config.get("num_inference_steps") or config["num_train_timesteps"])
     clip = float(config["clip_sample_range"]) if config["clip_sample"] else None
-    if config["noise_scheduler_type"] == "DDPM":
-        return ChunkSampler(steps, Ddim(1.0), None, clip)
-    return ChunkSampler(steps, Ddim(0.0) if clip is None else DiffusersDdim(clip), None, None)
+    return diffusers_sampler(config["noise_scheduler_type"], steps, clip)
 
 
 def _rgb_encoder(config: Mapping[str, Any]) -> RgbEncoder:

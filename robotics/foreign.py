@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +20,12 @@ from gencontrol.data.normalize import Normalizer
 from gencontrol.errors import UsageError
 from gencontrol.models.denoiser import Denoiser
 from gencontrol.process import GaussianProcess, GridProcess, Linear, Table
+from gencontrol.process.gaussian import Time
+from gencontrol.process.schedule import Scalar
 from gencontrol.robotics.chunked import PolicySpec
 from gencontrol.robotics.denoising import ChunkSampler, DenoisingPolicy, History
 from gencontrol.robotics.policies import diffusion_grid, squaredcos
+from gencontrol.sampling.steps import Ddim, StochasticStep
 from gencontrol.types import Cond, Prediction
 
 #: (noisy chunks [b h a], the network's own time [b], condition) → output [b h a]
@@ -116,6 +120,53 @@ def named_schedule(name: str, levels: int, beta_start: float, beta_end: float) -
         raise UsageError(f"beta schedule '{name}' is unknown here; known: squaredcos_cap_v2, linear.")
     betas = torch.linspace(beta_start, beta_end, levels, dtype=torch.float64)
     return Table.from_alphas_cumprod((1 - betas).cumprod(0))
+
+
+@dataclass(frozen=True)
+class DiffusersDdim(StochasticStep):
+    """DDIM as diffusers does it: the clean prediction is clipped, the noise prediction stays as it was.
+
+    `Ddim` under `clip_x0` derives the noise from the clipped prediction instead, as DDPM does.
+
+    Args:
+        bound: of the clean prediction.
+    """
+
+    bound: float = 1.0
+
+    @property
+    def stochastic(self) -> bool:
+        """False: eta = 0."""
+        return False
+
+    def weights(self, process: GaussianProcess, t: Time, t_next: Time, like: Tensor) -> tuple[Scalar, Scalar, Scalar]:
+        """Return (w0, w1, 0) of DDIM."""
+        return process.step_weights(t, t_next, 0.0, like)
+
+    def moments(
+        self, model: Any, x: Float[Tensor, "b *d"], t: Time, t_next: Time, cond: Cond = None
+    ) -> tuple[Float[Tensor, "b *d"], Scalar]:
+        """Return the next state and 0."""
+        w0, w1, std = self.weights(model.process, t, t_next, x)
+        pred = model(x, t, cond)
+        return w0 * pred.x0.clamp(-self.bound, self.bound) + w1 * pred.eps, std
+
+
+def diffusers_sampler(kind: str, steps: int, clip: float | None) -> ChunkSampler:
+    """Return the sampler of a policy that was written for a scheduler of diffusers.
+
+    Args:
+        kind: "DDPM", or "DDIM" (deterministic).
+        clip: bound of the clean prediction, or None.
+
+    Raises:
+        UsageError: another scheduler.
+    """
+    if kind not in ("DDPM", "DDIM"):
+        raise UsageError(f"noise scheduler '{kind}' has no adapter; known: DDPM, DDIM.")
+    if kind == "DDPM":
+        return ChunkSampler(steps, Ddim(1.0), None, clip)
+    return ChunkSampler(steps, Ddim(0.0) if clip is None else DiffusersDdim(clip), None, None)
 
 
 class ForeignPolicy(DenoisingPolicy):

@@ -60,8 +60,21 @@ def _folder(folder: Path) -> Any:
     ours = {policy.__name__: policy for policy in (DiffusionPolicy, FlowPolicy)}
     if name in ours:
         return ours[name].from_pretrained(folder)
+    if name is None and kind is not None:
+        from gencontrol.robotics.adapters_lerobot import load_lerobot
+
+        return load_lerobot(folder)
+    if name is None and kind is not None and "input_features" in table:
+        from gencontrol.robotics.adapters_lerobot import load_lerobot
+
+        return load_lerobot(folder)
     raise UsageError(f"'{file}' describes a {name or kind or 'model without a class'}, not a policy; {_EXPECTED}.")
 
 
 def _file(path: Path) -> Any:
-    raise UsageError(f"'{path}' is a file; {_EXPECTED}.")
+    """Load a checkpoint by its ending."""
+    if path.suffix not in (".pth", ".pt", ".ckpt"):
+        raise UsageError(f"'{path}' is neither a folder nor a robomimic checkpoint (.pth); {_EXPECTED}.")
+    from gencontrol.robotics.adapters_robomimic import load_robomimic
+
+    return load_robomimic(path)
