@@ -18,7 +18,7 @@ from typing import Literal
 
 from gencontrol.errors import GencontrolError, UsageError, nearest
 from gencontrol.robotics.episodes import Episode, Episodes
-from gencontrol.robotics.storage import Request, naming, staged
+from gencontrol.robotics.storage import Request, naming, reading, staged
 
 #: format → (module with `read`, module with `write`)
 FORMATS = {
@@ -61,7 +61,8 @@ def read_episodes(
     if limit is not None and limit < 1:
         raise UsageError(f"limit is {limit}; give at least 1 episode, or None for all.")
     module = importlib.import_module(f"gencontrol.robotics.{FORMATS[kind][0]}")
-    with naming(f"'{place}'"):
+    # a file that its own package did not write can be wrong in any way: the reader's surprise is its fault
+    with naming(f"'{place}'"), reading(place, TypeError, ValueError, AttributeError, IndexError):
         episodes: Episodes = module.read(place, Request(keys, split, limit))
         return _renamed(episodes, rename) if rename else episodes
 

@@ -8,6 +8,7 @@ to float32 rounding.  Everything else of an episode is lost.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -109,5 +110,6 @@ def write(episodes: Episodes, target: Path) -> None:
     arrays["rewards"] = np.concatenate([episode.rewards for episode in episodes])
     arrays["traj_lengths"] = np.array([len(episode) for episode in episodes])
     target.mkdir()
-    for file, content in ((FILE, arrays), (SCALES, scales)):
-        np.savez_compressed(target / file, **content)
+    files: dict[str, dict[str, Any]] = {FILE: arrays, SCALES: scales}
+    for name, content in files.items():
+        np.savez_compressed(target / name, **content)

@@ -99,7 +99,7 @@ def reading(path: Path, *damage: type[Exception]) -> Iterator[None]:
     except known as error:
         if isinstance(error, UsageError):
             raise
-        reason = " ".join(str(error).split())[:160]
+        reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:160]
         raise UsageError(f"'{path}' cannot be read ({reason}); it is truncated or damaged: copy it again.") from error
 
 

@@ -136,6 +136,7 @@ def test_video_keeps_frames_in_their_places(tmp_path: Path) -> None:
     assert len(list(place.rglob("*.mp4"))) == 1
     write(ours, tmp_path / "small", "video", file_mb=1e-5)  # a new file as soon as there is a byte
     assert len(list((tmp_path / "small").rglob("*.parquet"))) == len(LENGTHS) + 2
+    assert len(list((tmp_path / "small").rglob("*.mp4"))) > 1
     for folder in (place, tmp_path / "small"):
         for one, two in zip(ours, read_episodes(folder), strict=True):
             assert np.abs(one.observations["front"].astype(int) - two.observations["front"]).max() < 7
