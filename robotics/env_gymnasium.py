@@ -91,7 +91,7 @@ class GymnasiumEnv:
         self.env = env
         self._rule = rule
         known = env.spec.max_episode_steps if env.spec is not None else None
-        limit = time_limit if time_limit is not None else known
+        limit = min((n for n in (time_limit, known) if n is not None), default=None)
         if limit is None or limit < 1:
             raise UsageError(f"environment '{env_id}' has no time limit of its own; give --time-limit STEPS.")
         observations, images = _shapes(env_id, env.observation_space)

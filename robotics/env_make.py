@@ -32,6 +32,7 @@ class Family:
         kwargs: given unless the user gives others.
         success_at: see EnvSpec.
         probe: an id that `gencontrol doctor` tries.
+        draws: whether making one needs a renderer even where no frames are asked for.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Family:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     success_at: Literal["any", "end"] = "any"
     probe: str = ""
+    draws: bool = True
 
 
 _EXTRA = 'pip install "gencontrol[robotics]"'
@@ -53,11 +55,26 @@ FAMILIES = (
         _EXTRA,
         {"continuing_task": False},
         probe="PointMaze_UMaze-v3",
+        draws=False,
     ),
-    Family("Fetch", r"(Fetch|Hand(Reach|Manip))", "gymnasium_robotics", _EXTRA, {}, "end", "FetchReach-v4"),
+    Family(
+        "Fetch", r"(Fetch|Hand(Reach|Manip))", "gymnasium_robotics", _EXTRA, {}, "end", "FetchReach-v4", draws=False
+    ),
     Family("PushT", r"gym_pusht/", "gym_pusht", 'pip install gym-pusht "pymunk<7"', probe="gym_pusht/PushT-v0"),
-    Family("robosuite", r"robosuite/", "robosuite", 'pip install "robosuite>=1.5,<1.6" "mujoco<3.6"'),
-    Family("LIBERO", r"libero/", "libero", "pip install hf-libero (in an environment of its own)"),
+    Family(
+        "robosuite",
+        r"robosuite/",
+        "robosuite",
+        'pip install "robosuite>=1.5,<1.6" "mujoco<3.6"',
+        probe="robosuite/Lift",
+    ),
+    Family(
+        "LIBERO",
+        r"libero/",
+        "libero",
+        "pip install hf-libero (in an environment of its own)",
+        probe="libero/libero_spatial/0",
+    ),
     Family("Gymnasium", r"", "gymnasium", _EXTRA, probe="Pendulum-v1"),
 )
 
@@ -89,10 +106,16 @@ def make_env(
     """
     given = dict(kwargs or {})
     rule = SuccessRule.parse(success)
+    if render:
+        _draw_without_screen()
     if ":" in env_id:
         made = _user_env(env_id, given, render)
         return GymnasiumEnv(made, env_id, kwargs=given, rule=rule, time_limit=time_limit)
     family = family_of(env_id)
+    if family.name in ("robosuite", "LIBERO"):
+        _draw_without_screen()
+        if success != "auto":
+            raise UsageError(f"{family.name} tasks know their success; leave out success '{success}'.")
     require(family)
     given = {**family.kwargs, **given}
     if family.name == "robosuite":
@@ -114,13 +137,20 @@ def require(family: Family) -> None:
     Raises:
         EnvironmentMissing: with the install line.
     """
-    if not os.environ.get("MUJOCO_GL") and not os.environ.get("DISPLAY") and sys.platform == "linux":
-        os.environ["MUJOCO_GL"] = "egl"  # read when mujoco is first imported; without it a screen is looked for
     try:  # packages print and warn at import about versions that nobody asked for
         with warnings.catch_warnings(action="ignore"), contextlib.redirect_stderr(io.StringIO()):
             importlib.import_module(family.module)
     except ImportError as error:
         raise EnvironmentMissing(f"{family.name} environments need {error.name or error}; {family.install}") from error
+    except AttributeError as error:  # how MuJoCo's import ends where MUJOCO_GL names what is not here
+        chosen = os.environ.get("MUJOCO_GL")
+        raise EnvironmentMissing(f"{family.module} cannot be imported with MUJOCO_GL={chosen}; unset it.") from error
+
+
+def _draw_without_screen() -> None:
+    """Have MuJoCo render by EGL unless there is a screen or the user chose; read when it is first imported."""
+    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")
 
 
 def _gymnasium_env(env_id: str, family: Family, kwargs: Mapping[str, Any], limit: int | None, mode: str | None) -> Any:

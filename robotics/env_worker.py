@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 
 from gencontrol.errors import EnvironmentMissing, UsageError
-from gencontrol.robotics.env_make import make_env
+from gencontrol.robotics.env_make import family_of, make_env
 from gencontrol.robotics.env_types import RobotEnv, Transition
 from gencontrol.robotics.env_wire import pack, pack_transition, spec_to_json, unpack
 
@@ -29,8 +29,11 @@ def main(descriptor: int, request: str) -> None:
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     link = Connection(descriptor)
+    asked = json.loads(request)
+    if not asked["render"] and ":" not in asked["env_id"] and not family_of(asked["env_id"]).draws:
+        os.environ["MUJOCO_GL"] = "disable"  # states are computed even where nothing can be drawn
     try:
-        env = make_env(**json.loads(request))
+        env = make_env(**asked)
     except Exception as error:  # whatever a stranger's constructor raises is told to the parent
         kind = next((k.__name__ for k in (EnvironmentMissing, UsageError) if isinstance(error, k)), "")
         link.send_bytes(pack({"error": str(error) if kind else describe(error), "kind": kind}))

@@ -7,7 +7,6 @@ linear algebra round differently in batches of different sizes (MEASURED: also a
 
 from __future__ import annotations
 
-import math
 import runpy
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -89,7 +88,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Tick:
-    """How far an evaluation is: handed to `say` after every episode."""
+    """How far an evaluation is: handed to `say` after every episode, and first if some were there before."""
 
     policy: str
     env_id: str
@@ -169,6 +168,7 @@ def evaluate_all(
     policies: Mapping[str, Actor | str],
     settings: Settings,
     *,
+    sources: Mapping[str, Actor | str] | None = None,
     output: str | Path | None = None,
     paired: bool = False,
     say: Callable[[Tick], None] | None = None,
@@ -178,13 +178,14 @@ def evaluate_all(
 
     Args:
         policies: name → policy, or what `load_policy` takes.
+        sources: name → where a policy that was loaded before came from; its files are hashed for the report.
         say: called after every episode.
         poll: called between steps; may raise to stop.
 
     Raises:
         UsageError, EnvironmentMissing: see `evaluate`.
     """
-    run = _Run(policies, settings, output, say, poll)
+    run = _Run(policies, settings, sources or policies, output, say, poll)
     reports = run.reports()
     if paired:
         reports = [reports[0], *(replace(other, compared=compare(reports[0], other)) for other in reports[1:])]
@@ -202,6 +203,7 @@ class _Run:
         self,
         policies: Mapping[str, Actor | str],
         settings: Settings,
+        sources: Mapping[str, Actor | str],
         output: str | Path | None,
         say: Callable[[Tick], None] | None,
         poll: Callable[[], None] | None,
@@ -211,7 +213,7 @@ class _Run:
         self.settings, self._say, self._poll = settings, say, poll
         self._given = dict(policies)
         self._loaded = {name: load(given) for name, given in policies.items()}
-        contents = {name: content_of(given) if isinstance(given, str) else None for name, given in policies.items()}
+        contents = {name: content_of(given) if isinstance(given, str) else None for name, given in sources.items()}
         self._contents = contents
         self.folder = None if output is None else EvaluationFolder(output, asdict(settings), contents)
         self._results: dict[tuple[str, str, int], EpisodeResult] = dict(self.folder.done) if self.folder else {}
@@ -221,6 +223,8 @@ class _Run:
 
     def reports(self) -> list[EvaluationReport]:
         """Run what is missing and return one report per policy."""
+        if self._results:
+            self._tick(next(iter(self._given)), self.settings.env_ids[0])  # how many were there before
         for env_id in self.settings.env_ids:
             self._environment(env_id)
         shown = {key: value for key, value in asdict(self.settings).items() if key != "seeds"}
@@ -265,15 +269,15 @@ class _Run:
 
     def _episodes(self, name: str, policy: Actor, envs: Envs, seeds: Sequence[int]) -> None:
         """Run the seeds and keep their results."""
-        spec, bad = envs.spec, 0
+        spec, invalid, works = envs.spec, 0, False
         with asked_in(policy, self.settings.rows_at_once) as together:
             for rollout in Rollouts(policy, envs, together=together).run(seeds, self._poll):
                 result = result_of(rollout, spec, self._at(spec))
                 self._results[name, spec.env_id, result.seed] = result
                 if self.folder is not None:
                     self.folder.add(name, result)
-                bad = -math.inf if result.valid else bad + 1  # type: ignore[assignment]  # once valid, never hopeless
-                if bad >= HOPELESS:
+                works, invalid = works or result.valid, invalid + 1
+                if not works and invalid >= HOPELESS:
                     raise UsageError(
                         f"the first {HOPELESS} episodes of '{name}' in {spec.env_id} were all invalid, the last one by "
                         f"{result.invalid}; mend the environment or the policy."
@@ -320,7 +324,7 @@ def bound(policy: Actor | str, spec: EnvSpec) -> Actor:
     if isinstance(policy, str):
         from gencontrol.robotics.experts import Flaws, expert_for
 
-        return expert_for(spec.env_id, Flaws(0.0))
+        return expert_for(spec.env_id, Flaws(0.0), spec.kwargs)
     return policy
 
 

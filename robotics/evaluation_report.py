@@ -81,21 +81,22 @@ def result_of(rollout: Rollout, spec: EnvSpec, success_at: str) -> EpisodeResult
             f"{spec.env_id} never reported {spec.success}; say how success is read: --success terminated, "
             "info:KEY or reward>=NUMBER."
         )
-    valid = fault is None and episode is not None
-    any_step = valid and bool(episode.success.any())
-    at_end = valid and bool(episode.success[-1])
+    won, last = (False, False), (False, False)
+    if fault is None and episode is not None:
+        won = bool(episode.success.any()), bool(episode.success[-1])
+        last = bool(episode.terminated[-1]), bool(episode.truncated[-1])
     rewards = episode.rewards.astype("float64") if episode is not None else ()
     return EpisodeResult(
         seed=rollout.seed,
         env_id=spec.env_id,
-        success=at_end if success_at == "end" else any_step,
-        success_any=any_step,
-        success_end=at_end,
+        success=won[1] if success_at == "end" else won[0],
+        success_any=won[0],
+        success_end=won[1],
         total_reward=float(sum(rewards)),
         max_reward=float(max(rewards, default=0.0)),
         length=len(episode) if episode is not None else 0,
-        terminated=valid and bool(episode.terminated[-1]),
-        truncated=valid and bool(episode.truncated[-1]),
+        terminated=last[0],
+        truncated=last[1],
         clipped=rollout.clipped,
         invalid=fault,
         start=rollout.start,

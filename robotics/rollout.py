@@ -119,13 +119,13 @@ class Rollouts:
     Args:
         together: ask the policy for all rows in one call.  Default: only a `ChunkedPolicy`, which sees to it that an
             action does not depend on the other rows.
-        render: record a frame at the start and after every step.
+        render_every: record a frame at the start and after every so many steps; 0 records none.
     """
 
-    def __init__(self, policy: Actor, envs: Envs, *, together: bool | None = None, render: bool = False) -> None:
+    def __init__(self, policy: Actor, envs: Envs, *, together: bool | None = None, render_every: int = 0) -> None:
         self.policy, self.envs = policy, envs
         self._together = isinstance(policy, ChunkedPolicy) if together is None else together
-        self._render = render
+        self._every = render_every
         self._open: dict[int, _Open] = {}
         self._low = np.array(envs.spec.action_low, np.float32)
         self._high = np.array(envs.spec.action_high, np.float32)
@@ -219,9 +219,13 @@ class Rollouts:
 
     def _shoot(self, rows: Sequence[int]) -> None:
         """Render rows until one of their frames fails."""
-        if not self._render:
+        if not self._every:
             return
-        wanted = [row for row in rows if self._open[row].render_fault is None]
+        wanted = [
+            row
+            for row in rows
+            if self._open[row].render_fault is None and len(self._open[row].steps) % self._every == 0
+        ]
         for row, frame in zip(wanted, self.envs.render(wanted)):
             if isinstance(frame, str):
                 self._open[row].render_fault = frame

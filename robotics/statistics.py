@@ -86,9 +86,9 @@ def newcombe(both: int, first: int, second: int, neither: int) -> Estimate:
         return Estimate(math.nan, math.nan, math.nan)
     a, b = wilson(both + second, n), wilson(both + first, n)
     product = (both + first) * (second + neither) * (both + second) * (first + neither)
-    centre = both * neither - first * second
+    centre = float(both * neither - first * second)
     if centre > 0:
-        centre = max(centre - n / 2, 0)  # continuity correction of the correlation, as the paper has it
+        centre = max(centre - n / 2, 0.0)  # continuity correction of the correlation, as the paper has it
     phi = centre / math.sqrt(product) if product > 0 else 0.0
     difference = a.value - b.value
     below = (a.value - a.low) ** 2 - 2 * phi * (a.value - a.low) * (b.high - b.value) + (b.high - b.value) ** 2
@@ -142,10 +142,11 @@ def pair(
     a, b = np.asarray(first, bool), np.asarray(second, bool)
     if a.shape != b.shape:
         raise ValueError(f"{len(a)} and {len(b)} outcomes cannot be paired")
-    counts = [int(np.sum(x)) for x in (a & b, a & ~b, ~a & b, ~a & ~b)]
+    both, only_first, only_second, neither = (int(np.sum(x)) for x in (a & b, a & ~b, ~a & b, ~a & ~b))
     if returns is None:
         gain = Estimate(math.nan, math.nan, math.nan)
     else:
         gain = bootstrap_mean(np.asarray(returns[1], np.float64) - np.asarray(returns[0], np.float64), seed=seed)
     difference = bootstrap_mean(b.astype(np.float64) - a, seed=seed)
-    return Pairs(*counts, mcnemar(counts[1], counts[2]), difference, newcombe(*counts), gain)
+    p, score = mcnemar(only_first, only_second), newcombe(both, only_first, only_second, neither)
+    return Pairs(both, only_first, only_second, neither, p, difference, score, gain)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 #: longest side of a picture; larger frames are averaged over blocks
 SIDE = 360
+#: pictures per second that are enough; faster environments are rendered at every second step or less
+FPS = 25.0
 _OPTIONS = {"crf": "24", "preset": "fast", "movflags": "+faststart"}
 
 
@@ -92,7 +94,8 @@ def _film(
     if isinstance(frame, str):  # before whole episodes are run for nothing
         notes.append(f"no videos, {spec.env_id} cannot be rendered here: {frame}")
         return
-    for rollout in Rollouts(policy, envs, together=together, render=True).run(seeds):
+    every = max(1, round(spec.fps / FPS))
+    for rollout in Rollouts(policy, envs, together=together, render_every=every).run(seeds):
         first = missing[rollout.seed]
         if rollout.fault is not None or rollout.render_fault is not None:
             notes.append(f"no video of seed {rollout.seed}: {rollout.fault or rollout.render_fault}")
@@ -104,7 +107,7 @@ def _film(
                 f"{_word(first.success)}): environment or policy is not a function of the seed"
             )
         try:
-            write_video(output / paths[rollout.seed], rollout, spec.fps)
+            write_video(output / paths[rollout.seed], rollout, spec.fps / every)
         except (GencontrolError, OSError, ValueError) as error:
             notes.append(f"the video of seed {rollout.seed} could not be written: {error}")
             continue
@@ -128,7 +131,8 @@ def write_video(path: Path, rollout: Rollout, fps: float) -> None:
         raise ValueError("nothing was rendered")
     frames = [shrink(frame) for frame in rollout.frames]
     staged = path.with_name(f".tmp_{path.name}")
-    writer = FrameWriter(staged, fps, *frames[0].shape[:2], options=_OPTIONS)
+    height, width = frames[0].shape[:2]
+    writer = FrameWriter(staged, fps, height, width, _OPTIONS)
     try:
         writer.write(np.stack(frames))
     finally:

@@ -39,6 +39,10 @@ PACKAGES = (
     ("pillow", "", "pictures"),
     ("gymnasium", "robotics", "robot environments"),
     ("mujoco", "robotics", "robot simulation"),
+    ("gymnasium-robotics", "robotics", "PointMaze and Fetch"),
+    ("av", "robotics", "videos of robots"),
+    ("h5py", "robotics", "robomimic data sets"),
+    ("pyarrow", "robotics", "LeRobot data sets"),
     ("matplotlib", "bench", "figures of the benchmarks"),
     ("scikit-learn", "bench", "peers in the benchmarks"),
 )
@@ -71,6 +75,7 @@ def diagnose() -> Iterator[Check]:
     yield from _system()
     yield from _packages()
     yield from _devices()
+    yield from _robots()
     yield from _bundled()
     yield from _writing()
 
@@ -125,6 +130,14 @@ def _devices() -> Iterator[Check]:
     egl = ctypes.util.find_library("EGL")
     missing = "no libEGL: rendering of simulators without a screen is off; apt-get install libegl1"
     yield Check("Devices", "EGL", "ok" if egl else "note", egl or missing)
+
+
+def _robots() -> Iterator[Check]:
+    """Which environments run: each is made and stepped in a process of its own (a few seconds in all)."""
+    from gencontrol.robotics.probe import probe
+
+    for found in probe():
+        yield Check("Robots", found.name, "ok" if found.works else "note", found.detail)
 
 
 def _bundled() -> Iterator[Check]:

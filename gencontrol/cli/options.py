@@ -34,6 +34,9 @@ ALIASES = {
     "num-validation-images": "eval-samples",
     "num-waveforms-per-prompt": "num",
     "num-inference-steps": "steps",
+    "n-episodes": "episodes",
+    "n-rollouts": "episodes",
+    "seed": "seed-start",
 }
 #: commands whose --steps are sampler steps; elsewhere they are training steps
 ONLY_IN = {"num-inference-steps": ("sample", "search")}

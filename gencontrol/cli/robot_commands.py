@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gencontrol.cli.commands import RUN, WHAT, Many, Number, Text, Threads, _option
+from gencontrol.cli.commands import RUN, WHAT, Device, Many, Number, Text, Threads, _option
 
 FLAWS = "Flaws of a scripted expert"
 
@@ -79,5 +79,89 @@ def collect(
     )
 
 
+def evaluate(
+    policies: Annotated[
+        list[str],
+        typer.Argument(metavar="POLICY…", help="A policy folder, package.module:make_policy, expert, random or zero."),
+    ],
+    env: Annotated[
+        list[str],
+        typer.Option("--env", help="An id, or package.module:make_fn; may be repeated.", rich_help_panel=WHAT),
+    ],
+    episodes: Annotated[int, typer.Option("--episodes", help="Per policy and task.", rich_help_panel=WHAT, min=1)] = 50,
+    seed_start: Annotated[
+        int, typer.Option("--seed-start", help="First seed; the others follow.", rich_help_panel=WHAT, min=0)
+    ] = 100_000,
+    paired: Annotated[
+        bool, typer.Option("--paired", help="Compare the other policies with the first one, seed by seed.")
+    ] = False,
+    env_kwargs: Annotated[
+        Many, _option("--env-kwarg", "An argument of the environment; may be repeated.", WHAT, "KEY=VALUE")
+    ] = None,
+    time_limit: Annotated[Number, _option("--time-limit", "Steps (default: the environment's own).", WHAT)] = None,
+    success: Annotated[
+        str,
+        typer.Option("--success", help="auto, info:KEY, terminated or reward>=NUMBER.", rich_help_panel=WHAT),
+    ] = "auto",
+    success_at: Annotated[
+        Text, _option("--success-at", "Which steps count (default: as usual for the environment).", WHAT, "any|end")
+    ] = None,
+    num_envs: Annotated[
+        int,
+        typer.Option("--num-envs", help="Environments side by side; changes no result.", rich_help_panel=RUN, min=1),
+    ] = 1,
+    videos: Annotated[
+        int, typer.Option("--videos", help="Most per policy and task, failures first.", rich_help_panel=RUN, min=0)
+    ] = 4,
+    isolation: Annotated[
+        str, typer.Option("--isolation", help="process survives crashes and hangs; or inline.", rich_help_panel=RUN)
+    ] = "process",
+    step_timeout: Annotated[
+        float, typer.Option("--step-timeout", help="Seconds after which a step hangs.", rich_help_panel=RUN)
+    ] = 60.0,
+    rows_at_once: Annotated[
+        int,
+        typer.Option(
+            "--rows-at-once",
+            help="Rows in one network call; 1 is exact for any --num-envs, 0 takes all.",
+            rich_help_panel=RUN,
+            min=0,
+        ),
+    ] = 1,
+    output: Annotated[
+        str, typer.Option("--output", help="Folder; the same command goes on.", rich_help_panel=RUN)
+    ] = "evaluation",
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Measure how often policies succeed, with intervals, videos of failures first, and a report page.
+
+    Example: gencontrol evaluate runs/a runs/b --paired --env FetchPickAndPlace-v4 --episodes 200 --output evaluation
+    """
+    from gencontrol.cli.evaluate import Request, command
+
+    command(
+        Request(
+            policies=tuple(policies),
+            envs=tuple(env),
+            episodes=episodes,
+            seed_start=seed_start,
+            num_envs=num_envs,
+            paired=paired,
+            output=output,
+            env_kwargs=tuple(env_kwargs or ()),
+            time_limit=time_limit,
+            success=success,
+            success_at=success_at,
+            isolation=isolation,
+            step_timeout=step_timeout,
+            rows_at_once=rows_at_once,
+            videos=videos,
+            device=device or "auto",
+            threads=threads or 0,
+        )
+    )
+
+
 #: command name → (function, panel of the help)
-TABLE: dict[str, tuple[Callable[..., Any], str]] = {"collect": (collect, "Robots")}
+TABLE: dict[str, tuple[Callable[..., Any], str]] = {"collect": (collect, "Robots"), "evaluate": (evaluate, "Robots")}
