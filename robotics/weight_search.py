@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -150,6 +150,7 @@ def fit_weights(
     method: Literal["grid", "halving", "bandit"] = "halving",
     step: float = 0.1,
     num_envs: int = 1,
+    evaluation: Mapping[str, Any] | None = None,
     rollouts: Rollouts | None = None,
 ) -> WeightFit:
     """Choose convex weights by success on validation seeds, then measure them and every parent on the test seeds.
@@ -163,12 +164,13 @@ def fit_weights(
         test_seeds: of the report.
         step: of the grid of weights.
         num_envs: environments at once.
+        evaluation: further arguments of `evaluate`, e.g. {"rows_at_once": 8, "isolation": "inline"}.
         rollouts: instead of an environment, what runs a policy on seeds.
 
     The result is a function of the arguments: nothing is drawn.
 
     Raises:
-        UsageError: seeds overlap or repeat, or neither env_id nor rollouts is given.
+        UsageError: seeds overlap or repeat, neither env_id nor rollouts is given, or an episode could not be run.
     """
     validation, test = _seeds(validation_seeds, "validation"), _seeds(test_seeds, "test")
     common = set(validation) & set(test)
@@ -179,7 +181,7 @@ def fit_weights(
     if rollouts is None:
         if env_id is None:
             raise UsageError("fit_weights needs an environment: give env_id, or rollouts.")
-        rollouts = _evaluated(env_id, num_envs)
+        rollouts = _evaluated(env_id, {"num_envs": num_envs, **(evaluation or {})})
     table = _Table(policy, rollouts, validation)
     best = SEARCHES[method](table, simplex_grid(len(policy.parents), step))
     rows = {"composed": tuple(map(bool, rollouts(policy.with_weights(best), test)))}
@@ -285,13 +287,16 @@ def _seeds(seeds: Sequence[int], what: str) -> tuple[int, ...]:
     return values
 
 
-def _evaluated(env_id: str, num_envs: int) -> Rollouts:
-    """Rollouts by the evaluator; an episode that could not be run is refused, because arms must meet equal seeds."""
+def _evaluated(env_id: str, arguments: Mapping[str, Any]) -> Rollouts:
+    """Rollouts by the evaluator; an episode that could not be run ends the search: arms must meet equal seeds."""
     from gencontrol.robotics.evaluate import evaluate
 
     def run(policy: Any, seeds: Sequence[int]) -> Sequence[bool]:
-        report = evaluate(policy, env_id, seeds=seeds, num_envs=num_envs)
-        return [bool(episode.success) for episode in report.episodes]
+        report = evaluate(policy, env_id, seeds=seeds, **arguments)
+        for episode in report.episodes:
+            if not episode.valid:
+                raise UsageError(f"seed {episode.seed} of {env_id} could not be run ({episode.invalid}); leave it out.")
+        return [episode.success for episode in report.episodes]
 
     return run
 
