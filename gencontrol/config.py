@@ -91,6 +91,9 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
                 f"[{where}] has no option '{raw}'.{nearest(key, fields)} Options: {', '.join(sorted(fields))}."
             )
         if not _fits(value, hints[key]):
+            if typing.get_origin(hints[key]) is typing.Literal:
+                known = ", ".join(str(choice) for choice in typing.get_args(hints[key]))
+                raise UsageError(f"[{where}] {key} = {value!r} is unknown; choose from {known}.")
             kind = getattr(hints[key], "__name__", None) or str(hints[key])
             raise UsageError(f"[{where}] {key} = {value!r} is a {type(value).__name__}; expected {kind}.")
         values[key] = tuple(value) if isinstance(value, list) else value

@@ -120,6 +120,7 @@ class GenerativePolicy(DenoisingPolicy):
         with torch.inference_mode():
             return self.finish(self.draw(self.encode(observation), noise))
 
+    @torch.no_grad()
     def draw(self, cond: Float[Tensor, "b c"], noise: Keyed) -> Float[Tensor, "b horizon action"]:
         """Return normalised chunks for encoded observations, by `self.sampler`.
 
