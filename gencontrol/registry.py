@@ -70,6 +70,7 @@ BENCHES = {
     "dts": "gencontrol.bench.dts:main",
     "ctrl": "gencontrol.bench.ctrl:main",
     "crd": "gencontrol.bench.crd:main",
+    "gpc": "gencontrol.bench.gpc:main",
 }
 
 
