@@ -17,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gencontrol.errors import UsageError
-from gencontrol.models.denoiser import Pred
-from gencontrol.process.gaussian import Time
+from gencontrol.models.denoiser import Pred, TokenPred
+from gencontrol.process.gaussian import GaussianProcess, Time
 from gencontrol.rng import Keyed
 from gencontrol.robotics.compose import ComposedPolicy
 from gencontrol.robotics.denoising import History
@@ -53,6 +53,8 @@ class Trace:
 class _Watched(Control):
     """A composition that keeps what its models said."""
 
+    process: GaussianProcess
+
     def __init__(self, inner: Composed) -> None:
         super().__init__(inner.process)
         self.inner = inner
@@ -68,12 +70,12 @@ class _Watched(Control):
         """Return the models' predictions, remembered."""
         found = self.inner.predictions(xt, t, cond, weights)
         said = iter(found)
-        self.eps.append([None if _zero(w) else next(said)[0].eps for w in weights])
+        self.eps.append([None if _zero(w) else _eps(next(said)[0]) for w in weights])
         self.weights.append([float(w.mean()) if isinstance(w, Tensor) else w for w in weights])
-        self.logsnr.append(2 * float(self.process.at(t, xt).half_logsnr))  # type: ignore[union-attr]
+        self.logsnr.append(2 * float(self.process.at(t, xt).half_logsnr))
         return found
 
-    def forward(self, xt: Tensor, t: Time, cond: Cond = None) -> Pred:
+    def forward(self, xt: Tensor, t: Time, cond: Cond = None) -> Pred | TokenPred:
         """Predict as the composition does."""
         pairs = self.predictions(xt, t, cond, self.weights_at(xt, t))
         return self.inner.mixed(pairs, xt, t)
@@ -192,18 +194,25 @@ def parent_errors(
     even = policy.with_weights([1.0 / count] * count)
     model, condition = even.model(), even.condition(observation)
     process = model.process
+    assert isinstance(process, GaussianProcess)  # ComposedPolicy checked its parents
     x0 = policy.parents[policy.reference].action_normalizer.normalize(chunks.float())
     grams = []
     with torch.inference_mode():
         for level, value in enumerate(logsnr):
-            t = process.schedule.time_at(float(value))  # type: ignore[union-attr]
+            t = process.schedule.time_at(float(value))
             eps = Keyed(noise.keys, noise.counter + level).normal(shape, x0.device)
-            pairs = model.predictions(process.corrupt(x0, t, eps), t, condition, [1.0 / count] * count)  # type: ignore
+            pairs = model.predictions(process.corrupt(x0, t, eps), t, condition, [1.0 / count] * count)
             errors = torch.empty(count, eps.numel(), dtype=torch.float64)
             for place, (pred, _) in enumerate(pairs):
-                errors[policy.order[place]] = (pred.eps - eps).double().flatten()
+                errors[policy.order[place]] = (_eps(pred) - eps).double().flatten()
             grams.append(errors @ errors.T / eps.numel())
     return ErrorTable(policy.names, tuple(float(v) for v in logsnr), torch.stack(grams))
+
+
+def _eps(pred: Pred | TokenPred) -> Tensor:
+    """The predicted noise; parents are Gaussian."""
+    assert isinstance(pred, Pred)
+    return pred.eps
 
 
 def _zero(weight: float | Tensor) -> bool:

@@ -118,16 +118,24 @@ class ConditionalUnet1d(nn.Module):
         """Return the output at the noise level `index`."""
         h, kept = x.transpose(1, 2), []
         feature = torch.cat([self.diffusion_step_encoder(index.to(x.dtype)), cond], dim=-1)
-        for first, second, shrink in self.down_modules:  # type: ignore[misc]
+        for level in self.down_modules:
+            first, second, shrink = _three(level)
             h = second(first(h, feature), feature)
             kept.append(h)
             h = shrink(h)
         for block in self.mid_modules:
             h = block(h, feature)
-        for first, second, grow in self.up_modules:  # type: ignore[misc]
+        for level in self.up_modules:
+            first, second, grow = _three(level)
             h = grow(second(first(torch.cat([h, kept.pop()], dim=1), feature), feature))
         out: Tensor = self.final_conv(h)
         return out.transpose(1, 2)
+
+
+def _three(level: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Two blocks and a change of length."""
+    assert isinstance(level, nn.ModuleList)
+    return level[0], level[1], level[2]
 
 
 class _BasicBlock(nn.Module):

@@ -93,6 +93,7 @@ class Superposition(ABC):
         process: GaussianProcess = model.process
         times = process.times(sampler.steps) if sampler.times is None else sampler.times
         grid = make_grid(process.schedule, None if isinstance(times, (tuple, list)) else sampler.steps, times)
+        process.schedule.prepare(grid)
         x = process.prior(shape, noise) if x_init is None else x_init
         given = [float(w) for w in model.weights_at(x, grid[0])]
         weights = torch.tensor([w for w in given if w > 0]).to(x)

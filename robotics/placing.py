@@ -17,7 +17,7 @@ from torch import Tensor
 from gencontrol.data.normalize import Normalizer
 from gencontrol.errors import UsageError
 from gencontrol.models.denoiser import Pred
-from gencontrol.process.gaussian import Time
+from gencontrol.process.gaussian import GaussianProcess, Time
 from gencontrol.process.schedule import Scalar
 from gencontrol.robotics.denoising import ParentModel
 from gencontrol.sampling.guidance import Control
@@ -36,6 +36,7 @@ class Placed(Control):
         ratio, offset: r and c [A].
     """
 
+    process: GaussianProcess
     ratio: Tensor
     offset: Tensor
 

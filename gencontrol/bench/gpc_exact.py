@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gencontrol.algorithms.stats import Estimate
 from gencontrol.bench.base import Check, table
 from gencontrol.models.exact import GaussianMixture
 from gencontrol.process import GaussianProcess, Linear
@@ -27,6 +28,7 @@ from gencontrol.robotics.policies import squaredcos
 from gencontrol.sampling import compose, ddim, score_shift
 
 Law = tuple[float, float]
+Row = list[Estimate | float | str]
 
 
 def mixture(
@@ -100,14 +102,16 @@ def draw(policy: Any, count: int, name: str, seed: int) -> Tensor:
     return actions.flatten()
 
 
-def gaussian_rows(levels: int) -> tuple[list[list[Any]], list[Check]]:
+def gaussian_rows(levels: int) -> tuple[list[Row], list[Check]]:
     """The table of §5.4 and a diffusion parent mixed with a flow parent."""
     cases = [
         ("equal sd", (-1.0, 1.0), (0.5, 0.5), (0.3, 0.7), diffusion(levels)),
         ("unequal sd", (-1.0, 1.0), (0.5, 1.0), (0.5, 0.5), diffusion(levels)),
         ("diffusion + flow", (-1.0, 1.0), (0.5, 1.0), (0.5, 0.5), GaussianProcess(Linear())),
     ]
-    rows, checks, times = [], [], level_times(levels)
+    rows: list[Row] = []
+    checks, times = [], level_times(levels)
+    sds_summed = []
     for name, means, sds, weights, second in cases:
         parents = [mixture([m], [s], [1.0], p) for m, s, p in zip(means, sds, (diffusion(levels), second), strict=True)]
         model = compose(parents, weights)
@@ -122,7 +126,8 @@ def gaussian_rows(levels: int) -> tuple[list[list[Any]], list[Check]]:
     for eta, sampler in ((0.0, "DDIM"), (1.0, "DDPM")):
         found, limit = sampled_law(summed, times, eta), limit_law((-1.0, 1.0), (0.5, 0.5), (1.0, 1.0), eta)
         rows.append(["scores summed", sampler, *found, *limit])
-    collapsed, sharpened = rows[-2][3], rows[-1][3]
+        sds_summed.append(found[1])
+    collapsed, sharpened = sds_summed
     checks.append(
         Check(
             "scores summed without a baseline collapse under DDIM and sharpen under DDPM (product: sd 0.354)",
@@ -133,9 +138,10 @@ def gaussian_rows(levels: int) -> tuple[list[list[Any]], list[Check]]:
     return rows, checks
 
 
-def bimodal_rows(count: int, seed: int) -> tuple[list[list[Any]], list[Check]]:
+def bimodal_rows(count: int, seed: int) -> tuple[list[Row], list[Check]]:
     """Two-mode parents: composition keeps the gap empty, averaging of actions with independent noise fills it."""
-    rows, checks = [], []
+    rows: list[Row] = []
+    checks = []
     cases = {
         "modes ±1 shifted by ±0.1": ((0.5, 0.5), (0.5, 0.5), 0.1),
         "mode weights .9/.1 and .3/.7": ((0.9, 0.1), (0.3, 0.7), 0.0),
@@ -175,7 +181,7 @@ def part_a(*, levels: int = 1000, count: int = 20_000, seed: int = 0) -> dict[st
         count: samples of every bimodal row.
     """
     laws, checks = gaussian_rows(levels)
-    finite = []
+    finite: list[Row] = []
     parents = [mixture([m], [0.5], [1.0], diffusion(1000)) for m in (-1.0, 1.0)]
     for steps in (10, 20, 50, 100, 1000):
         times = [(k * (1000 // steps) + 1) / 1000 for k in reversed(range(steps))] + [0.0]

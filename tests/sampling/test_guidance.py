@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from gencontrol.models import Denoiser, EnumerableTokens, GaussianMixture
 from gencontrol.models.denoiser import TokenPred
 from gencontrol.process import VP, Cosine, Edm, GaussianProcess, Linear, MaskedProcess, Table
-from gencontrol.sampling import cfg, compose, inpaint, retime, sample, score_shift
+from gencontrol.rng import Keyed
+from gencontrol.sampling import State, cfg, clip_x0, compose, inpaint, own_conditions, retime, sample, score_shift, sde
 
 SCHEDULES = {
     "linear": Linear(),
@@ -257,3 +258,66 @@ def test_controls_nest() -> None:
     x = sample(stack, (4, 2), steps=6, step="heun", cond=cond, generator=torch.Generator().manual_seed(0))
     assert bool(torch.isfinite(x).all()) and isinstance(stack.process.schedule, Edm)
     assert isinstance(cfg(tokens(0), 2.0, None)(torch.tensor([[3, 3]]), 0.5), TokenPred)
+
+
+@pytest.mark.parametrize("t", TIMES, ids=["0.15", "0.5", "0.8", "per-item"])
+def test_composition_weights_by_log_snr_and_by_dimension(t) -> None:
+    models = [mixture(Linear()), mixture(VP(), shift=1.0)]
+    seen = []
+
+    def weights(logsnr):
+        seen.append(logsnr)
+        first = logsnr.sigmoid() if isinstance(logsnr, torch.Tensor) else float(torch.tensor(logsnr).sigmoid())
+        return [first, 1 - first]
+
+    found = compose(models, weights)(points(), t)
+    expected = 2 * Linear().coeffs(torch.as_tensor(t, dtype=torch.float64)).half_logsnr
+    torch.testing.assert_close(torch.as_tensor(seen[0]).flatten().double(), expected.flatten())
+    share = expected.sigmoid().reshape(-1, 1)
+    preds = models[0](points(), t), retime(models[1], models[0].process)(points(), t)
+    torch.testing.assert_close(found.x0, share * preds[0].x0 + (1 - share) * preds[1].x0, rtol=1e-6, atol=1e-6)
+    by_dim = compose(models, [torch.tensor([1.0, 0.25]), torch.tensor([0.0, 0.75])])(points(), t)
+    torch.testing.assert_close(by_dim.x0[:, 0], preds[0].x0[:, 0], rtol=1e-6, atol=1e-6)
+    mixed = 0.25 * preds[0].x0[:, 1] + 0.75 * preds[1].x0[:, 1]
+    torch.testing.assert_close(by_dim.x0[:, 1], mixed, rtol=1e-6, atol=1e-6)
+
+
+def test_composition_with_a_condition_per_model() -> None:
+    first, second = mixture(Linear()), mixture(Linear(), shift=1.0)
+    conds = torch.tensor([[1.0, 0.0]] * 3), torch.tensor([[0.0, 1.0]] * 3)
+    found = compose([first, second], [0.4, 0.6], own_conditions=True)(points(), 0.5, own_conditions(conds))
+    expected = 0.4 * first(points(), 0.5, conds[0]).x0 + 0.6 * second(points(), 0.5, conds[1]).x0
+    torch.testing.assert_close(found.x0, expected, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [lambda s: [0.5, 0.6], lambda s: [1.0], [torch.tensor([0.5, 0.9]), torch.tensor([0.5, 0.2])]],
+)
+def test_composition_refuses_schedules_that_are_not_convex(weights) -> None:
+    with pytest.raises(ValueError, match="weights"):
+        compose([mixture(Linear()), mixture(VP())], weights)(points(), 0.5)
+    with pytest.raises(ValueError, match="log-SNR"):
+        compose([tokens(0), tokens(1)], lambda logsnr: [0.5, 0.5])(torch.tensor([[3, 3]]), 0.5)
+
+
+def test_clip_x0_bounds_the_clean_prediction_and_rederives_the_noise() -> None:
+    model, c = mixture(VP()), VP().at(0.4)
+    found, free = clip_x0(model, 0.3)(points(), 0.4), model(points(), 0.4)
+    assert float(free.x0.abs().max()) > 0.4
+    assert torch.equal(found.x0, free.x0.clamp(-0.3, 0.3))
+    torch.testing.assert_close(c.a * found.x0 + c.s * found.eps, points())
+    with pytest.raises(ValueError, match="bound"):
+        clip_x0(model, 0.0)
+    with pytest.raises(ValueError, match="Gaussian"):
+        clip_x0(tokens(0), 1.0)
+
+
+def test_keyed_noise_has_a_counter_per_step() -> None:
+    model, keys = mixture(VP()), torch.arange(3)
+    found = sample(model, (3, 2), steps=4, step="sde", generator=Keyed(keys, 5), keep_path=True)
+    x = model.process.prior((3, 2), Keyed(keys, 5))
+    assert torch.equal(found.states[0], x)
+    for index, (t, t_next) in enumerate(zip(found.times, found.times[1:])):
+        x = sde()(model, State(x), t, t_next, None, Keyed(keys, 6 + index).normal((3, 2))).x
+        assert torch.equal(found.states[index + 1], x)
