@@ -116,7 +116,7 @@ class ComposedPolicyPipeline(PolicyPipeline):
         values = [_loaded(policy) for policy in (policies.values() if isinstance(policies, Mapping) else policies)]
         parents: Any = dict(zip(policies, values, strict=True)) if named else values
         shares = [1.0 / len(values)] * len(values) if weights is None and values else weights
-        super().__init__(ComposedPolicy(parents, shares, operator=operator))  # type: ignore[arg-type]
+        super().__init__(ComposedPolicy(parents, shares, operator=operator))
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Self:

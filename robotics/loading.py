@@ -60,10 +60,6 @@ def _folder(folder: Path) -> Any:
     ours = {policy.__name__: policy for policy in (DiffusionPolicy, FlowPolicy)}
     if name in ours:
         return ours[name].from_pretrained(folder)
-    if name is None and kind is not None:
-        from gencontrol.robotics.adapters_lerobot import load_lerobot
-
-        return load_lerobot(folder)
     if name is None and kind is not None and "input_features" in table:
         from gencontrol.robotics.adapters_lerobot import load_lerobot
 

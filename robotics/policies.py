@@ -132,7 +132,7 @@ class GenerativePolicy(DenoisingPolicy):
         table, times = self.plan(self.sampler, cond.device)
         x = self.denoiser.process.prior(shape, noise, cond.device)
         entries = self.network.plan(times, cond)
-        draws = step_noise(table, shape, noise)
+        draws = step_noise(table, shape, noise, cond.device)
         return run(table, lambda k, state: self.network.planned(state, entries[k]), x, draws)
 
     def plan(self, sampler: ChunkSampler, device: torch.device) -> tuple[StepTable, Tensor]:

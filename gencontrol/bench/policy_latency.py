@@ -43,7 +43,7 @@ class Latency:
         ratio: median over runs of diffusers' time over ours.
         ratio_equal_kernels: the same with our convolution kernels in diffusers' loop.
         overhead_us: median time per step of our loop without a network.
-        diffusers_overhead_us: the same of diffusers' scheduler.
+        diffusers_overhead_us: the same of diffusers' scheduler, with the encoder and the start.
         difference: largest difference between the two chunks.
         device: where it ran.
     """

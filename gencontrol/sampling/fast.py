@@ -82,8 +82,8 @@ def step_table(
             w0, w1, std = (float(value) for value in process.step_weights(t, t_next, step.eta, like))
             keep, move = w1 / at.s, w0 - w1 * at.a / at.s
         rows.append((asked, p, q, keep, move, std))
-    columns = tuple(zip(*rows, strict=True))
-    return StepTable(*columns, limit=limit)
+    times, ps, qs, keeps, moves, stds = zip(*rows, strict=True)
+    return StepTable(times, ps, qs, keeps, moves, stds, limit)
 
 
 def run(
@@ -117,7 +117,9 @@ def run(
     return x
 
 
-def step_noise(table: StepTable, shape: Sequence[int], noise: Keyed) -> Sequence[Tensor] | None:
+def step_noise(
+    table: StepTable, shape: Sequence[int], noise: Keyed, device: torch.device | str = "cpu"
+) -> Sequence[Tensor] | None:
     """Return the noise of all steps, that of step k being draw k + 1 of the rows' streams; None where none is needed.
 
     One hash serves all steps.
@@ -125,7 +127,7 @@ def step_noise(table: StepTable, shape: Sequence[int], noise: Keyed) -> Sequence
     if not table.stochastic:
         return None
     count = len(table.times) - 1
-    draws = noise.draws(range(1, count + 1)).normal((count * shape[0], *shape[1:]), noise.keys.device)
+    draws = noise.draws(range(1, count + 1)).normal((count * shape[0], *shape[1:]), device)
     return draws.view(count, *shape).unbind(0)
 
 

@@ -51,13 +51,13 @@ def test_a_gaussian_law_is_learned(kind: str, tmp_path: Path) -> None:
     """state → N(0.6·state, 0.3²): the trained prediction against the posterior in closed form, and the sampled law.
 
     With x_t = a·x0 + s·eps and x0 ~ N(m, v): E[x0 | x_t] = m + a·v·(x_t − a·m)/(a²·v + s²).  Targets have variance
-    about 1; 500 steps leave an excess error below 0.02 (measured 0.002 and 0.007), an untrained network has above 0.5.
+    about 1; 300 steps leave an excess error below 0.02 (measured 0.002 and 0.008), an untrained network has above 0.5.
     """
     data = gaussian_law(40, 50, SLOPE, DEVIATION)
     norm: dict[str, Any] = {"action_norm": "identity", "state_norm": "identity", "limits": "none"}
     size: dict[str, Any] = {"backbone": "mlp", "width": 64, "depth": 2, "inference_steps": 50}
     algorithm = _algorithm(kind, data, ChunkSizes(1, 1, 1), PolicyPretrainConfig(ema=0.99), **norm, **size)
-    config = TrainConfig(steps=500, lr=3e-3, lr_schedule="cosine", micro_batch=256, save_every=10_000)
+    config = TrainConfig(steps=300, lr=5e-3, lr_schedule="cosine", micro_batch=256, save_every=10_000)
     Trainer(config, tmp_path / "run").fit(algorithm)
     policy = algorithm.policy
     assert isinstance(policy, DiffusionPolicy | FlowPolicy)
@@ -78,8 +78,8 @@ def test_a_gaussian_law_is_learned(kind: str, tmp_path: Path) -> None:
         excess = (policy.denoiser(xt, t, cond).raw - exact).square().mean()
         assert float(excess) < 0.02
         chunk = policy.draw(torch.full((rows, 1), 0.5), Keyed(torch.arange(rows), 3))
-    # 4 standard errors of 4000 samples, and the excess error's share (measured 0.016 and 3 %)
-    assert float(chunk.mean()) == pytest.approx(SLOPE * 0.5, abs=0.03)
+    # 4 standard errors of 4000 samples, and the excess error's share (measured 0.02 and 3 %)
+    assert float(chunk.mean()) == pytest.approx(SLOPE * 0.5, abs=0.04)
     assert float(chunk.std()) == pytest.approx(DEVIATION, rel=0.1)
 
 
