@@ -16,8 +16,8 @@ def load_policy(path: str | Path) -> Any:
     """Return a policy with `reset(rows, seeds)` and `select_action(observation, rows)`.
 
     Args:
-        path: a policy folder, a run folder (its final/), a LeRobot policy folder, a robomimic checkpoint (.pth), or
-            package.module:make_policy, which is called without arguments.
+        path: a policy folder or composition, a run folder (its final/), a LeRobot policy folder, a robomimic
+            checkpoint (.pth), or package.module:make_policy, which is called without arguments.
 
     Raises:
         UsageError: nothing is there, it is damaged, or it is no policy; the message names it.
@@ -60,6 +60,10 @@ def _folder(folder: Path) -> Any:
     ours = {policy.__name__: policy for policy in (DiffusionPolicy, FlowPolicy)}
     if name in ours:
         return ours[name].from_pretrained(folder)
+    if name == "ComposedPolicy":
+        from gencontrol.robotics.composition import read_composition
+
+        return read_composition(folder)
     if name is None and kind is not None and "input_features" in table:
         from gencontrol.robotics.adapters_lerobot import load_lerobot
 

@@ -9,7 +9,7 @@ import typer
 
 from gencontrol.cli.commands import RUN, WHAT, Device, Many, Number, Text, Threads, _option
 
-FLAWS = "Flaws of a scripted expert"
+FLAWS, FIT = "Flaws of a scripted expert", "Fitting of weights"
 
 
 def collect(
@@ -163,5 +163,78 @@ def evaluate(
     )
 
 
+def compose(
+    policies: Annotated[
+        list[str], typer.Argument(metavar="POLICY…", help="Policy folders, checkpoints or package.module:make_policy.")
+    ],
+    weight: Annotated[
+        list[float] | None,
+        typer.Option("--weight", help="One per policy, in order, sum 1.", rich_help_panel=WHAT, show_default="equal"),
+    ] = None,
+    operator: Annotated[
+        str, typer.Option("--operator", help="convex, or (experimental) and, or.", rich_help_panel=WHAT)
+    ] = "convex",
+    overlap: Annotated[
+        bool, typer.Option("--overlap", help="Align chunks of different horizons at now.", rich_help_panel=WHAT)
+    ] = False,
+    n_action: Annotated[Number, _option("--n-action", "Actions executed per chunk (default: theirs).", WHAT)] = None,
+    fit_env: Annotated[
+        Text, _option("--fit-env", "Fit the weights by rollouts in this environment.", FIT, "ID|package.module:make_fn")
+    ] = None,
+    env_kwargs: Annotated[
+        Many, _option("--env-kwarg", "An argument of the environment; may be repeated.", FIT, "KEY=VALUE")
+    ] = None,
+    validation: Annotated[
+        int, typer.Option("--validation", help="Seeds that choose the weights.", rich_help_panel=FIT, min=1)
+    ] = 100,
+    episodes: Annotated[
+        int, typer.Option("--episodes", help="Fresh seeds that measure them.", rich_help_panel=FIT, min=2)
+    ] = 200,
+    seed_start: Annotated[int, typer.Option("--seed-start", help="First seed.", rich_help_panel=FIT, min=0)] = 200_000,
+    method: Annotated[str, typer.Option("--method", help="halving, grid or bandit.", rich_help_panel=FIT)] = "halving",
+    step: Annotated[float, typer.Option("--step", help="Of the grid of weights.", rich_help_panel=FIT)] = 0.1,
+    num_envs: Annotated[
+        int, typer.Option("--num-envs", help="Environments side by side.", rich_help_panel=FIT, min=1)
+    ] = 1,
+    rows_at_once: Annotated[
+        int, typer.Option("--rows-at-once", help="Rows in one network call, see evaluate.", rich_help_panel=FIT, min=0)
+    ] = 1,
+    output: Annotated[
+        str, typer.Option("--output", help="Folder of the composition, a policy like others.", rich_help_panel=RUN)
+    ] = "composition",
+    threads: Threads = None,
+) -> None:
+    """Compose trained policies into one (GPC); weights are given, equal, or fitted and measured on fresh seeds.
+
+    Example: gencontrol compose runs/a runs/b --fit-env FetchPickAndPlace-v4 --output runs/ab
+    """
+    from gencontrol.cli.compose import Request, command
+
+    command(
+        Request(
+            policies=tuple(policies),
+            weights=tuple(weight or ()),
+            operator=operator,
+            overlap=overlap,
+            n_action=n_action,
+            fit_env=fit_env,
+            env_kwargs=tuple(env_kwargs or ()),
+            validation=validation,
+            episodes=episodes,
+            seed_start=seed_start,
+            method=method,
+            step=step,
+            num_envs=num_envs,
+            rows_at_once=rows_at_once,
+            output=output,
+            threads=threads or 0,
+        )
+    )
+
+
 #: command name → (function, panel of the help)
-TABLE: dict[str, tuple[Callable[..., Any], str]] = {"collect": (collect, "Robots"), "evaluate": (evaluate, "Robots")}
+TABLE: dict[str, tuple[Callable[..., Any], str]] = {
+    "collect": (collect, "Robots"),
+    "compose": (compose, "Robots"),
+    "evaluate": (evaluate, "Robots"),
+}
