@@ -96,10 +96,11 @@ def test_robomimic_file_without_our_fields(tmp_path: Path) -> None:
         demo["actions"] = np.linspace(-1, 1, 6).reshape(3, 2)
         demo["rewards"], demo["dones"] = [0.0, 0.0, 1.0], [0, 0, 1]
         demo["obs/object"] = np.arange(6.0).reshape(3, 2)
-        demo["obs/eye"] = np.zeros((3, 3, 4, 4), dtype=np.uint8)
+        eye = np.arange(3 * 4 * 5 * 3, dtype=np.uint8).reshape(3, 4, 5, 3)
+        demo["obs/eye"] = eye.transpose(0, 3, 1, 2)
     (episode,) = read_episodes(tmp_path / "lift.hdf5")
     assert episode.actions.dtype == np.float32 and episode.observations["object"].dtype == np.float32
-    assert episode.observations["eye"].shape == (3, 4, 4, 3)
+    assert np.array_equal(episode.observations["eye"], eye)
     assert episode.success.tolist() == episode.terminated.tolist() == [False, False, True]
     assert not episode.truncated.any() and episode.fps == 10.0 and episode.states is None
 
