@@ -16,6 +16,8 @@ from gencontrol.robotics.env_types import Array, EnvSpec, Transition
 
 #: names under which environments report success (robot_interfaces.md §6, FOUND)
 SUCCESS_KEYS = ("is_success", "success")
+#: steps of an episode where neither the user nor the environment's registration says
+DEFAULT_LIMIT = 1000
 _PACKAGES = ("gymnasium", "gymnasium-robotics", "gym-pusht", "mujoco", "pymunk", "robosuite", "hf-libero", "numpy")
 
 
@@ -75,7 +77,7 @@ class GymnasiumEnv:
     """A Gymnasium environment (or one with its methods) as a `RobotEnv`.
 
     Raises:
-        UsageError: spaces that are no numbers, or no time limit; the message says what to give.
+        UsageError: spaces that are no numbers, or a time limit below 1; the message says what to give.
     """
 
     def __init__(
@@ -91,9 +93,9 @@ class GymnasiumEnv:
         self.env = env
         self._rule = rule
         known = env.spec.max_episode_steps if env.spec is not None else None
-        limit = min((n for n in (time_limit, known) if n is not None), default=None)
-        if limit is None or limit < 1:
-            raise UsageError(f"environment '{env_id}' has no time limit of its own; give --time-limit STEPS.")
+        limit = min((n for n in (time_limit, known) if n is not None), default=DEFAULT_LIMIT)
+        if limit < 1:
+            raise UsageError(f"environment '{env_id}': a time limit of {limit} steps; give at least 1.")
         observations, images = _shapes(env_id, env.observation_space)
         low, high = _bounds(env_id, env.action_space)
         self.spec = EnvSpec(
@@ -104,6 +106,7 @@ class GymnasiumEnv:
             action_high=high,
             fps=float(env.metadata.get("render_fps") or 20.0),
             time_limit=int(limit),
+            limit_from="asked for" if limit == time_limit else "the environment's" if limit == known else "our default",
             success=str(rule),
             success_at=success_at,
             task=str(getattr(env.unwrapped, "task_description", "")),

@@ -65,6 +65,7 @@ class LiberoEnv:
             action_high=(1.0,) * len(IDLE),
             fps=20.0,
             time_limit=time_limit or LIMITS[suite_name],
+            limit_from="asked for" if time_limit else "LeRobot's",
             success="check_success()",
             task=str(task.language),
             kwargs=given,

@@ -97,12 +97,12 @@ def make_env(
     Args:
         env_id: of Gymnasium ("FetchPush-v4"), "robosuite/Lift", "libero/libero_spatial/3", or "package.module:make_fn",
             a function of `kwargs` that returns a Gymnasium environment.
-        time_limit: steps of an episode; None: the environment's own.
+        time_limit: steps of an episode; None: the environment's own, or 1000 where it names none.
         success: "auto" (the environment's own flag), "info:KEY", "terminated", or "reward>=0.9".
 
     Raises:
         EnvironmentMissing: its package is not installed; the message has the install line.
-        UsageError: no such environment, no time limit, or spaces that no policy here can use.
+        UsageError: no such environment, or spaces that no policy here can use.
     """
     given = dict(kwargs or {})
     rule = SuccessRule.parse(success)

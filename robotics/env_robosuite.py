@@ -73,6 +73,7 @@ class RobosuiteEnv:
             action_high=tuple(float(x) for x in high),
             fps=float(given["control_freq"]),
             time_limit=limit,
+            limit_from="asked for" if time_limit else "robomimic's",
             success="_check_success()",
             kwargs={key: value for key, value in given.items() if isinstance(value, (str, int, float, bool))},
             versions=versions(),

@@ -158,7 +158,7 @@ class ProcessRow:
     def receive_frame(self) -> Array | str:
         """Return the frame, or why there is none."""
         answer = self._answer()
-        return answer if isinstance(answer, str) else answer[1]["frame"]
+        return answer.removeprefix("crash: ") if isinstance(answer, str) else answer[1]["frame"]
 
     def restart(self) -> None:
         """End the process and start another one."""

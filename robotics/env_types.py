@@ -23,6 +23,7 @@ class EnvSpec:
         action_low, action_high: bounds of each number of an action, infinite where there are none.
         fps: control steps per second.
         time_limit: steps after which an episode is truncated.
+        limit_from: who set it.
         success: how success is read, e.g. "info['is_success']".
         success_at: whether the convention of this environment counts success at "any" step or at the "end".
         task: a sentence, or "".
@@ -35,6 +36,7 @@ class EnvSpec:
     action_low: tuple[float, ...]
     action_high: tuple[float, ...]
     time_limit: int
+    limit_from: str = "the environment's"
     images: tuple[str, ...] = ()
     fps: float = 20.0
     success: str = "info"

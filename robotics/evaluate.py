@@ -123,7 +123,7 @@ def evaluate(
         env_id: see `make_env`; several are reported one by one and pooled.
         seeds: one per episode; they decide initial state and noise of actions.
         paired_with: another policy, run on the same seeds; `report.compared` then has the difference to it.
-        time_limit: steps of an episode; None: the environment's own.
+        time_limit: steps of an episode; None: the environment's own, or 1000 where it names none.
         success: how success is read; "auto" is the environment's own flag.
         success_at: "any" step or the "end"; None: the convention of the environment (Fetch: end, others: any).
         isolation: "process" survives crashes and hangs of the simulator, "inline" catches exceptions only.
@@ -230,7 +230,7 @@ class _Run:
         shown = {key: value for key, value in asdict(self.settings).items() if key != "seeds"}
         protocol = {**shown, "seeds": list(self.settings.seeds), "autoreset": "disabled, masked reset"}
         protocol["success"] = {spec.env_id: f"{spec.success}, {self._at(spec)}" for spec in self._specs}
-        protocol["time_limit"] = {spec.env_id: spec.time_limit for spec in self._specs}
+        protocol["time_limit"] = {spec.env_id: f"{spec.time_limit} ({spec.limit_from})" for spec in self._specs}
         return [self._report(name, protocol) for name in self._given]
 
     def _report(self, name: str, protocol: Mapping[str, Any]) -> EvaluationReport:

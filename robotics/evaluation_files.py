@@ -61,10 +61,16 @@ class EvaluationFolder:
             asked["policies"] = {**_check_same(self.path, file, asked), **asked["policies"]}
         elif self.path.exists() and (self.path.is_file() or any(self.path.iterdir())):
             raise UsageError(f"--output {self.path} exists and holds no evaluation; choose another folder.")
-        with disk_errors("the evaluation", self.path):
-            self._layer.make_folder(self.path)
-            self._layer.replace_file(file, json.dumps(asked, indent=1).encode())
+        self._asked: dict[str, Any] | None = asked
         self.done = self._read()
+
+    def _begin(self) -> None:
+        """Make the folder and write down what is evaluated; nothing is left behind by what is refused before."""
+        if self._asked is not None:
+            with disk_errors("the evaluation", self.path):
+                self._layer.make_folder(self.path)
+                self._layer.replace_file(self.path / SETTINGS, json.dumps(self._asked, indent=1).encode())
+            self._asked = None
 
     def _read(self) -> dict[tuple[str, str, int], EpisodeResult]:
         """Return (policy, env_id, seed) → result; a half-written last line is cut off."""
@@ -89,6 +95,7 @@ class EvaluationFolder:
 
     def add(self, policy: str, result: EpisodeResult) -> None:
         """Write one finished episode down, durably."""
+        self._begin()
         line = json.dumps({"policy": policy, **result.to_json()}).encode() + b"\n"
         with disk_errors("an episode", self.path), open(self.path / EPISODES, "ab") as file:
             file.write(line)
@@ -98,6 +105,7 @@ class EvaluationFolder:
 
     def write(self, name: str, content: Mapping[str, Any] | str) -> Path:
         """Write a result file atomically and return its path."""
+        self._begin()
         text = content if isinstance(content, str) else json.dumps(content, indent=1, allow_nan=False)
         path = self.path / name
         with disk_errors(name, self.path):
