@@ -229,6 +229,9 @@ class _Run:
             self._environment(env_id)
         shown = {key: value for key, value in asdict(self.settings).items() if key != "seeds"}
         protocol = {**shown, "seeds": list(self.settings.seeds), "autoreset": "disabled, masked reset"}
+        protocol["latency"] = (
+            "of a call with one row" if self.settings.rows_at_once == 1 else "of a call, other rows with it"
+        )
         protocol["success"] = {spec.env_id: f"{spec.success}, {self._at(spec)}" for spec in self._specs}
         protocol["time_limit"] = {spec.env_id: f"{spec.time_limit} ({spec.limit_from})" for spec in self._specs}
         return [self._report(name, protocol) for name in self._given]
@@ -355,14 +358,17 @@ def check_fit(name: str, policy: Actor, spec: EnvSpec) -> None:
 
 @contextmanager
 def asked_in(policy: Actor, rows_at_once: int) -> Iterator[bool]:
-    """Have a policy asked in batches of this size inside the block; yields whether all rows go in one call."""
+    """Have a policy asked in batches of this size inside the block; yields whether all rows go in one call.
+
+    One row at a time is also asked for alone, so that the measured latency is that of one row.
+    """
     if not isinstance(policy, ChunkedPolicy):
         yield rows_at_once == 0  # what a stranger's code does with a batch is not known: row by row
         return
     before = policy.rows_at_once
     policy.rows_at_once = rows_at_once or None
     try:
-        yield True
+        yield rows_at_once != 1
     finally:
         policy.rows_at_once = before
 

@@ -77,25 +77,26 @@ def render(folder: Path, reports: Sequence[EvaluationReport]) -> str:
 
 def _headline(report: EvaluationReport) -> str:
     facts, half = report.summary(), percentiles(report.episodes)
-    valid = facts["valid"]
+    valid, share = facts["valid"], facts["rate_if_invalid_failed"]
+    steps = f"of {valid}; {number(facts['mean_length'], 1)} steps on average"
     tiles = [
         tile("Success", _percent(report.rate), f"{report.successes} of {valid}, 95 % {_range(report.estimate)}"),
-        tile("At any step / at the end", f"{facts['success_any']} / {facts['success_end']}", f"of {valid} episodes"),
+        tile("At any step / at the end", f"{facts['success_any']} / {facts['success_end']}", steps),
         tile("Return", number(report.returns.value, 2), f"95 % {_plain_range(report.returns)}"),
-        tile("Length", number(facts["mean_length"], 1), f"steps; {facts['clipped_numbers']} action numbers clipped"),
         tile("Latency of an action", _milliseconds(half[0]), f"median; 95 % below {_milliseconds(half[1])}"),
     ]
-    if report.invalid:
-        reasons = "; ".join(f"{count} × {reason}" for reason, count in report.invalid.items())
-        share = facts["rate_if_invalid_failed"]
-        detail = f"{reasons}. Counted as failures: {_percent(share)}"
-        tiles.append(tile("Invalid", str(facts["n"] - valid), detail, "bad"))
-    notes = "".join(f"<p>{escape(note)}</p>" for note in report.notes)
-    many = len(report.specs) > 1
+    notes = [f"{count} invalid: {reason}." for reason, count in report.invalid.items()]
+    if notes:
+        notes.append(f"Invalid episodes are in no rate; counted as failures they would make it {_percent(share)}.")
+    if facts["clipped_numbers"]:
+        notes.append(
+            f"{facts['clipped_numbers']} numbers in {facts['actions']} actions lay outside the bounds (clipped)."
+        )
+    told = "".join(f"<p>{escape(note)}</p>" for note in [*notes, *report.notes])
     return (
         f'<h2>{escape(report.policy)}</h2><dl class="numbers">{"".join(tiles)}</dl>'
-        + (_tasks(report) if many else "")
-        + (f'<div class="warn">{notes}</div>' if notes else "")
+        + (_tasks(report) if len(report.specs) > 1 else "")
+        + (f'<div class="warn">{told}</div>' if told else "")
     )
 
 
@@ -114,17 +115,15 @@ def _comparison(compared: Comparison) -> str:
         [f"{compared.first} succeeded", str(pairs.both), str(pairs.first)],
         [f"{compared.first} failed", str(pairs.second), str(pairs.neither)],
     ]
+    ends = f"95 % {_points(pairs.difference.low)} to {_points(pairs.difference.high)} (bootstrap over pairs)"
+    score = f"{_points(pairs.score.low)} to {_points(pairs.score.high)} (Newcombe)"
     tiles = [
+        tile("Difference of the rates", _points(pairs.difference.value), f"{ends}; {score}"),
+        tile("Exact McNemar test", f"p = {pairs.p:.3g}", "that both succeed equally often"),
         tile(
-            "Difference of the rates",
-            _points(pairs.difference.value),
-            f"95 % {_points(pairs.difference.low)} to {_points(pairs.difference.high)} (bootstrap over pairs)",
-        ),
-        tile("Exact McNemar test", f"p = {pairs.p:.3g}", f"{pairs.first + pairs.second} discordant pairs"),
-        tile(
-            "Newcombe's interval",
-            f"{_points(pairs.score.low)} to {_points(pairs.score.high)}",
-            "of the same difference, from counts",
+            "Discordant pairs",
+            f"{pairs.second} : {pairs.first}",
+            f"{compared.second} alone : {compared.first} alone",
         ),
         tile("Difference of the returns", signed(pairs.returns.value, 2), f"95 % {_plain_range(pairs.returns)}"),
     ]

@@ -148,18 +148,18 @@ def test_a_fault_makes_one_episode_invalid(trouble: str) -> None:
     assert report.summary()["rate_if_invalid_failed"] == report.successes / 20
 
 
-def test_crash_and_hang_of_a_process() -> None:
-    for trouble, word in (("die", "SIGSEGV"), ("hang", "hang")):
-        report = evaluate(
-            Homing(),
-            POINT,
-            seeds=range(4),
-            env_kwargs={"trouble": trouble, "ends": False},
-            num_envs=2,
-            timeouts=Timeouts(step_s=1.0),
-        )
-        assert [e.valid for e in report.episodes] == [True, False, True, True]
-        assert word in str(report.episodes[1].invalid)
+def test_a_hanging_process_costs_one_episode() -> None:
+    """Beside a row that goes on; what a crash says is in test_envs.py."""
+    report = evaluate(
+        Homing(),
+        POINT,
+        seeds=range(4),
+        env_kwargs={"trouble": "hang", "ends": False},
+        num_envs=2,
+        timeouts=Timeouts(step_s=1.0),
+    )
+    assert [e.valid for e in report.episodes] == [True, False, True, True]
+    assert report.episodes[1].invalid == "hang: it took longer than 1 s (at step 3)"
 
 
 def test_an_action_that_is_no_number() -> None:
