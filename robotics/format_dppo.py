@@ -14,7 +14,7 @@ import numpy as np
 
 from gencontrol.errors import UsageError
 from gencontrol.robotics.episodes import Episode, Episodes
-from gencontrol.robotics.storage import Array, Request, flags, is_image, naming, reading
+from gencontrol.robotics.storage import Array, Request, flags, is_image, naming, observation_array, reading
 
 FILE, SCALES = "train.npz", "normalization.npz"
 
@@ -36,7 +36,8 @@ def read(path: Path, request: Request) -> Episodes:
             low, high = known[f"{short}_min"], known[f"{short}_max"]
             arrays[name] = (arrays[name].astype(np.float64) / 2 + 0.5) * (high - low + 1e-6) + low
     have = {"state": arrays["states"], **_cameras(arrays.get("images"))}
-    chosen = {key: have[key] for key in request.chosen(have)}
+    chosen = {key: observation_array(have[key]) for key in request.chosen(have)}
+    arrays["actions"] = arrays["actions"].astype(np.float32)
     ends = np.cumsum(lengths)[: request.limit]
     items = []
     for index, (count, end) in enumerate(zip(lengths, ends)):
@@ -68,10 +69,9 @@ def _cameras(images: Array | None) -> dict[str, Array]:
 
 def _episode(observations: dict[str, Array], arrays: dict[str, Array], rows: slice) -> Episode:
     """Cut one episode."""
-    actions = arrays["actions"][rows].astype(np.float32)
-    kind = {key: value if value.dtype == np.uint8 else value.astype(np.float32) for key, value in observations.items()}
+    actions = arrays["actions"][rows]
     return Episode(
-        {key: value[rows] for key, value in kind.items()},
+        {key: value[rows] for key, value in observations.items()},
         actions,
         **flags(len(actions), {"rewards": arrays["rewards"][rows] if "rewards" in arrays else None}),
     )
@@ -112,4 +112,4 @@ def write(episodes: Episodes, target: Path) -> None:
     target.mkdir()
     files: dict[str, dict[str, Any]] = {FILE: arrays, SCALES: scales}
     for name, content in files.items():
-        np.savez_compressed(target / name, **content)
+        np.savez(target / name, **content)

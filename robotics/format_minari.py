@@ -173,7 +173,7 @@ def _write(group: Any, index: int, episode: Episode) -> None:
     flat = set(episode.observations) == {ONLY}
     for key, rows in episode.observations.items():
         full = np.concatenate([rows, rows[-1:]]) if key in repeated else rows
-        group.create_dataset("observations" if flat else f"observations/{key}", data=full, chunks=True)
+        group["observations" if flat else f"observations/{key}"] = full
     group["actions"], group["rewards"] = episode.actions, episode.rewards
     group["terminations"], group["truncations"] = episode.terminated, episode.truncated
     group["infos/success"] = np.concatenate([[False], episode.success])

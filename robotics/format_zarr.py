@@ -8,7 +8,7 @@ of every episode.  An observation after the last action has no place in the form
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -118,14 +118,19 @@ def write(episodes: Episodes, target: Path) -> None:
     )
 
 
-def _put(group: Any, name: str, parts: list[Array]) -> None:
-    """Write one array part by part, in chunks of about 2 MiB."""
+def _put(group: Any, name: str, parts: Sequence[Array]) -> None:
+    """Write one array chunk by chunk, each of about 2 MiB and written once."""
     count, first = sum(map(len, parts)), parts[0]
     rows = max(1, min(count, CHUNK_BYTES // max(1, first[:1].nbytes)))
     array = group.create_array(
         name, shape=(count, *first.shape[1:]), chunks=(rows, *first.shape[1:]), dtype=first.dtype
     )
-    start = 0
+    start, held, waiting = 0, 0, []
     for part in parts:
-        array[start : start + len(part)] = part
-        start += len(part)
+        waiting.append(part)
+        held += len(part)
+        if held >= rows or start + held == count:
+            block = np.concatenate(waiting)
+            whole = held if start + held == count else held - held % rows
+            array[start : start + whole] = block[:whole]
+            start, held, waiting = start + whole, held - whole, [block[whole:]]

@@ -5,25 +5,38 @@ lerobot itself samples some frames and interpolates quantiles in bins (FOUND, co
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import numpy as np
 
 from gencontrol.data.normalize import QUANTILES, statistics
 from gencontrol.robotics.storage import Array
 
 
-class Values:
-    """Rows of numbers."""
+class Numbers:
+    """Rows of several features, side by side in one table: a single pass serves all of them."""
 
     def __init__(self) -> None:
         self.parts: list[Array] = []
+        self.shapes: dict[str, tuple[int, ...]] = {}
 
-    def add(self, rows: Array) -> None:
-        """Add [T *d]; scalars become [T 1]."""
-        self.parts.append(rows.reshape(len(rows), *(rows.shape[1:] or (1,))))
+    def add(self, columns: Mapping[str, Array]) -> None:
+        """Add feature → [T *d]; scalars become [T 1]."""
+        self.shapes = {name: rows.shape[1:] or (1,) for name, rows in columns.items()}
+        flat = [rows.reshape(len(rows), -1).astype(np.float64) for rows in columns.values()]
+        self.parts.append(np.concatenate(flat, axis=1))
 
-    def statistics(self) -> dict[str, Array]:
-        """Return statistic → [*d]."""
-        return statistics(np.concatenate(self.parts))
+    def statistics(self) -> dict[str, dict[str, Array]]:
+        """Return feature → statistic → [*d]."""
+        table = statistics(np.concatenate(self.parts))
+        count = table.pop("count")
+        found, start = {}, 0
+        for name, shape in self.shapes.items():
+            end = start + math.prod(shape)
+            found[name] = {key: value[start:end].reshape(shape) for key, value in table.items()} | {"count": count}
+            start = end
+        return found
 
 
 class Pictures:

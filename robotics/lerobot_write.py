@@ -18,7 +18,7 @@ import numpy as np
 from gencontrol.errors import UsageError
 from gencontrol.robotics.episodes import Episode, Episodes
 from gencontrol.robotics.format_lerobot import DATA, EPISODES, NEXT, STATES, TASKS, VERSION, VIDEO
-from gencontrol.robotics.lerobot_stats import Pictures, Values
+from gencontrol.robotics.lerobot_stats import Numbers, Pictures
 from gencontrol.robotics.lerobot_video import FrameWriter
 from gencontrol.robotics.storage import Array, Extras, is_image, json_text, png, require
 
@@ -81,7 +81,8 @@ class _Writer:
         self.rows: list[dict[str, Any]] = []
         self.frames = 0
         self.videos: dict[str, tuple[int, FrameWriter]] = {}
-        self.totals = {name: self._collector(name) for name in self.features}
+        self.numbers = Numbers()
+        self.cameras = {name: Pictures() for name, one in self.features.items() if one["dtype"] in ("image", "video")}
 
     def _features(self, episode: Episode) -> dict[str, dict[str, Any]]:
         """Return info.json's features."""
@@ -105,21 +106,15 @@ class _Writer:
         found["next.done"] = _feature("bool", (1,))
         return {**found, **{name: _feature(kind, (1,)) for name, kind in COUNTERS.items()}}
 
-    def _collector(self, name: str) -> Pictures | Values:
-        """Return an empty gatherer of a feature's statistics."""
-        return Pictures() if self.features[name]["dtype"] in ("image", "video") else Values()
-
     def add(self, index: int, episode: Episode) -> None:
         """Append one episode to the open files."""
         count = len(episode)
         columns = self._columns(index, episode, self.tasks.setdefault(episode.task, len(self.tasks)))
         row: dict[str, Any] = {"episode_index": index, "tasks": [episode.task], "length": count}
-        for name, feature in self.features.items():
-            one = self._collector(name)
-            one.add(columns[name])
-            self.totals[name].add(columns[name])
-            row |= {f"stats/{name}/{stat}": value.tolist() for stat, value in one.statistics().items()}
-            if feature["dtype"] == "video":
+        stats = self._statistics(columns)
+        row |= {f"stats/{name}/{key}": value.tolist() for name, one in stats.items() for key, value in one.items()}
+        for name in self.cameras:
+            if self.features[name]["dtype"] == "video":
                 row |= self._video(name, columns.pop(name))
         file = self.table.append(columns, self.features)
         row |= {f"data/{key}": value for key, value in _place(file).items()}
@@ -127,6 +122,20 @@ class _Writer:
         row |= {"dataset_from_index": self.frames, "dataset_to_index": self.frames + count}
         self.rows.append({**row, "gencontrol": Extras.of(episode).text()})
         self.frames += count
+
+    def _statistics(self, columns: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
+        """Return those of one episode and add it to those of all."""
+        one = Numbers()
+        plain = {name: rows for name, rows in columns.items() if name not in self.cameras}
+        one.add(plain)
+        self.numbers.add(plain)
+        found = one.statistics()
+        for name, total in self.cameras.items():
+            pictures = Pictures()
+            pictures.add(columns[name])
+            total.add(columns[name])
+            found[name] = pictures.statistics()
+        return found
 
     def _columns(self, index: int, episode: Episode, task: int) -> dict[str, Array]:
         """Return the rows of all features, [T ...]."""
@@ -171,7 +180,8 @@ class _Writer:
     def write_meta(self, episodes: Episodes) -> None:
         """Write meta/: info, statistics, tasks and the table of episodes."""
         meta = self.target / "meta"
-        stats = {n: {k: v.tolist() for k, v in one.statistics().items()} for n, one in self.totals.items()}
+        found = self.numbers.statistics() | {name: total.statistics() for name, total in self.cameras.items()}
+        stats = {name: {key: value.tolist() for key, value in one.items()} for name, one in found.items()}
         self.table.write_tasks(self.tasks)
         self.table.write_rows(self.rows)
         (meta / "stats.json").write_text(json_text(stats), encoding="utf-8")

@@ -255,3 +255,13 @@ def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(read_episodes(tmp_path / "out.zarr")) == 2
     assert main([str(source), str(tmp_path / "out.zarr"), "--format", "zarr", "--overwrite"]) == 0
     assert len(read_episodes(tmp_path / "out.zarr")) == 3
+
+
+def test_lerobot_done_is_not_truncation(tmp_path: Path) -> None:
+    """Without our column next.terminated, an episode is terminated where it is done and not truncated."""
+    pq = pytest.importorskip("pyarrow.parquet")
+    place = write_episodes(sample_episodes(), tmp_path / "folder", format="lerobot")
+    file = place / "data/chunk-000/file-000.parquet"
+    pq.write_table(pq.read_table(file).drop_columns(["next.terminated"]), file)
+    for one, two in zip(sample_episodes(), read_episodes(place), strict=True):
+        assert np.array_equal(one.terminated, two.terminated) and np.array_equal(one.truncated, two.truncated)
