@@ -66,6 +66,16 @@ def test_rows_at_once_makes_actions_exact() -> None:
     assert len(report.episodes) == len(SEEDS)
 
 
+def test_who_is_asked_for_several_rows_in_one_call() -> None:
+    """Strangers never unless told; networks of ours not where the latency is to be that of one row."""
+    asked = []
+    for policy in (Network(), Homing()):
+        for rows in (0, 1, 4):
+            with module.asked_in(policy, rows) as together:
+                asked.append(together)
+    assert asked == [True, False, True, True, False, False]
+
+
 def test_the_numbers_of_a_report() -> None:
     report = run(Homing(noise=0.0))
     env = Point()
