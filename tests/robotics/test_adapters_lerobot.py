@@ -38,7 +38,8 @@ def changed(folder: Path, **options) -> Path:
     shutil.copytree(HERE / "state", folder)
     config = json.loads((folder / "config.json").read_text())
     defaults = {"num_inference_steps": None, "clip_sample": True, "prediction_type": "epsilon"}
-    (folder / "config.json").write_text(json.dumps({**config, **defaults, **options}))
+    modes = options.pop("normalization_mapping", config["normalization_mapping"])
+    (folder / "config.json").write_text(json.dumps({**config, **defaults, **options, "normalization_mapping": modes}))
     return folder
 
 
@@ -94,6 +95,9 @@ def test_a_camera_policy_is_lerobots(record: dict[str, Tensor], tmp_path: Path) 
     camera = record["image.top"].movedim(2, -1).numpy()
     found = drawn(policy, {"state": record["image.state"].numpy(), "camera": camera}, record["noise"])
     torch.testing.assert_close(found, record["image.chunk"], **TOLERANCE)
+    condition = policy.encode({"state": record["image.state"].numpy(), "camera": camera})
+    assert float(condition.unflatten(1, (2, -1))[..., 3:].std(0).max()) > 0.005  # the images differ and are seen
+    torch.testing.assert_close(condition, record["image.condition"], **TOLERANCE)
 
 
 def test_the_contract_is_read_from_the_folder() -> None:

@@ -134,17 +134,17 @@ def test_operators_mix_diffusion_and_flow(operator: str) -> None:
 
 
 def test_a_trace_counts_calls_and_measures_the_disagreement() -> None:
-    composed = ComposedPolicy({"a": parent(0.5, 0.3, FLOW), "b": parent(-0.4, 0.3), "c": parent()}, [0.4, 0.6, 0.0])
+    composed = ComposedPolicy({"a": parent(0.5, 0.3, FLOW), "b": parent(), "c": parent(-0.4, 0.3)}, [0.4, 0.0, 0.6])
     watched = trace(composed, history(3), noise(3))
     assert watched.calls == 2 * 10 and len(watched.logsnr) == 10 and watched.seconds > 0
-    assert watched.weights[0].tolist() == pytest.approx([0.4, 0.6, 0.0])
+    assert watched.weights[0].tolist() == pytest.approx([0.4, 0.0, 0.6])
     # eps of N(m, s²) is σ(z − a·m)/(a²s² + σ²): the means' distance times a·σ/(a²s² + σ²)
     ramp = torch.linspace(0.5, 1.0, HORIZON * ACTIONS).square().mean().sqrt()
     for logsnr, gap in zip(watched.logsnr, watched.disagreement):
         a2 = 1 / (1 + math.exp(-logsnr))
         a, s = math.sqrt(a2), math.sqrt(1 - a2)
-        assert float(gap[0, 1]) == pytest.approx(float(0.9 * ramp) * a * s / (a2 * 0.09 + s * s), rel=1e-3)
-        assert float(gap[0, 1]) == float(gap[1, 0]) and math.isnan(float(gap[0, 2]))
+        assert float(gap[0, 2]) == pytest.approx(float(0.9 * ramp) * a * s / (a2 * 0.09 + s * s), rel=1e-3)
+        assert float(gap[0, 2]) == float(gap[2, 0]) and math.isnan(float(gap[0, 1]))
 
 
 def test_a_trace_samples_the_same_chunk_and_follows_a_schedule() -> None:
