@@ -95,7 +95,7 @@ class Expert(ABC):
         if self.flaws.noise:
             seeds = torch.tensor([episode.seed for episode in episodes])
             keys = row_keys(0, "expert/noise", seeds, torch.tensor([episode.step for episode in episodes]))
-            actions = actions + self.flaws.noise * Keyed(keys).normal(actions.shape).numpy()
+            actions += (self.flaws.noise * Keyed(keys).normal(actions.shape)).numpy()
         for episode in episodes:
             episode.step += 1
         return np.clip(actions, -1.0, 1.0)
@@ -191,10 +191,9 @@ class PointMazeExpert(Expert):
         place, speed = seen["observation"][:2], seen["observation"][2:4]
         goal = seen["desired_goal"] + episode.error[:2]
         target_cell = self.cell_of(goal)
-        key = ("distances", target_cell)
-        if key not in episode.memory:
-            episode.memory[key] = self.distances(target_cell)
-        distances = episode.memory[key]
+        if episode.memory.get("target") != target_cell:
+            episode.memory |= {"target": target_cell, "distances": self.distances(target_cell)}
+        distances = episode.memory["distances"]
         here = self.cell_of(place)
         target = goal
         if here != target_cell:

@@ -21,7 +21,7 @@ Rows = NDArray[np.float32]
 
 #: numbers in a sensor's observation
 SENSED = 17
-#: metres of error: where two policies trained on 100 demonstrations are right about half the time (gpc.md §9)
+#: metres of error of gpc.md §9
 SIGMA = 0.012
 
 

@@ -48,9 +48,12 @@ class ChunkData(Protocol):
 class TrainedPolicy(Protocol):
     """What cloning needs of a policy; those of `gencontrol.robotics.policies` have it."""
 
-    networks: nn.ModuleDict
-    denoiser: Denoiser
-    encoder: nn.Module
+    @property
+    def networks(self) -> nn.ModuleDict: ...
+    @property
+    def denoiser(self) -> Denoiser: ...
+    @property
+    def encoder(self) -> nn.Module: ...
 
     def draw(self, cond: Tensor, noise: Keyed) -> Tensor:
         """Return normalised chunks [b h A] by its own sampler."""

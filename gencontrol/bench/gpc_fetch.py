@@ -20,7 +20,7 @@ import numpy as np
 from gencontrol.algorithms.policy_pretrain import DiffusionPolicyPretrain, FlowPolicyPretrain, PolicyPretrainConfig
 from gencontrol.algorithms.stats import Estimate, wilson
 from gencontrol.bench.base import Check, Loop, kept, run_in_memory, table
-from gencontrol.bench.gpc_peers import Ensemble
+from gencontrol.bench.gpc_peers import RULES, Ensemble
 from gencontrol.errors import EnvironmentMissing
 from gencontrol.robotics.chunked import ChunkedPolicy
 from gencontrol.robotics.cloning import ChunkSizes, prepare
@@ -54,7 +54,8 @@ class Effort:
         steps: of each training, batch 256.
         validation, test: episodes; every arm of the search may meet all validation episodes.
         num_envs: processes with one environment each.
-        sigma: metres of camera error; `broken` is that of camera B in the broken arm.
+        sigma: metres of camera error (ours: on seed 100, which no report uses, 0.012 of gpc.md §9 left parents of 80 %
+            and little to gain); `broken` is that of camera B in the broken arm.
     """
 
     demos: int = 100
@@ -62,8 +63,8 @@ class Effort:
     validation: int = 100
     test: int = 300
     num_envs: int = 2
-    sigma: float = 0.012
-    broken: float = 0.06
+    sigma: float = 0.02
+    broken: float = 0.1
 
 
 class Arena:
@@ -176,8 +177,8 @@ def race(effort: Effort, seed: int, keep: Path | None, say: Callable[[str], None
         )
         rows: dict[str, list[bool]] = {name: list(outcomes) for name, outcomes in fit.test.items()}
         rows["composed, equal weights"] = rollouts(pair, test)
-        for rule in ("mean", "mean, shared noise", "switch"):
-            rows[f"actions: {rule}"] = arena.outcomes(f"{rule} {fit.best}", Ensemble(pair, fit.best, rule), test)  # type: ignore[arg-type]  # the literals
+        for rule in RULES:
+            rows[f"actions: {rule}"] = arena.outcomes(f"{rule} {fit.best}", Ensemble(pair, fit.best, rule), test)
         rows["F (flow)"] = arena.outcomes("F", made["F"], test)
         mixed = ComposedPolicy({"A": made["A"], "F": made["F"]}, [0.5, 0.5])
         rows["composed, A + F"] = arena.outcomes("A+F", mixed, test)

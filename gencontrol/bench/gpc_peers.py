@@ -14,6 +14,9 @@ from gencontrol.robotics.chunked import ChunkedPolicy
 from gencontrol.robotics.compose import ComposedPolicy
 from gencontrol.robotics.denoising import History
 
+Rule = Literal["mean", "mean, shared noise", "switch"]
+RULES: tuple[Rule, ...] = ("mean", "mean, shared noise", "switch")
+
 
 class Ensemble(ChunkedPolicy):
     """Chunks of all parents, each drawn by its own sampler, made into one.
@@ -29,7 +32,7 @@ class Ensemble(ChunkedPolicy):
         self,
         policy: ComposedPolicy,
         weights: Sequence[float],
-        rule: Literal["mean", "mean, shared noise", "switch"],
+        rule: Rule,
     ) -> None:
         super().__init__()
         self.policy, self.weights, self.rule = policy, tuple(weights), rule
