@@ -35,7 +35,8 @@ def write_policy(policy: GenerativePolicy, folder: Path) -> None:
     spec = dataclasses.asdict(policy.spec)
     spec["observations"] = {key: list(shape) for key, shape in policy.spec.observations.items()}
     weights: dict[str, Tensor] = dict(policy.networks.state_dict())
-    weights |= {f"normalizer.{name}": value for name, value in pack(policy.normalizers).items()}
+    # copies: keys that share one normaliser share its tensors, which safetensors refuses
+    weights |= {f"normalizer.{name}": value.clone() for name, value in pack(policy.normalizers).items()}
     if policy.limits is not None:
         weights |= {"limits.low": policy.limits[0], "limits.high": policy.limits[1]}
     table = {"spec": spec, "policy": dataclasses.asdict(policy.config)}

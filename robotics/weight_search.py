@@ -181,7 +181,9 @@ def fit_weights(
     if rollouts is None:
         if env_id is None:
             raise UsageError("fit_weights needs an environment: give env_id, or rollouts.")
-        rollouts = _evaluated(env_id, {"num_envs": num_envs, **(evaluation or {})})
+        # a search makes dozens of short evaluations: one environment needs no process of its own to start each time
+        isolation = "inline" if num_envs == 1 else "process"
+        rollouts = _evaluated(env_id, {"num_envs": num_envs, "isolation": isolation, **(evaluation or {})})
     table = _Table(policy, rollouts, validation)
     best = SEARCHES[method](table, simplex_grid(len(policy.parents), step))
     rows = {"composed": tuple(map(bool, rollouts(policy.with_weights(best), test)))}
