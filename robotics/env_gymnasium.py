@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Literal
@@ -127,8 +128,9 @@ class GymnasiumEnv:
         return Transition(flatten(observation), reward, bool(terminated), bool(truncated), success)
 
     def render(self) -> Array:
-        """Return a frame; see RobotEnv."""
-        frame = np.asarray(self.env.render())
+        """Return a frame; see RobotEnv.  The episode goes on as if nothing had been drawn."""
+        with _undisturbed(self.env.unwrapped):
+            frame = np.asarray(self.env.render())
         if frame.ndim != 3 or frame.shape[2] != 3:
             raise UsageError(f"{self.spec.env_id} rendered {frame.shape}; videos need [h w 3].")
         return frame.astype(np.uint8, copy=False)
@@ -136,6 +138,22 @@ class GymnasiumEnv:
     def close(self) -> None:
         """Free what the environment holds."""
         self.env.close()
+
+
+@contextmanager
+def _undisturbed(inner: Any) -> Iterator[None]:
+    """Put the simulator's state back: Fetch recomputes it to place its markers, which moves the last bits."""
+    if not any(kind.__name__ == "MujocoRobotEnv" for kind in type(inner).__mro__):
+        yield
+        return
+    import mujoco
+
+    before = mujoco.MjData(inner.model)
+    mujoco.mj_copyData(before, inner.model, inner.data)
+    try:
+        yield
+    finally:
+        mujoco.mj_copyData(inner.data, inner.model, before)
 
 
 def versions() -> dict[str, str]:

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 SIDE = 360
 #: pictures per second that are enough; faster environments are rendered at every second step or less
 FPS = 25.0
-#: gymnasium-robotics' Fetch recomputes the state to place its markers, which moves the last bits
 _DIFFERENT = (
     "filmed episodes have the outcome of the counted ones, but not the last bits of their actions: drawing changes the "
     "state of this simulator, or something is not a function of the seed"
