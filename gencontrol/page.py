@@ -86,6 +86,7 @@ pre { background: var(--card); border: 1px solid var(--rule); border-radius: 8px
 .side audio { width: 100%; margin-top: 8px; height: 40px; }
 .side video { display: block; width: 100%; max-width: 420px; border-radius: 6px; background: #08060f; }
 table.rows th { width: auto; } .rows td, .rows th { padding-right: 18px; }
+.rows td:not(:last-child), .rows th { white-space: nowrap; overflow-wrap: normal; }
 .side img.picture { width: auto; max-width: min(100%, 320px); height: auto; object-fit: contain; }
 .scroll { overflow-x: auto; } table.grid { width: auto; } table.grid th { width: auto; max-width: 190px; }
 table.grid th[scope="row"] { color: var(--c); font-weight: 600; white-space: nowrap; }
