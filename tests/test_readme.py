@@ -8,13 +8,30 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_python_blocks_run_in_order() -> None:
+def _policies(folder: Path) -> None:
+    """Save two policies with random weights where the README's commands would have put trained ones."""
+    from gencontrol.data.normalize import Normalizer
+    from gencontrol.robotics.chunked import PolicySpec
+    from gencontrol.robotics.policies import DiffusionPolicy, DiffusionPolicyConfig
+
+    spec = PolicySpec({"observation": (25,), "desired_goal": (3,)}, 4, 8, 1, 4)
+    sizes = {"observation": 25, "desired_goal": 3, "action": 4}
+    plain = {key: Normalizer(torch.zeros(n), torch.ones(n)) for key, n in sizes.items()}
+    for name in "ab":
+        DiffusionPolicy(spec, DiffusionPolicyConfig(backbone="mlp"), plain).save_pretrained(folder / "runs" / name)
+
+
+def test_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gymnasium_robotics", reason='needs pip install "gencontrol[robotics]"')
+    _policies(tmp_path)
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", TEXT, flags=re.S)
     assert len(blocks) >= 3
     names: dict[str, Any] = {}
@@ -38,6 +55,9 @@ def test_commands_of_the_readme_exist() -> None:
     printed = subprocess.run(
         [sys.executable, "-m", "gencontrol", "--help"], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout
-    for command in named & {"finetune", "search", "sample", "pretrain", "report", "doctor", "bench"}:
+    for command in named & {
+        *("finetune", "search", "sample", "pretrain", "report", "doctor", "bench"),
+        *("train", "collect", "evaluate", "compose"),
+    }:
         assert re.search(rf"\b{command}\b", printed), command
     assert {"finetune", "doctor", "bench"} <= named
