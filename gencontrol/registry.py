@@ -71,6 +71,7 @@ BENCHES = {
     "ctrl": "gencontrol.bench.ctrl:main",
     "crd": "gencontrol.bench.crd:main",
     "gpc": "gencontrol.bench.gpc:main",
+    "policies": "gencontrol.bench.policies:main",
 }
 
 

@@ -92,7 +92,8 @@ class Arena:
 
         def run() -> list[bool]:
             if broken not in self._envs:
-                self._envs[broken] = make_envs(ENV, self.effort.num_envs, kwargs=kwargs)
+                isolation: Any = "inline" if self.effort.num_envs == 1 else "process"
+                self._envs[broken] = make_envs(ENV, self.effort.num_envs, kwargs=kwargs, isolation=isolation)
             policy.rows_at_once = 1  # an episode then depends on its seed alone, see evaluate
             found = {one.seed: one for one in Rollouts(policy, self._envs[broken]).run(seeds)}
             lost = [one.fault for one in found.values() if one.fault is not None or one.episode is None]
@@ -113,14 +114,14 @@ def demonstrations(first: int, effort: Effort) -> Episodes:
         return collect(FetchPickAndPlaceExpert(Flaws(0.1)), envs, seeds, keep=effort.demos).episodes
 
 
-def clone(
-    kind: type[GenerativePolicy], config: Any, episodes: Episodes, camera: str, effort: Effort, seed: int
+def cloned(
+    kind: type[GenerativePolicy], config: Any, episodes: Episodes, keys: Sequence[str], steps: int, seed: int
 ) -> GenerativePolicy:
-    """Train a parent on what one camera saw."""
-    made = prepare(kind, episodes, config, SIZES, keys=(camera,), held_out=0.0, seed=seed)
+    """Train a policy in memory: chunks of 8, 4 executed, one observation; batch 256, constant rate 1e-3 (gpc.md §9)."""
+    made = prepare(kind, episodes, config, SIZES, keys=keys, held_out=0.0, seed=seed)
     algorithms = {DiffusionPolicy: DiffusionPolicyPretrain, FlowPolicy: FlowPolicyPretrain}
     algorithm = algorithms[kind](made.policy, made.train, PolicyPretrainConfig(batch=256, ema=0.995), seed=seed)
-    run_in_memory(algorithm, effort.steps, Loop(1e-3), seed=seed)
+    run_in_memory(algorithm, steps, Loop(1e-3), seed=seed)
     algorithm.roles.copy("ema", "policy")
     return made.policy
 
@@ -146,7 +147,7 @@ def parents(effort: Effort, seed: int, folder: Path | None, say: Callable[[str],
             continue
         if first not in recorded:
             recorded[first] = demonstrations(first + STRIDE * seed, effort)
-        found[name] = clone(kind, config, recorded[first], camera, effort, number)
+        found[name] = cloned(kind, config, recorded[first], (camera,), effort.steps, number)
         say(f"seed {seed}: trained {name} on {len(recorded[first])} demonstrations")
         if stored is not None and told is not None:
             found[name].save_pretrained(stored)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from gencontrol.bench.gpc_fetch import verdicts_of
 from gencontrol.bench.gpc_peers import Ensemble
+from gencontrol.cli import main
 from gencontrol.rng import Keyed, row_keys
 from gencontrol.robotics.chunked import ChunkedPolicy, PolicySpec
 
@@ -54,3 +57,9 @@ def test_verdicts() -> None:
     assert [check.holds for check in verdicts_of(rows)] == [True, True, True]
     rows |= {"composed": parent.astype(float), "broken B: composed": better.astype(float)}
     assert [check.holds for check in verdicts_of(rows)] == [False, True, False]
+
+
+def test_policies_smoke_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gymnasium_robotics", reason='needs pip install "gencontrol[robotics]"')
+    assert main(["bench", "policies", "--quick", "--parts", "maze", "--output", str(tmp_path)]) == 0
+    assert "of 2" in capsys.readouterr().out and (tmp_path / "maze.json").exists()
