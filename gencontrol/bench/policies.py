@@ -54,7 +54,7 @@ def run_task(task: Task, *, episodes: int, num_envs: int, seed: int, quick: bool
     policy = cloned(DiffusionPolicy, config, data.episodes, KEYS, steps, seed)
     seeds = range(100_000, 100_000 + (2 if quick else episodes))
     rows = []
-    reports = {}
+    reports: dict[str, dict[str, Any]] = {}
     for name, actor in (("cloned", policy), ("random", "random")):
         report = evaluate(actor, task.env_id, seeds=seeds, num_envs=num_envs, isolation=isolation)
         low, high = report.interval
