@@ -210,8 +210,8 @@ def verdicts_of(rows: dict[str, np.ndarray]) -> list[Check]:
     best = best_parent(rows)
     gain = difference(rows, "composed", best)
     averaged = difference(rows, "composed", "actions: mean")
-    strong = max(rows["broken B: A"].mean(), rows["broken B: B"].mean())
-    broken = rows["broken B: composed"].mean() - strong
+    strong = max(("broken B: A", "broken B: B"), key=lambda name: rows[name].mean())
+    broken = difference(rows, "broken B: composed", strong)
     return [
         Check(
             f"composed beats the best parent ({best}): gain with 95 % interval above 0",
@@ -223,7 +223,11 @@ def verdicts_of(rows: dict[str, np.ndarray]) -> list[Check]:
             f"{averaged.value:+.3f} [{averaged.low:+.3f}, {averaged.high:+.3f}]",
             averaged.value >= 0,
         ),
-        Check("one very bad parent: no gain (composed ≤ the strong parent + 0.02)", f"{broken:+.3f}", broken <= 0.02),
+        Check(
+            "one very bad parent: no gain (composed ≤ the strong parent + 0.02)",
+            f"{broken.value:+.3f} [{broken.low:+.3f}, {broken.high:+.3f}]",
+            broken.value <= 0.02,
+        ),
     ]
 
 

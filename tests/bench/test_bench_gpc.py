@@ -55,6 +55,7 @@ def test_verdicts() -> None:
     rows = {name: parent.astype(float) for name in ("A", "B", "actions: mean", "broken B: A", "broken B: B")}
     rows |= {"composed": better.astype(float), "broken B: composed": parent.astype(float)}
     assert [check.holds for check in verdicts_of(rows)] == [True, True, True]
+    assert {type(check.holds) for check in verdicts_of(rows)} == {bool}  # what JSON takes
     rows |= {"composed": parent.astype(float), "broken B: composed": better.astype(float)}
     assert [check.holds for check in verdicts_of(rows)] == [False, True, False]
 
