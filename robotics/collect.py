@@ -86,7 +86,7 @@ def collect(
     if not kept:
         raise UsageError(
             f"none of {attempted} episodes in {envs.spec.env_id} was kept ({dict(rejected)}); check the policy, or "
-            "keep failures too."
+            "keep failures too (--keep-failures, only_successes=False)."
         )
     kept.sort(key=lambda episode: seeds.index(episode.seed) if episode.seed is not None else 0)
     env = {"env_id": envs.spec.env_id, "kwargs": dict(envs.spec.kwargs), "versions": dict(envs.spec.versions)}

@@ -242,7 +242,9 @@ def merge_specs(
         raise UsageError(f"horizons is '{horizons}'; give 'equal' or 'overlap'.")
     if horizons == "equal" and any(window != (0, length) for window in windows):
         found = ", ".join(f"'{n}' horizon {s.horizon}, n_obs {s.n_obs}" for n, s in zip(names, specs, strict=True))
-        raise UsageError(f"the parents' chunks differ: {found}; pass horizons='overlap' to align them at now.")
+        raise UsageError(
+            f"the parents' chunks differ: {found}; pass horizons='overlap' (--overlap) to align them at now."
+        )
     executed = {spec.n_action for spec in specs} if n_action is None else {n_action}
     if len(executed) > 1:
         raise UsageError(f"the parents execute {sorted(executed)} actions of a chunk; name one with n_action=.")

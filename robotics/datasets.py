@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 from gencontrol.errors import GencontrolError, UsageError, nearest
 from gencontrol.robotics.episodes import Episode, Episodes
@@ -28,6 +28,8 @@ FORMATS = {
     "zarr": ("format_zarr", "format_zarr"),
     "dppo": ("format_dppo", "format_dppo"),
 }
+#: ending of a name → the format that is written there; everything else is a LeRobot folder
+ENDINGS = {".hdf5": "robomimic", ".h5": "robomimic", ".zarr": "zarr"}
 HDF5 = b"\x89HDF\r\n\x1a\n"
 
 
@@ -71,7 +73,7 @@ def write_episodes(
     episodes: Episodes | Sequence[Episode],
     path: str | Path,
     *,
-    format: str,
+    format: str | None = None,
     images: Literal["png", "video"] = "png",
     overwrite: bool = False,
 ) -> Path:
@@ -83,7 +85,7 @@ def write_episodes(
 
     Args:
         path: file (robomimic) or folder (all others), which must not exist yet.
-        format: "robomimic", "lerobot", "minari", "zarr" or "dppo".
+        format: "robomimic", "lerobot", "minari", "zarr" or "dppo"; None: by the name, see `format_for`.
         images: "png" keeps them exactly; "video" (lerobot alone) makes small mp4 files that lose detail.
         overwrite: replace what is at `path`.
 
@@ -92,7 +94,7 @@ def write_episodes(
         EnvironmentMissing: a package that the format needs is not installed.
         DiskError: the disk is full or not writable.
     """
-    kind = _known(format)
+    kind = format_for(path, format)
     if images not in ("png", "video"):
         raise UsageError(f"images is '{images}'; choose 'png' or 'video'.")
     if images == "video" and kind != "lerobot":
@@ -108,6 +110,21 @@ def write_episodes(
         else:
             module.write(items, target)
     return place
+
+
+def format_for(path: str | Path, format: str | None = None) -> str:
+    """Return the format to write at a path: the given one, or robomimic for .hdf5, zarr for .zarr, else lerobot.
+
+    Raises:
+        UsageError: an unknown format, or one that writes a folder where the name says HDF5.
+    """
+    suffix = Path(path).suffix
+    kind = ENDINGS.get(suffix, "lerobot") if format is None else _known(format)
+    if suffix in (".hdf5", ".h5") and kind != "robomimic":
+        raise UsageError(
+            f"'{path}' is named like an HDF5 file, and {kind} writes a folder; rename it, or use robomimic."
+        )
+    return kind
 
 
 def find_format(path: Path) -> str:
@@ -181,12 +198,19 @@ def _renamed(episodes: Episodes, rename: Mapping[str, str]) -> Episodes:
     return Episodes(tuple(items), episodes.env)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"gencontrol: error: {message}; see --help.\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Convert a data set; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m gencontrol.robotics.datasets", description=main.__doc__)
+    parser = _Parser(prog="python -m gencontrol.robotics.datasets", description=main.__doc__)
     parser.add_argument("source", help="data set to read")
     parser.add_argument("target", help="file or folder to write")
-    parser.add_argument("--format", required=True, choices=list(FORMATS), help="format to write")
+    parser.add_argument("--format", choices=list(FORMATS), help="format to write (default: by the target's name)")
     parser.add_argument("--from", dest="origin", choices=list(FORMATS), help="format of the source (default: found)")
     parser.add_argument("--keys", nargs="+", help="observations to keep (default: all)")
     parser.add_argument("--split", help="robomimic mask or LeRobot split to read (default: all episodes)")
@@ -202,9 +226,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             episodes, asked.target, format=asked.format, images=asked.images, overwrite=asked.overwrite
         )
     except GencontrolError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"gencontrol: error: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"{len(episodes)} episodes, {episodes.frames} frames → '{place}' ({asked.format})")
+    kind = format_for(place, asked.format)
+    print(f"{len(episodes)} episodes, {episodes.frames} frames → '{place}' ({kind})")
     return 0
 
 

@@ -161,7 +161,8 @@ def _gymnasium_env(env_id: str, family: Family, kwargs: Mapping[str, Any], limit
         return gymnasium.make(env_id, render_mode=mode, max_episode_steps=limit, disable_env_checker=True, **kwargs)
     except gymnasium.error.Error as error:
         known = [name for name in gymnasium.registry if family_of(name) is family]
-        raise UsageError(f"environment '{env_id}': {str(error).rstrip('.')}.{nearest(env_id, known)}") from error
+        reason = str(error).partition(" Did you mean")[0].rstrip(".")  # ours has the version
+        raise UsageError(f"environment '{env_id}': {reason}.{nearest(env_id, known)}") from error
     except TypeError as error:
         raise UsageError(f"environment '{env_id}' cannot be made with {dict(kwargs)}: {error}.") from error
 

@@ -10,11 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gencontrol.cli.environment import prepare
-from gencontrol.errors import UsageError, nearest
-
-FORMATS = ("lerobot", "robomimic", "minari", "zarr", "dppo")
-#: ending of the output → format; everything else is a LeRobot folder
-ENDINGS = {".hdf5": "robomimic", ".h5": "robomimic", ".zarr": "zarr"}
+from gencontrol.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -46,14 +42,12 @@ def command(request: Request) -> None:
     prepare(threads=request.threads)
     target = _free(request.output)
     from gencontrol.robotics.collect import collect
-    from gencontrol.robotics.datasets import write_episodes
+    from gencontrol.robotics.datasets import format_for, write_episodes
     from gencontrol.robotics.env_options import parse_kwargs
     from gencontrol.robotics.envs import make_envs
     from gencontrol.train.tracking import Progress
 
-    name = request.format or ENDINGS.get(target.suffix, "lerobot")
-    if name not in FORMATS:
-        raise UsageError(f"--format {name}: unknown.{nearest(name, FORMATS)} Known: {', '.join(FORMATS)}.")
+    name = format_for(target, request.format)
     policy = _policy(request)
     most = request.attempts or 3 * request.episodes
     seeds = range(request.seed_start, request.seed_start + most)

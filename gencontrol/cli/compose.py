@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """The options of the command."""
+    """The options of the command; `fitting` holds those that need `fit_env`, None where not given."""
 
     policies: tuple[str, ...]
     weights: tuple[float, ...]
@@ -25,14 +26,7 @@ class Request:
     overlap: bool
     n_action: int | None
     fit_env: str | None
-    env_kwargs: tuple[str, ...]
-    validation: int
-    episodes: int
-    seed_start: int
-    method: str
-    step: float
-    num_envs: int
-    rows_at_once: int
+    fitting: Mapping[str, Any]
     output: str
     threads: int
 
@@ -51,6 +45,9 @@ def command(request: Request) -> None:
         raise UsageError("one policy is not composed with anything; give two or more.")
     if request.weights and request.fit_env:
         raise UsageError("--weight gives the weights and --fit-env looks for them; give one of the two.")
+    idle = [name for name, value in request.fitting.items() if value is not None]
+    if idle and not request.fit_env:
+        raise UsageError(f"--{idle[0].replace('_', '-')} belongs to the fitting of weights; give --fit-env too.")
     if request.fit_env and request.operator != "convex":
         raise UsageError(f"--fit-env fits convex weights; the operator '{request.operator}' makes its own.")
     from gencontrol.robotics.compose import ComposedPolicy
@@ -79,15 +76,17 @@ def _fitted(policy: ComposedPolicy, request: Request) -> WeightFit:
     from gencontrol.robotics.compose import fit_weights
     from gencontrol.robotics.env_options import parse_kwargs
 
-    first = request.seed_start
+    given = {name: value for name, value in request.fitting.items() if value is not None}
+    first = given.get("seed_start", 200_000)
+    middle = first + given.get("validation", 100)
     print("fitting weights: every arm meets the same validation seeds", file=sys.stderr, flush=True)
     return fit_weights(
         policy,
         request.fit_env,
-        validation_seeds=range(first, first + request.validation),
-        test_seeds=range(first + request.validation, first + request.validation + request.episodes),
-        method=request.method,  # type: ignore[arg-type]  # checked there
-        step=request.step,
-        num_envs=request.num_envs,
-        evaluation={"env_kwargs": parse_kwargs(request.env_kwargs), "rows_at_once": request.rows_at_once},
+        validation_seeds=range(first, middle),
+        test_seeds=range(middle, middle + given.get("episodes", 200)),
+        method=given.get("method", "halving"),
+        step=given.get("step", 0.1),
+        num_envs=given.get("num_envs", 1),
+        evaluation={"env_kwargs": parse_kwargs(given.get("env_kwarg")), "rows_at_once": given.get("rows_at_once", 1)},
     )

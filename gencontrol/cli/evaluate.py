@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gencontrol.cli.environment import choose_device, prepare
+from gencontrol.errors import UsageError
 
 if TYPE_CHECKING:
     from gencontrol.robotics.evaluate import EvaluationReport, Settings, Tick
@@ -44,6 +45,8 @@ def command(request: Request) -> None:
         Preempted: a signal; finished episodes are kept and the same command goes on.
     """
     prepare(threads=request.threads)
+    if request.paired and len(request.policies) < 2:
+        raise UsageError("--paired compares policies; give two or more (the first one is the reference).")
     device = choose_device(request.device)
     from gencontrol.robotics.evaluate import evaluate_all, load, named
     from gencontrol.train.signals import SignalGuard
@@ -123,8 +126,9 @@ def lines(reports: Sequence[EvaluationReport]) -> list[str]:
             latency = facts["latency_s"]
             found.append(
                 f"{name}: {part.successes} of {len(part.valid)} succeeded ({100 * part.rate:.1f} %, 95 % interval "
-                f"{100 * low:.1f} to {100 * high:.1f} %), return {part.returns.value:.3f}, action "
-                f"{1e3 * (latency['p50'] or 0):.3g} ms (p95 {1e3 * (latency['p95'] or 0):.3g} ms)"
+                f"{100 * low:.1f} to {100 * high:.1f} %), return {part.returns.value:.3f}, action p50 "
+                f"{1e3 * (latency['p50'] or 0):.3g} ms (mostly from the queue), p95 "
+                f"{1e3 * (latency['p95'] or 0):.3g} ms"
             )
             found += [f"  invalid: {count} × {reason}" for reason, count in part.invalid.items()]
     for report in reports:

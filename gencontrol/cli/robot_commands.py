@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gencontrol.cli.commands import RUN, WHAT, Device, Many, Number, Text, Threads, _option
+from gencontrol.cli.commands import RUN, WHAT, Device, Many, Number, Real, Text, Threads, _option
 
 FLAWS, FIT = "Flaws of a scripted expert", "Fitting of weights"
 
@@ -184,21 +184,15 @@ def compose(
     env_kwargs: Annotated[
         Many, _option("--env-kwarg", "An argument of the environment; may be repeated.", FIT, "KEY=VALUE")
     ] = None,
-    validation: Annotated[
-        int, typer.Option("--validation", help="Seeds that choose the weights.", rich_help_panel=FIT, min=1)
-    ] = 100,
-    episodes: Annotated[
-        int, typer.Option("--episodes", help="Fresh seeds that measure them.", rich_help_panel=FIT, min=2)
-    ] = 200,
-    seed_start: Annotated[int, typer.Option("--seed-start", help="First seed.", rich_help_panel=FIT, min=0)] = 200_000,
-    method: Annotated[str, typer.Option("--method", help="halving, grid or bandit.", rich_help_panel=FIT)] = "halving",
-    step: Annotated[float, typer.Option("--step", help="Of the grid of weights.", rich_help_panel=FIT)] = 0.1,
-    num_envs: Annotated[
-        int, typer.Option("--num-envs", help="Environments side by side.", rich_help_panel=FIT, min=1)
-    ] = 1,
+    validation: Annotated[Number, _option("--validation", "Seeds that choose the weights (100).", FIT)] = None,
+    episodes: Annotated[Number, _option("--episodes", "Fresh seeds that measure them (200).", FIT)] = None,
+    seed_start: Annotated[Number, _option("--seed-start", "First seed (200000).", FIT)] = None,
+    method: Annotated[Text, _option("--method", "How they are searched for.", FIT, "halving|grid|bandit")] = None,
+    step: Annotated[Real, _option("--step", "Of the grid of weights (0.1).", FIT)] = None,
+    num_envs: Annotated[Number, _option("--num-envs", "Environments side by side (1).", FIT)] = None,
     rows_at_once: Annotated[
-        int, typer.Option("--rows-at-once", help="Rows in one network call, see evaluate.", rich_help_panel=FIT, min=0)
-    ] = 1,
+        Number, _option("--rows-at-once", "Rows in one network call, see evaluate (1).", FIT)
+    ] = None,
     output: Annotated[
         str, typer.Option("--output", help="Folder of the composition, a policy like others.", rich_help_panel=RUN)
     ] = "composition",
@@ -218,14 +212,16 @@ def compose(
             overlap=overlap,
             n_action=n_action,
             fit_env=fit_env,
-            env_kwargs=tuple(env_kwargs or ()),
-            validation=validation,
-            episodes=episodes,
-            seed_start=seed_start,
-            method=method,
-            step=step,
-            num_envs=num_envs,
-            rows_at_once=rows_at_once,
+            fitting={
+                "env_kwarg": env_kwargs,
+                "validation": validation,
+                "episodes": episodes,
+                "seed_start": seed_start,
+                "method": method,
+                "step": step,
+                "num_envs": num_envs,
+                "rows_at_once": rows_at_once,
+            },
             output=output,
             threads=threads or 0,
         )

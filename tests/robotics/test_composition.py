@@ -89,6 +89,7 @@ def test_command(parents: dict[str, Path], tmp_path: Path, capsys: pytest.Captur
         ([*names, "--weight", "1", "--output", other], "one each"),
         ([*names, "--weight", ".5", "--weight", ".5", "--fit-env", POINT, "--output", other], "one of the two"),
         ([*names, "--operator", "and", "--fit-env", POINT, "--output", other], "operator 'and'"),
+        ([*names, "--validation", "5", "--output", other], "give --fit-env"),
         ([*names, "--operator", "xor", "--output", other], "Known: convex, and, or"),
         ([names[0], str(tmp_path / "absent"), "--output", other], "no policy at"),
     ]
@@ -111,3 +112,20 @@ def test_fitted_weights_are_written(
     assert "3 fresh seeds" in (output / "weights.md").read_text() and (output / "weights.svg").exists()
     assert "3 fresh seeds" in capsys.readouterr().out
     assert isinstance(load_policy(output), ComposedPolicy)
+
+
+def test_one_policy_is_not_paired(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "zero", "--env", POINT, "--paired", "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "two or more" in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_converter_takes_the_format_from_the_name(capsys: pytest.CaptureFixture[str]) -> None:
+    """And says what is wrong in one line."""
+    from gencontrol.robotics.datasets import format_for
+    from gencontrol.robotics.datasets import main as convert
+
+    assert [format_for(name) for name in ("a.hdf5", "b/c.zarr", "folder")] == ["robomimic", "zarr", "lerobot"]
+    with pytest.raises(SystemExit) as stopped:
+        convert(["source", "target", "--format", "zar"])
+    assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1

@@ -105,6 +105,7 @@ def test_collect_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         ([], "never overwritten"),
         (["--output", str(tmp_path / "b"), "--format", "robomimi"], "Did you mean 'robomimic'?"),
         (["--output", str(tmp_path / "b"), "--env", "PointMaze_UMaz-v3"], "Did you mean 'PointMaze_UMaze-v3'?"),
+        (["--output", str(tmp_path / "b.h5"), "--format", "zarr"], "writes a folder"),
         (["--output", str(tmp_path / "b"), "--env", "Pendulum-v1"], "no scripted expert"),
         (["--output", str(tmp_path / "b"), "--policy", str(tmp_path / "absent")], "absent"),
         (["--output", str(tmp_path / "b"), "--policy", "random", "--bias", "1"], "--policy expert"),
