@@ -116,7 +116,7 @@ class ChunkedPolicy(ABC):
             rows: the rows that these observations belong to (default 0 … b − 1).
 
         Raises:
-            UsageError: a key is missing or has another shape; the message names it.
+            UsageError: a key is missing, has another shape or a value that is not finite; the message names it.
         """
         batch, single = self._batch(observation)
         count = len(next(iter(batch.values())))
@@ -169,5 +169,9 @@ class ChunkedPolicy(ABC):
                 value, single = value[None], True
             elif value.shape[1:] != tuple(shape):
                 raise UsageError(f"observation '{key}' has shape {value.shape}; this policy reads {tuple(shape)}.")
+            if value.dtype.kind == "f" and not np.isfinite(value).all():
+                raise UsageError(
+                    f"observation '{key}' has a value that is not finite; a sensor or the simulator failed."
+                )
             found[key] = value
         return found, single
