@@ -77,7 +77,7 @@ class Plan:
 
 
 #: the parts scenes and words.  Rate, anchor (weight, guidance), rounds, one update per round and the average were
-#: chosen on seed 100, which no bench uses: by CRD's progress, the guidance by the base's accuracy under 1, 1.5, 2 and 3.
+#: chosen on seed 100, which no bench uses: by CRD's progress, the guidance by the accuracy of the base under 1 to 3.
 #: All rows share them; a network this small, on so few samples, needs a stronger anchor than §6's digits.
 SCENES_PLAN = Plan(
     rounds=60,
