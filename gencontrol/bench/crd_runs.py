@@ -92,7 +92,7 @@ SCENES_PLAN = Plan(
     compiled=True,
     measured=(15, 30, 45, 60),
 )
-SCENES_ANCHOR = {"kl_coef": 1.0, "kl_guidance": 2.0, "anchor": 1.0, "anchor_scale": 2.0, "updates_per_round": 1}
+SCENES_ANCHOR = {"kl_coef": 2.0, "kl_guidance": 2.0, "anchor": 2.0, "anchor_scale": 2.0, "updates_per_round": 1}
 
 
 def of_part(part: str) -> tuple[Method, ...]:
