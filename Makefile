@@ -36,7 +36,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/.dev
-	$(BIN)/python tools/typecheck.py
+	$(BIN)/mypy --config-file setup.cfg -p gencontrol
 
 # extras that cannot share an environment with NumPy 2, and those that bring torchvision
 test-extras: constraints-numpy1.txt

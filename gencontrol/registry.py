@@ -3,55 +3,56 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from gencontrol.errors import UsageError, nearest
 
 ALGORITHMS = {
-    "dragon": "gencontrol.algorithms.dragon:Dragon",
-    "rwr": "gencontrol.algorithms.rwr:RewardWeightedRegression",
-    "ctrl": "gencontrol.algorithms.ctrl:Ctrl",
-    "flow-grpo": "gencontrol.algorithms.flow_grpo:FlowGrpo",
-    "ddpo": "gencontrol.algorithms.flow_grpo:Ddpo",
-    "draft": "gencontrol.algorithms.draft:Draft",
-    "cfg-finetune": "gencontrol.algorithms.cfg_finetune:CfgFinetune",
-    "diffusion-dpo": "gencontrol.algorithms.diffusion_dpo:DiffusionDpo",
-    "crd": "gencontrol.algorithms.crd:Crd",
-    "nft": "gencontrol.algorithms.nft:Nft",
-    "awm": "gencontrol.algorithms.awm:Awm",
+    "dragon": "gencontrol.algorithms.matching.dragon:Dragon",
+    "rwr": "gencontrol.algorithms.matching.rwr:RewardWeightedRegression",
+    "ctrl": "gencontrol.algorithms.ctrl.ctrl:Ctrl",
+    "flow-grpo": "gencontrol.algorithms.path.flow_grpo:FlowGrpo",
+    "ddpo": "gencontrol.algorithms.path.flow_grpo:Ddpo",
+    "draft": "gencontrol.algorithms.path.draft:Draft",
+    "cfg-finetune": "gencontrol.algorithms.offline.cfg_finetune:CfgFinetune",
+    "diffusion-dpo": "gencontrol.algorithms.offline.diffusion_dpo:DiffusionDpo",
+    "crd": "gencontrol.algorithms.forward.crd:Crd",
+    "nft": "gencontrol.algorithms.forward.nft:Nft",
+    "awm": "gencontrol.algorithms.forward.awm:Awm",
 }
 PRETRAIN = {
-    "flow": "gencontrol.algorithms.pretrain_flow:FlowPretrain",
-    "clap": "gencontrol.algorithms.pretrain_clap:ClapPretrain",
-    "attributes": "gencontrol.algorithms.pretrain_attributes:AttributePretrain",
-    "digits": "gencontrol.algorithms.pretrain_digits:DigitsPretrain",
-    "scenes": "gencontrol.algorithms.pretrain_scenes:ScenesPretrain",
-    "scene-readers": "gencontrol.algorithms.pretrain_scene_readers:SceneReadersPretrain",
+    "flow": "gencontrol.recipes.sound.flow:FlowPretrain",
+    "clap": "gencontrol.recipes.sound.clap:ClapPretrain",
+    "attributes": "gencontrol.recipes.sound.attributes:AttributePretrain",
+    "digits": "gencontrol.recipes.digits.train:DigitsPretrain",
+    "scenes": "gencontrol.recipes.scenes.flow:ScenesPretrain",
+    "scene-readers": "gencontrol.recipes.scenes.readers:SceneReadersPretrain",
 }
 #: what `gencontrol train` makes from data sets
 TRAIN = {
-    "diffusion-policy": "gencontrol.algorithms.policy_pretrain:DiffusionPolicyPretrain",
-    "flow-policy": "gencontrol.algorithms.policy_pretrain:FlowPolicyPretrain",
+    "diffusion-policy": "gencontrol.algorithms.agents.behavior_cloning:DiffusionPolicyPretrain",
+    "flow-policy": "gencontrol.algorithms.agents.behavior_cloning:FlowPolicyPretrain",
 }
 REWARDS = {
-    "clap": "gencontrol.rewards.clap:ClapReward",
+    "clap": "gencontrol.rewards.audio.clap:ClapReward",
     "fad": "gencontrol.rewards.distribution:FadReward",
     "fad-set": "gencontrol.rewards.distribution:SetFadReward",
     "vendi": "gencontrol.rewards.distribution:VendiReward",
-    "quality": "gencontrol.rewards.quality:QualityReward",
-    "loudness-range": "gencontrol.rewards.signal:LoudnessRange",
-    "spectral-centroid": "gencontrol.rewards.signal:SpectralCentroid",
-    "digit-class": "gencontrol.rewards.classifier:DigitClassReward",
-    "classifier": "gencontrol.rewards.classifier:ClassifierReward",
-    "clip": "gencontrol.rewards.clip:ClipReward",
-    "pickscore": "gencontrol.rewards.preference:PickScore",
-    "hps": "gencontrol.rewards.preference:Hps",
-    "aesthetic": "gencontrol.rewards.aesthetic:AestheticReward",
-    "compressibility": "gencontrol.rewards.compressibility:Compressibility",
-    "incompressibility": "gencontrol.rewards.compressibility:Incompressibility",
-    "remote": "gencontrol.rewards.remote:RemoteReward",
-    "compositional": "gencontrol.rewards.compositional:Compositional",
-    "ocr": "gencontrol.rewards.ocr:OcrReward",
+    "quality": "gencontrol.rewards.audio.quality:QualityReward",
+    "loudness-range": "gencontrol.rewards.audio.signal:LoudnessRange",
+    "spectral-centroid": "gencontrol.rewards.audio.signal:SpectralCentroid",
+    "digit-class": "gencontrol.rewards.image.classifier:DigitClassReward",
+    "classifier": "gencontrol.rewards.image.classifier:ClassifierReward",
+    "clip": "gencontrol.rewards.image.clip:ClipReward",
+    "pickscore": "gencontrol.rewards.image.preference:PickScore",
+    "hps": "gencontrol.rewards.image.preference:Hps",
+    "aesthetic": "gencontrol.rewards.image.aesthetic:AestheticReward",
+    "compressibility": "gencontrol.rewards.image.compressibility:Compressibility",
+    "incompressibility": "gencontrol.rewards.image.compressibility:Incompressibility",
+    "remote": "gencontrol.rewards.remote.client:RemoteReward",
+    "compositional": "gencontrol.rewards.image.compositional:Compositional",
+    "ocr": "gencontrol.rewards.image.ocr:OcrReward",
 }
 #: rewards that score one medium alone
 REWARDS_OF = {
@@ -64,13 +65,13 @@ REWARDS_OF = {
 BENCHES = {
     "policy-latency": "gencontrol.bench.policy_latency:main",
     "overhead": "gencontrol.bench.overhead:main",
-    "dragon": "gencontrol.bench.dragon:main",
+    "dragon": "gencontrol.bench.dragon.main:main",
     "faults": "gencontrol.bench.faults:main",
     "epoch": "gencontrol.bench.epoch:main",
-    "dts": "gencontrol.bench.dts:main",
-    "ctrl": "gencontrol.bench.ctrl:main",
-    "crd": "gencontrol.bench.crd:main",
-    "gpc": "gencontrol.bench.gpc:main",
+    "dts": "gencontrol.bench.dts.main:main",
+    "ctrl": "gencontrol.bench.ctrl.main:main",
+    "crd": "gencontrol.bench.crd.main:main",
+    "gpc": "gencontrol.bench.gpc.main:main",
     "policies": "gencontrol.bench.policies:main",
 }
 
@@ -101,3 +102,19 @@ def resolve_dotted(path: str, kind: str) -> Any:
             f"{kind} '{path}' cannot be imported ({error}); give package.module:Name of an importable module "
             "(is its folder on PYTHONPATH?)."
         ) from error
+
+
+def lazily(package: str, where: Mapping[str, str]) -> Callable[[str], Any]:
+    """Return a `__getattr__` for a package whose names load their module when they are first asked for.
+
+    Args:
+        package: its `__name__`.
+        where: name → module inside the package.
+    """
+
+    def find(name: str) -> Any:
+        if name not in where:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{package}.{where[name]}"), name)
+
+    return find

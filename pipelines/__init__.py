@@ -6,15 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gencontrol.pipelines.backend import ProcessSpec
+    from gencontrol.pipelines.backends.audio import ProcessSpec
     from gencontrol.pipelines.base import Pipeline
     from gencontrol.pipelines.class_to_image import ClassToImagePipeline
     from gencontrol.pipelines.outputs import AudioPipelineOutput, ImagePipelineOutput
     from gencontrol.pipelines.policy import ComposedPolicyPipeline, PolicyPipeline
-    from gencontrol.pipelines.search_outputs import AudioSearchOutput, ImageSearchOutput
+    from gencontrol.pipelines.search.outputs import AudioSearchOutput, ImageSearchOutput
+    from gencontrol.pipelines.search.tree_search import TreeSearchPipeline
     from gencontrol.pipelines.text_to_audio import TextToAudioPipeline
     from gencontrol.pipelines.text_to_image import TextToImagePipeline
-    from gencontrol.pipelines.tree_search import TreeSearchPipeline
 
 __all__ = [
     "AudioPipelineOutput",
@@ -33,17 +33,17 @@ __all__ = [
 
 _WHERE = {
     "AudioPipelineOutput": "outputs",
-    "AudioSearchOutput": "search_outputs",
+    "AudioSearchOutput": "search.outputs",
     "ClassToImagePipeline": "class_to_image",
     "ComposedPolicyPipeline": "policy",
     "ImagePipelineOutput": "outputs",
-    "ImageSearchOutput": "search_outputs",
+    "ImageSearchOutput": "search.outputs",
     "Pipeline": "base",
     "PolicyPipeline": "policy",
-    "ProcessSpec": "backend",
+    "ProcessSpec": "backends.audio",
     "TextToAudioPipeline": "text_to_audio",
     "TextToImagePipeline": "text_to_image",
-    "TreeSearchPipeline": "tree_search",
+    "TreeSearchPipeline": "search.tree_search",
 }
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from gencontrol.errors import EnvironmentMissing, UsageError, nearest
-from gencontrol.pipelines.hub import LoadOptions, locate, pick_dtype
+from gencontrol.pipelines.hub.hub import LoadOptions, locate, pick_dtype
 
 T = TypeVar("T")
 

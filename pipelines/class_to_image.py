@@ -17,12 +17,12 @@ from torch import Tensor
 from gencontrol.data.images import png_grid, to_pil
 from gencontrol.errors import UsageError, nearest
 from gencontrol.models.denoiser import Denoiser
-from gencontrol.models.image_classifier import ImageClassifier
-from gencontrol.models.image_transformer import PatchTransformer
+from gencontrol.models.networks.image_transformer import PatchTransformer
+from gencontrol.models.readers.image_classifier import ImageClassifier
 from gencontrol.pipelines import arguments
-from gencontrol.pipelines.backend import ProcessSpec, write_index
+from gencontrol.pipelines.backends.audio import ProcessSpec, write_index
 from gencontrol.pipelines.base import Pipeline
-from gencontrol.pipelines.hub import LoadOptions, check_component, check_pipeline_class, download_folder, own_memory
+from gencontrol.pipelines.hub.hub import LoadOptions, check_component, check_pipeline_class, download_folder, own_memory
 from gencontrol.pipelines.outputs import ImagePipelineOutput
 from gencontrol.process import GaussianProcess
 from gencontrol.types import Cond

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from gencontrol.errors import UsageError
-from gencontrol.models.condition import conditioned, with_labels
+from gencontrol.models.conditions.base import conditioned, with_labels
 from gencontrol.models.denoiser import Denoiser
-from gencontrol.pipelines import lora
-from gencontrol.sampling.control_files import control_folder, load_control
-from gencontrol.sampling.controlled import ControlGuided, check_schedule, controlled
+from gencontrol.pipelines.hub import lora
+from gencontrol.sampling.control.controlled import ControlGuided, check_schedule, controlled
+from gencontrol.sampling.control.files import control_folder, load_control
 from gencontrol.sampling.steps import Ddim
 from gencontrol.types import Cond
 
 
 class Control:
-    """A control that is loaded onto a network; see `gencontrol.sampling.control_files`."""
+    """A control that is loaded onto a network; see `gencontrol.sampling.control.files`."""
 
     def __init__(self, denoiser: Denoiser, folder: str | Path, *, force: bool) -> None:
         """Load.
@@ -103,7 +103,7 @@ class Control:
         if steps is None or steps == len(self.plan.grid) - 1:
             return self.plan.grid
         from gencontrol.process.gaussian import GaussianProcess
-        from gencontrol.sampling.controlled import plan_of
+        from gencontrol.sampling.control.controlled import plan_of
 
         assert isinstance(self.denoiser.process, GaussianProcess)  # `Conditioned` takes no other
         return plan_of(self.denoiser.process, steps).grid

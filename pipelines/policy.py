@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from gencontrol.errors import UsageError
-from gencontrol.robotics.chunked import ChunkedPolicy, Observation, PolicySpec
 from gencontrol.robotics.compose import ComposedPolicy
-from gencontrol.robotics.loading import load_policy
-from gencontrol.robotics.policies import GenerativePolicy
+from gencontrol.robotics.policies.chunked import ChunkedPolicy, Observation, PolicySpec
+from gencontrol.robotics.policies.diffusion import GenerativePolicy
+from gencontrol.robotics.policies.loading import load_policy
 
 
 class PolicyPipeline:
@@ -37,7 +37,7 @@ class PolicyPipeline:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Self:
-        """Load what `gencontrol.robotics.loading.load_policy` loads: folders, checkpoints, package.module:make_policy.
+        """Load what `robotics.policies.load_policy` loads: folders, checkpoints, package.module:make_policy.
 
         Raises:
             UsageError: there is no policy.

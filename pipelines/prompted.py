@@ -21,11 +21,12 @@ from torch import Tensor
 
 from gencontrol.errors import UsageError, nearest
 from gencontrol.models.denoiser import Denoiser
-from gencontrol.pipelines import arguments, lora
-from gencontrol.pipelines.backend import PromptBackend
+from gencontrol.pipelines import arguments
+from gencontrol.pipelines.backends.audio import PromptBackend
 from gencontrol.pipelines.control import Control
-from gencontrol.pipelines.hub import LoadOptions, check_pipeline_class, download_folder
-from gencontrol.pipelines.lora_pipeline import LoraPipeline
+from gencontrol.pipelines.hub import lora
+from gencontrol.pipelines.hub.hub import LoadOptions, check_pipeline_class, download_folder
+from gencontrol.pipelines.hub.lora_pipeline import LoraPipeline
 from gencontrol.process import GaussianProcess
 from gencontrol.types import Cond, cat_cond, cond_to, map_cond
 
@@ -111,7 +112,7 @@ class PromptedPipeline(LoraPipeline):
         """Load the backend of a folder that `save_pretrained` wrote for our own architecture."""
 
     def _load(self, index: Mapping[str, Any], where: str | Path, options: LoadOptions) -> None:
-        from gencontrol.pipelines.foreign import load_foreign
+        from gencontrol.pipelines.backends.foreign_audio import load_foreign
 
         name, foreign = type(self).__name__, self._foreign()
         kind = check_pipeline_class(index, {name: None, **foreign}, where, name)

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from gencontrol.pipelines import arguments
 from gencontrol.pipelines.artefacts import sound_artefacts
-from gencontrol.pipelines.backend import AudioBackend, NativeAudio, ProcessSpec
+from gencontrol.pipelines.backends.audio import AudioBackend, NativeAudio, ProcessSpec
 from gencontrol.pipelines.outputs import AudioPipelineOutput
 from gencontrol.pipelines.prompted import Ask, Callback, PromptedPipeline
 from gencontrol.types import Cond
 
 if TYPE_CHECKING:
-    from gencontrol.algorithms.task import PromptTask
+    from gencontrol.algorithms.online.task import PromptTask
 
 
 class TextToAudioPipeline(PromptedPipeline):
@@ -63,7 +63,7 @@ class TextToAudioPipeline(PromptedPipeline):
 
     @classmethod
     def _foreign(cls) -> Mapping[str, Callable[[Any], Any]]:
-        from gencontrol.pipelines.foreign import FOREIGN
+        from gencontrol.pipelines.backends.foreign_audio import FOREIGN
 
         return FOREIGN
 
@@ -123,7 +123,7 @@ class TextToAudioPipeline(PromptedPipeline):
         Raises:
             UsageError: an empty list, or something that is not text.
         """
-        from gencontrol.algorithms.task import PromptTask
+        from gencontrol.algorithms.online.task import PromptTask
 
         return PromptTask(
             denoiser=self.denoiser,

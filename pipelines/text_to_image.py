@@ -17,14 +17,14 @@ from torch import Tensor
 
 from gencontrol.data.images import png_grid, to_pil
 from gencontrol.pipelines import arguments
-from gencontrol.pipelines.backend import ProcessSpec
-from gencontrol.pipelines.image_backend import ImageBackend, NativeImage
+from gencontrol.pipelines.backends.audio import ProcessSpec
+from gencontrol.pipelines.backends.images import ImageBackend, NativeImage
 from gencontrol.pipelines.outputs import ImagePipelineOutput
 from gencontrol.pipelines.prompted import Ask, Callback, PromptedPipeline
 from gencontrol.types import Cond
 
 if TYPE_CHECKING:
-    from gencontrol.algorithms.task import PromptTask
+    from gencontrol.algorithms.online.task import PromptTask
 
 #: pictures that people look at are enlarged to at least this many pixels
 _SHOWN = 256
@@ -65,7 +65,7 @@ class TextToImagePipeline(PromptedPipeline):
 
     @classmethod
     def _foreign(cls) -> Mapping[str, Callable[[Any], Any]]:
-        from gencontrol.pipelines.foreign_images import FOREIGN_IMAGES
+        from gencontrol.pipelines.backends.foreign_images import FOREIGN_IMAGES
 
         return FOREIGN_IMAGES
 
@@ -123,7 +123,7 @@ class TextToImagePipeline(PromptedPipeline):
         Raises:
             UsageError: an empty list, or something that is not text.
         """
-        from gencontrol.algorithms.task import PromptTask
+        from gencontrol.algorithms.online.task import PromptTask
 
         return PromptTask(
             denoiser=self.denoiser,

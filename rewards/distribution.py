@@ -17,12 +17,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from gencontrol.errors import UsageError
+from gencontrol.rewards.audio.encoders import make_encoder
 from gencontrol.rewards.base import Features, OfSets, SetState, broadcast, check_chosen, checked
-from gencontrol.rewards.encoders import make_encoder
-from gencontrol.rewards.gaussian import Array, Gaussian, as_double, frechet_distance
 from gencontrol.rewards.inputs import audio_batch
-from gencontrol.rewards.reference import load_reference
-from gencontrol.rewards.states import FrechetState, VendiState, entropy_score, unit_rows
+from gencontrol.rewards.sets.gaussian import Array, Gaussian, as_double, frechet_distance
+from gencontrol.rewards.sets.reference import load_reference
+from gencontrol.rewards.sets.states import FrechetState, VendiState, entropy_score, unit_rows
 from gencontrol.types import RewardContext, RewardOut
 
 __all__ = ["FadReward", "SetFadReward", "VendiReward", "frechet_distance", "metric_name", "vendi_score"]

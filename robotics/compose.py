@@ -22,11 +22,11 @@ from gencontrol.models.denoiser import Pred, TokenPred
 from gencontrol.process.gaussian import GaussianProcess, GridProcess, Time
 from gencontrol.process.schedule import Scalar, Table
 from gencontrol.rng import Keyed
-from gencontrol.robotics.chunked import ChunkedPolicy, PolicySpec
-from gencontrol.robotics.denoising import ChunkSampler, History, ParentModel
-from gencontrol.robotics.operators import And, Or, Superposition
-from gencontrol.robotics.placing import covered, place, share_where_covered
-from gencontrol.robotics.weight_search import WeightFit, fit_weights
+from gencontrol.robotics.composition.operators import And, Or, Superposition
+from gencontrol.robotics.composition.placing import covered, place, share_where_covered
+from gencontrol.robotics.composition.weight_search import WeightFit, fit_weights
+from gencontrol.robotics.policies.chunked import ChunkedPolicy, PolicySpec
+from gencontrol.robotics.policies.denoising import ChunkSampler, History, ParentModel
 from gencontrol.sampling.guidance import Composed, Weights, compose, own_conditions
 from gencontrol.types import Cond
 
@@ -41,10 +41,10 @@ class ComposedPolicy(ChunkedPolicy):
     Args:
         parents: at least one `ParentModel`, or name → parent.
         weights: one number per parent, ≥ 0, sum 1.
-        operator: "convex" (GPC), or, experimental, "and" and "or" (`gencontrol.robotics.operators`) or one of its
+        operator: "convex" (GPC), or, experimental, "and" and "or" (`robotics.composition.operators`) or one of its
             objects.
         schedule: instead of `weights`, weights that change with the noise level, action dimension or place in the chunk
-            (`gencontrol.robotics.mixing`, or any function of the log-SNR); for the convex operator.
+            (`gencontrol.robotics.composition.mixing`, or any function of the log-SNR); for the convex operator.
         reference: the parent whose noise law, time grid, sampler and action normaliser are used.  None is the first
             with discrete noise levels, else the first: a flow parent can be asked at any level, a discrete one cannot.
         sampler: instead of the reference's own.
@@ -264,12 +264,12 @@ def _check_parent(name: str, parent: object) -> None:
     if not isinstance(parent, ParentModel):
         raise UsageError(
             f"'{name}' ({type(parent).__name__}) cannot be composed: it declares no denoiser, action_normalizer, "
-            f"sampler and encode; wrap it with gencontrol.robotics.foreign.ForeignPolicy."
+            f"sampler and encode; wrap it with gencontrol.robotics.policies.foreign.ForeignPolicy."
         )
     if not isinstance(getattr(parent.denoiser, "process", None), GaussianProcess):
         raise UsageError(
             f"the denoiser of '{name}' declares no Gaussian noise law; wrap its network with "
-            f"gencontrol.robotics.foreign.velocity_model or noise_model, which ask for the convention."
+            f"gencontrol.robotics.policies.foreign.velocity_model or noise_model, which ask for the convention."
         )
 
 

@@ -16,20 +16,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gencontrol.errors import UsageError
-from gencontrol.robotics.baselines import Baseline
-from gencontrol.robotics.chunked import ChunkedPolicy
-from gencontrol.robotics.denoising import DenoisingPolicy
-from gencontrol.robotics.env_types import EnvSpec, Timeouts
-from gencontrol.robotics.envs import Envs, Isolation, make_envs
-from gencontrol.robotics.evaluation_files import EvaluationFolder, content_of
-from gencontrol.robotics.evaluation_report import (
+from gencontrol.robotics.envs.types import EnvSpec, Timeouts
+from gencontrol.robotics.envs.vector import Envs, Isolation, make_envs
+from gencontrol.robotics.evaluation.files import EvaluationFolder, content_of
+from gencontrol.robotics.evaluation.report import (
     Comparison,
     EpisodeResult,
     EvaluationReport,
     compare,
     result_of,
 )
-from gencontrol.robotics.rollout import Actor, Rollouts
+from gencontrol.robotics.evaluation.rollout import Actor, Rollouts
+from gencontrol.robotics.policies.baselines import Baseline
+from gencontrol.robotics.policies.chunked import ChunkedPolicy
+from gencontrol.robotics.policies.denoising import DenoisingPolicy
 
 __all__ = ["Comparison", "EpisodeResult", "EvaluationReport", "Settings", "evaluate", "evaluate_all"]
 
@@ -190,7 +190,7 @@ def evaluate_all(
     if paired:
         reports = [reports[0], *(replace(other, compared=compare(reports[0], other)) for other in reports[1:])]
     if run.folder is not None:
-        from gencontrol.robotics.evaluation_page import write_results
+        from gencontrol.robotics.evaluation.page import write_results
 
         write_results(run.folder, reports)
     return reports
@@ -300,7 +300,7 @@ class _Run:
 
     def _film(self, name: str, policy: Actor, env_id: str) -> None:
         """Render some episodes again; nothing that goes wrong here touches the results."""
-        from gencontrol.robotics.videos import film
+        from gencontrol.robotics.evaluation.videos import film
 
         assert self.folder is not None  # checked before anything ran
         results = [self._results[name, env_id, seed] for seed in self.settings.seeds]
@@ -314,7 +314,7 @@ def load(given: Actor | str) -> Actor | str:
     """Return the policy behind a path; a policy, and the names that need an environment first, as they are."""
     if not isinstance(given, str) or given in NAMED:
         return given
-    from gencontrol.robotics.loading import load_policy
+    from gencontrol.robotics.policies.loading import load_policy
 
     loaded: Actor = load_policy(given)
     return loaded
@@ -325,7 +325,7 @@ def bound(policy: Actor | str, spec: EnvSpec) -> Actor:
     if policy == "random" or policy == "zero":
         return Baseline("random" if policy == "random" else "zero", spec)
     if isinstance(policy, str):
-        from gencontrol.robotics.experts import Flaws, expert_for
+        from gencontrol.robotics.demos.experts import Flaws, expert_for
 
         return expert_for(spec.env_id, Flaws(0.0), spec.kwargs)
     return policy

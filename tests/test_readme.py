@@ -18,8 +18,8 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 def _policies(folder: Path) -> None:
     """Save two policies with random weights where the README's commands would have put trained ones."""
     from gencontrol.data.normalize import Normalizer
-    from gencontrol.robotics.chunked import PolicySpec
-    from gencontrol.robotics.policies import DiffusionPolicy, DiffusionPolicyConfig
+    from gencontrol.robotics.policies.chunked import PolicySpec
+    from gencontrol.robotics.policies.diffusion import DiffusionPolicy, DiffusionPolicyConfig
 
     spec = PolicySpec({"observation": (25,), "desired_goal": (3,)}, 4, 8, 1, 4)
     sizes = {"observation": 25, "desired_goal": 3, "action": 4}

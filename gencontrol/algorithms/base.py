@@ -141,7 +141,7 @@ class Algorithm(Protocol):
 
 
 class Turns(Protocol):
-    """Keeps the ranks of a sharded network in step; see `gencontrol.train.lockstep`."""
+    """Keeps the ranks of a sharded network in step; see `gencontrol.train.distributed.lockstep`."""
 
     def settle(self) -> None: ...
     def failed(self) -> None: ...

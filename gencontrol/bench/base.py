@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import torch
 
 from gencontrol.algorithms.base import Algorithm, StepContext
-from gencontrol.algorithms.stats import Estimate, student_t
 from gencontrol.errors import NumericsError
+from gencontrol.stats import Estimate, student_t
 
 T = TypeVar("T")
 

@@ -25,9 +25,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gencontrol.algorithms.flow_grpo import Ddpo, DdpoConfig
-from gencontrol.algorithms.path_gradient import clipped_surrogate
-from gencontrol.algorithms.task import PromptTask
+from gencontrol.algorithms.online.task import PromptTask
+from gencontrol.algorithms.path.base import clipped_surrogate
+from gencontrol.algorithms.path.flow_grpo import Ddpo, DdpoConfig
 from gencontrol.bench.base import Check, Loop, run_in_memory, table, verdicts, write_result
 from gencontrol.bench.toys import toy_task
 from gencontrol.models.denoiser import Denoiser
@@ -73,10 +73,10 @@ class Brightness:
 
 def make_task(work: Work) -> PromptTask:
     """Return an untrained model of the bundled text-to-image layout, with its text encoder, in fixed weights."""
-    from gencontrol.models.image_transformer import PatchConfig, PatchTransformer, backbone_config
-    from gencontrol.models.scene_text import build_text_encoder, build_tokenizer
-    from gencontrol.models.text_condition import encode_text, null_text
-    from gencontrol.models.transformer import Transformer
+    from gencontrol.models.conditions.text import encode_text, null_text
+    from gencontrol.models.networks.image_transformer import PatchConfig, PatchTransformer, backbone_config
+    from gencontrol.models.networks.transformer import Transformer
+    from gencontrol.recipes.scenes.text import build_text_encoder, build_tokenizer
 
     cut = PatchConfig(channels=3, size=work.size, patch=work.patch)
     with torch.random.fork_rng(devices=[]):

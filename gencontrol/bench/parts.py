@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gencontrol.bench.base import verdicts, write_result
-from gencontrol.bench.dts_measure import draw_curves
+from gencontrol.bench.dts.measure import draw_curves
 from gencontrol.errors import UsageError, nearest
 
 

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from gencontrol.bench.base import Check, table
-from gencontrol.bench.gpc_fetch import cloned
+from gencontrol.bench.gpc.fetch import cloned
 from gencontrol.bench.parts import chosen_parts, run_parts
 from gencontrol.errors import UsageError
-from gencontrol.robotics.collect import collect
-from gencontrol.robotics.envs import make_envs
+from gencontrol.robotics.demos.collect import collect
+from gencontrol.robotics.demos.experts import Flaws, expert_for
+from gencontrol.robotics.envs.vector import make_envs
 from gencontrol.robotics.evaluate import evaluate
-from gencontrol.robotics.experts import Flaws, expert_for
-from gencontrol.robotics.policies import DiffusionPolicy, DiffusionPolicyConfig
+from gencontrol.robotics.policies.diffusion import DiffusionPolicy, DiffusionPolicyConfig
 
 KEYS = ("observation", "desired_goal")
 

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from gencontrol.data.normalize import Normalizer
 from gencontrol.rng import Keyed
-from gencontrol.robotics.chunked import PolicySpec
-from gencontrol.robotics.policies import DiffusionPolicy
-from gencontrol.robotics.policy_config import DiffusionPolicyConfig
+from gencontrol.robotics.policies.chunked import PolicySpec
+from gencontrol.robotics.policies.config import DiffusionPolicyConfig
+from gencontrol.robotics.policies.diffusion import DiffusionPolicy
 from gencontrol.sampling.fast import run
 
 #: what each claim needs

@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from gencontrol.algorithms.preference import denoising_error
-from gencontrol.algorithms.task import PromptTask
+from gencontrol.algorithms.online.preference import denoising_error
+from gencontrol.algorithms.online.task import PromptTask
 from gencontrol.models.denoiser import Denoiser
 from gencontrol.process import GaussianProcess, Linear
 from gencontrol.rewards.base import Features, SetState, broadcast, checked
-from gencontrol.rewards.gaussian import Gaussian
-from gencontrol.rewards.states import FrechetState
+from gencontrol.rewards.sets.gaussian import Gaussian
+from gencontrol.rewards.sets.states import FrechetState
 from gencontrol.rng import stream, stream_seed
 from gencontrol.types import Cond, Prediction, RewardContext, RewardOut
 

@@ -12,11 +12,20 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `gencontrol` with the given arguments (default: those of the process) and return the exit code."""
+    import sys
+    from pathlib import Path
+
+    for name in ("pipelines", "rewards", "robotics"):
+        if not Path(__file__).parents[1].joinpath(name).is_dir():
+            print(
+                f"gencontrol: error: gencontrol/{name} should be a link to ../{name} but is not one; run `git config "
+                "core.symlinks true && git checkout -- gencontrol`, or install a released wheel.",
+                file=sys.stderr,
+            )
+            return 6
     try:
         import typer  # noqa: F401  # only to say in one line that it is missing
     except ImportError:
-        import sys
-
         print("gencontrol: error: the command line needs typer; run: pip install typer rich", file=sys.stderr)
         return 6
     from gencontrol.cli.app import run

@@ -123,7 +123,7 @@ def finetune(
 
     Example: gencontrol finetune --reward clap --prompts prompts.txt --output runs/a
     """
-    from gencontrol.cli.finetune import command
+    from gencontrol.jobs.finetune import command
 
     command(ctx.params)
 
@@ -168,7 +168,7 @@ def pretrain(
     Examples: gencontrol pretrain flow --data data/sound --steps 20000 --output runs/flow;
     gencontrol pretrain classifier --data labels.jsonl --output runs/labels
     """
-    from gencontrol.cli.pretrain import command
+    from gencontrol.jobs.pretrain import command
 
     command(ctx.params)
 
@@ -207,7 +207,7 @@ def sample(
 
     Example: gencontrol sample --prompt "a slow sad piano melody" --num 4 --output samples
     """
-    from gencontrol.cli.sample import command
+    from gencontrol.jobs.sample import command
 
     command(ctx.params)
 
@@ -257,7 +257,7 @@ def search(
 
     Example: gencontrol search --reward clap --prompt "a slow sad violin melody" --nfe 4000 --output runs/search
     """
-    from gencontrol.cli.search import command
+    from gencontrol.jobs.search.search import command
 
     command(ctx.params)
 
@@ -295,7 +295,7 @@ def serve_reward(
 
     Example: gencontrol serve-reward --reward clip --reward-model clip-folder --port 8000
     """
-    from gencontrol.cli.serve_reward import command
+    from gencontrol.jobs.serve_reward import command
 
     command(ctx.params)
 
@@ -308,7 +308,7 @@ def report(
 
     Example: gencontrol report runs/a
     """
-    from gencontrol.cli.report import command
+    from gencontrol.jobs.report import command
 
     command(run_dir, open_)
 
@@ -318,7 +318,7 @@ def doctor(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
 
     Example: gencontrol doctor
     """
-    from gencontrol.cli.doctor import command
+    from gencontrol.jobs.doctor import command
 
     return command(as_json=json_)
 
@@ -333,7 +333,7 @@ def bench(
 
     Example: gencontrol bench dragon --seeds 3
     """
-    from gencontrol.cli.bench import command
+    from gencontrol.jobs.bench import command
 
     return command(name, arguments or [])
 

@@ -57,7 +57,7 @@ def collect(
 
     Example: gencontrol collect --env FetchPickAndPlace-v4 --episodes 100 --output data/fetch
     """
-    from gencontrol.cli.collect import Request, command
+    from gencontrol.jobs.collect import Request, command
 
     command(
         Request(
@@ -138,7 +138,7 @@ def evaluate(
 
     Example: gencontrol evaluate runs/a runs/b --paired --env FetchPickAndPlace-v4 --episodes 200 --output evaluation
     """
-    from gencontrol.cli.evaluate import Request, command
+    from gencontrol.jobs.evaluate import Request, command
 
     command(
         Request(
@@ -202,7 +202,7 @@ def compose(
 
     Example: gencontrol compose runs/a runs/b --fit-env FetchPickAndPlace-v4 --output runs/ab
     """
-    from gencontrol.cli.compose import Request, command
+    from gencontrol.jobs.compose import Request, command
 
     command(
         Request(

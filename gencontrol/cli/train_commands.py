@@ -80,7 +80,7 @@ def train(
 
     Example: gencontrol train --algorithm diffusion-policy --dataset data/fetch --output runs/fetch
     """
-    from gencontrol.cli.train import command
+    from gencontrol.jobs.train import command
 
     command(ctx.params)
 

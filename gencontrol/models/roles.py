@@ -330,8 +330,8 @@ def _write_lora(module: nn.Module, weights: Mapping[str, Tensor], lora: LoraConf
     """Write adapter weights under diffusers' names, with rank, alpha and layers in the header."""
     from safetensors.torch import save_file
 
-    from gencontrol.models.adapters_networks import DiffusersNetwork
-    from gencontrol.models.condition import Conditioned
+    from gencontrol.models.adapters.networks import DiffusersNetwork
+    from gencontrol.models.conditions.base import Conditioned
 
     weights = {name: value for name, value in weights.items() if ".lora_" in name}
     while isinstance(module, Conditioned):  # a condition is saved in files of its own

@@ -17,14 +17,14 @@ from gencontrol.sampling.steps import Sde as sde
 
 #: Found on first use: they load rewards, which plain sampling does not need.
 _LATER = {
-    "best_of_n": "particles",
-    "importance_sampling": "particles",
-    "smc": "particles",
-    "beam": "particles",
-    "tds": "guided",
-    "das": "guided",
-    "dps": "guided",
-    "Particles": "population",
+    "best_of_n": "particles.particles",
+    "importance_sampling": "particles.particles",
+    "smc": "particles.particles",
+    "beam": "particles.particles",
+    "tds": "particles.guided",
+    "das": "particles.guided",
+    "dps": "particles.guided",
+    "Particles": "particles.population",
 }
 
 

@@ -22,8 +22,8 @@ from gencontrol.algorithms.base import Algorithm
 from gencontrol.errors import DiskError, EnvironmentMissing, UsageError
 from gencontrol.train.checkpoint import Checkpoints, TrainState, join_tensors, restore_names, split_tensors
 from gencontrol.train.config import TrainConfig
+from gencontrol.train.distributed.layout import Layout, Table
 from gencontrol.train.health import Health
-from gencontrol.train.layout import Layout, Table
 from gencontrol.train.optim import LossScale, Optimizer, name_parameters
 from gencontrol.train.run_folder import settings_hash
 

@@ -28,9 +28,9 @@ from gencontrol.files import FileLayer, disk_errors
 from gencontrol.train.accounting import Sums, average, global_rng_untouched, peak_mb
 from gencontrol.train.checkpoint import Checkpoints
 from gencontrol.train.config import TrainConfig, check_processes
-from gencontrol.train.dist import Group, is_there, no_note, nothing
+from gencontrol.train.distributed.dist import Group, is_there, no_note, nothing
+from gencontrol.train.distributed.layout import make_layout
 from gencontrol.train.health import write_dump
-from gencontrol.train.layout import make_layout
 from gencontrol.train.optim import clip_gradients, gradients, learning_rate, scale_gradients
 from gencontrol.train.run_folder import Lock, MetricsFile, check_settings, clean_leftovers, write_samples
 from gencontrol.train.signals import SignalGuard

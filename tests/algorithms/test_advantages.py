@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dragon_worlds import PROMPTS, encode, make_task
 
-from gencontrol.algorithms.advantages import combined_advantages, group_advantages, zero_spread_share
-from gencontrol.algorithms.anchor import anchor_penalty, reference_velocity
+from gencontrol.algorithms.online.advantages import combined_advantages, group_advantages, zero_spread_share
+from gencontrol.algorithms.online.anchor import anchor_penalty, reference_velocity
 from gencontrol.errors import UsageError
 from gencontrol.models.roles import Roles
 from gencontrol.rng import stream
+from tests.helpers.dragon_worlds import PROMPTS, encode, make_task
 
 VALUES = torch.randn(12, generator=stream(0, "test/advantages"), dtype=torch.float64)
 ALL = torch.ones(12, dtype=torch.bool)

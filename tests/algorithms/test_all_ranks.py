@@ -16,9 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from dragon_worlds import FirstAxis, make_dragon
-from forward_worlds import guided_task, make
-from gaussian_world import Parabola
 from safetensors.torch import load_file, save_file
 from test_cfg_finetune import make_cfg, write_labelled
 from test_ctrl import small as make_ctrl
@@ -29,16 +26,19 @@ from test_flow_grpo import make_ddpo, make_grpo
 from test_rwr import make_rwr
 from torch import Tensor, nn
 
-from gencontrol.algorithms.awm import Awm
-from gencontrol.algorithms.crd import Crd
-from gencontrol.algorithms.nft import Nft
+from gencontrol.algorithms.forward.awm import Awm
+from gencontrol.algorithms.forward.crd import Crd
+from gencontrol.algorithms.forward.nft import Nft
 from gencontrol.models.denoiser import Denoiser
 from gencontrol.models.roles import LoraConfig
 from gencontrol.process import GaussianProcess, Linear
 from gencontrol.train.trainer import TrainConfig, Trainer
 from gencontrol.types import Prediction, RewardContext, RewardOut
-from tests.contracts import metric_lines
-from tests.faults.shim import Forked
+from tests.helpers.contracts import metric_lines
+from tests.helpers.dragon_worlds import FirstAxis, make_dragon
+from tests.helpers.forward_worlds import guided_task, make
+from tests.helpers.gaussian_world import Parabola
+from tests.helpers.shim import Forked
 
 STEPS = 2
 LAYOUTS = ("plain", "sharded")
@@ -142,7 +142,7 @@ def run_case(name: str, layout: str, folder: Path) -> None:
 
     def after_update(*args: Any) -> None:
         if layout == "sharded" and name == "crd-blocks":  # a rank holds its part of every role, no more
-            from gencontrol.train.shard import local_part
+            from gencontrol.train.distributed.shard import local_part
 
             held = [t for row in algorithm.roles.state_dict().values() for t in row.values()]
             assert sum(local_part(t).numel() for t in held) < 0.6 * sum(t.numel() for t in held)

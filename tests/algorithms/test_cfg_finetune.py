@@ -9,17 +9,17 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from dragon_worlds import PROMPTS, SIZE, FirstAxis, make_task
 from safetensors.torch import save_file
 
 from gencontrol.algorithms.base import StepContext
-from gencontrol.algorithms.cfg_finetune import CfgFinetune, CfgFinetuneConfig
+from gencontrol.algorithms.offline.cfg_finetune import CfgFinetune, CfgFinetuneConfig
 from gencontrol.bench.base import Loop, run_in_memory
 from gencontrol.errors import UsageError
 from gencontrol.models.roles import Roles
 from gencontrol.sampling import cfg, sample
-from gencontrol.sampling.control_files import load_control
-from tests.contracts import AlgorithmContract
+from gencontrol.sampling.control.files import load_control
+from tests.helpers.contracts import AlgorithmContract
+from tests.helpers.dragon_worlds import PROMPTS, SIZE, FirstAxis, make_task
 
 CTX = StepContext(seed=0, step=0, micro_batch=1000)
 COUNT = 12

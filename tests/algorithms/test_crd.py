@@ -6,17 +6,17 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from dragon_worlds import FirstAxis
-from forward_worlds import SMALL, guided_task, make, move
 
 from gencontrol.algorithms.base import StepContext
-from gencontrol.algorithms.crd import Crd, CrdConfig, centered_reward_loss, implicit_reward
-from gencontrol.algorithms.snapshots import LinearDecay, RewardRange
+from gencontrol.algorithms.forward.crd import Crd, CrdConfig, centered_reward_loss, implicit_reward
+from gencontrol.algorithms.online.snapshots import LinearDecay, RewardRange
 from gencontrol.bench.base import Loop, run_in_memory
 from gencontrol.errors import UsageError
 from gencontrol.models.roles import LoraConfig, Roles
 from gencontrol.types import RewardContext, RewardOut
-from tests.contracts import AlgorithmContract
+from tests.helpers.contracts import AlgorithmContract
+from tests.helpers.dragon_worlds import FirstAxis
+from tests.helpers.forward_worlds import SMALL, guided_task, make, move
 
 CTX = StepContext(seed=0, step=0, micro_batch=1000)
 
@@ -239,7 +239,7 @@ def test_counters_count_every_network_evaluation() -> None:
 
 
 def test_guided_anchor_needs_an_unconditional_branch() -> None:
-    from dragon_worlds import make_task
+    from tests.helpers.dragon_worlds import make_task
 
     with pytest.raises(UsageError, match="kl_guidance"):
         make(Crd, task=make_task())

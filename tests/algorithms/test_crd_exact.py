@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gencontrol.bench.crd_exact import (
+from gencontrol.bench.crd.exact import (
     MODES,
     Effort,
     MixtureVelocity,

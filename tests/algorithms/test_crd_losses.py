@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from forward_worlds import Shifted, gaussian_task, mean_shift
 from torch import Tensor
 
-from gencontrol.algorithms.crd import centered_reward_loss, implicit_reward
-from gencontrol.algorithms.crd_losses import centered_losses, centring_weights, elbo_weight
+from gencontrol.algorithms.forward.crd import centered_reward_loss, implicit_reward
+from gencontrol.algorithms.forward.crd_losses import centered_losses, centring_weights, elbo_weight
 from gencontrol.models.denoiser import Denoiser
 from gencontrol.process import VP, GaussianProcess, Linear
 from gencontrol.rng import stream
+from tests.helpers.forward_worlds import Shifted, gaussian_task, mean_shift
 
 GROUPS = torch.tensor([7, 7, 7, 7, 3, 3, 3, 3, 3, -1])
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import test_dragon_ranks
 import torch
-from crd_rank import measure
 
 from gencontrol.algorithms.base import StepContext
+from tests.helpers.crd_rank import measure
 
 
 @pytest.mark.timeout(180)
 def test_two_ranks_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(test_dragon_ranks, "WORKER", Path(__file__).with_name("crd_rank.py"))
+    monkeypatch.setattr(test_dragon_ranks, "WORKER", Path(__file__).parents[1] / "helpers" / "crd_rank.py")
     ranks = test_dragon_ranks.launch(tmp_path, 2)
     for center in ("group", "batch"):
         alone = measure(StepContext(seed=0, step=0, micro_batch=1000), center)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from gencontrol.algorithms.base import StepContext
-from gencontrol.algorithms.ctrl import Ctrl, CtrlConfig
-from gencontrol.algorithms.ctrl_bound import Ledger, log_mean_exp
+from gencontrol.algorithms.ctrl.bound import Ledger, log_mean_exp
+from gencontrol.algorithms.ctrl.ctrl import Ctrl, CtrlConfig
 from gencontrol.bench.base import Loop, run_in_memory
-from gencontrol.bench.ctrl_worlds import (
+from gencontrol.bench.ctrl.worlds import (
     MEANS,
     STD,
     WEIGHTS,
@@ -27,14 +27,14 @@ from gencontrol.bench.ctrl_worlds import (
     two_classes,
 )
 from gencontrol.errors import UsageError
-from gencontrol.models.condition import conditioned
+from gencontrol.models.conditions.base import conditioned
 from gencontrol.models.denoiser import Denoiser
 from gencontrol.process import GaussianProcess, Linear, Table
 from gencontrol.rng import row_keys, stream
-from gencontrol.sampling.control_files import load_control
-from gencontrol.sampling.controlled import memory, sample_controlled
+from gencontrol.sampling.control.controlled import memory, sample_controlled
+from gencontrol.sampling.control.files import load_control
 from gencontrol.types import Prediction
-from tests.contracts import AlgorithmContract
+from tests.helpers.contracts import AlgorithmContract
 
 CTX = StepContext(seed=0, step=0, micro_batch=10_000)
 

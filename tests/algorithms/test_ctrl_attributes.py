@@ -10,12 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gencontrol.algorithms.base import StepContext
-from gencontrol.algorithms.ctrl import Ctrl, CtrlConfig
+from gencontrol.algorithms.ctrl.ctrl import Ctrl, CtrlConfig
 from gencontrol.bench.base import Loop, run_in_memory
-from gencontrol.bench.ctrl_exact import Later
-from gencontrol.bench.ctrl_worlds import ExactNetwork
+from gencontrol.bench.ctrl.exact import Later
+from gencontrol.bench.ctrl.worlds import ExactNetwork
 from gencontrol.bench.toys import toy_task
-from gencontrol.models.condition import add_condition
+from gencontrol.models.conditions.base import add_condition
 from gencontrol.models.denoiser import Denoiser
 from gencontrol.models.roles import Roles
 from gencontrol.process import GaussianProcess, Linear

@@ -10,18 +10,18 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from dragon_worlds import PROMPTS, SIZE, FirstAxis, make_task
 from safetensors.torch import save_file
 from torch import Tensor
 
 from gencontrol.algorithms.base import StepContext
-from gencontrol.algorithms.diffusion_dpo import DiffusionDpo, DpoConfig
+from gencontrol.algorithms.offline.diffusion_dpo import DiffusionDpo, DpoConfig
 from gencontrol.bench.base import Loop, run_in_memory
 from gencontrol.data.images import to_pil
 from gencontrol.errors import UsageError
 from gencontrol.models.roles import LoraConfig, Roles
 from gencontrol.types import RewardContext, RewardOut
-from tests.contracts import AlgorithmContract
+from tests.helpers.contracts import AlgorithmContract
+from tests.helpers.dragon_worlds import PROMPTS, SIZE, FirstAxis, make_task
 
 CTX = StepContext(seed=0, step=0, micro_batch=1000)
 COUNT = 10
@@ -168,9 +168,8 @@ def test_files_that_do_not_fit_the_model_are_named(pairs: Path) -> None:
 
 def test_two_steps_on_images_with_a_diffusers_vae(tmp_path: Path) -> None:
     """Stable Diffusion's layout with LoRA; images enter by the VAE's mode."""
-    from fixtures_images import tiny_sd
-
     from gencontrol.pipelines import TextToImagePipeline
+    from tests.helpers.fixtures_images import tiny_sd
 
     pipe = tiny_sd()
     task = TextToImagePipeline(pipe).task(["a"], ["b"])

@@ -7,12 +7,10 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from dragon_worlds import PROMPTS, FirstAxis, make_task
-from gaussian_world import Parabola, gaussian_task
 from torch import Tensor, nn
 
 from gencontrol.algorithms.base import StepContext
-from gencontrol.algorithms.draft import Draft, DraftConfig, DraftMicro
+from gencontrol.algorithms.path.draft import Draft, DraftConfig, DraftMicro
 from gencontrol.bench.base import Loop, run_in_memory
 from gencontrol.bench.toys import toy_task
 from gencontrol.errors import RewardError, UsageError
@@ -21,7 +19,9 @@ from gencontrol.models.roles import LoraConfig, Roles
 from gencontrol.process import GaussianProcess, Linear
 from gencontrol.rng import item_generators, item_noise, randn
 from gencontrol.types import RewardContext, RewardOut
-from tests.contracts import AlgorithmContract
+from tests.helpers.contracts import AlgorithmContract
+from tests.helpers.dragon_worlds import PROMPTS, FirstAxis, make_task
+from tests.helpers.gaussian_world import Parabola, gaussian_task
 
 CTX = StepContext(seed=0, step=0, micro_batch=1000)
 SMALL = {"prompts_per_round": 6, "generations": 2, "updates_per_round": 2, "demo_steps": 4, "eval_steps": 4}
@@ -149,9 +149,8 @@ def test_random_truncation_draws_all_depths() -> None:
 @pytest.mark.parametrize("lora", [None, LoraConfig(2)])
 def test_gradient_reaches_the_network_through_a_diffusers_vae(lora: LoraConfig | None) -> None:
     """Stable Diffusion's layout: two steps of training change the weights; VAE and text encoder stay as they are."""
-    from fixtures_images import tiny_sd
-
     from gencontrol.pipelines import TextToImagePipeline
+    from tests.helpers.fixtures_images import tiny_sd
 
     pipe = tiny_sd()
     task = TextToImagePipeline(pipe).task(["a", "b"], ["c"])

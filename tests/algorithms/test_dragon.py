@@ -9,16 +9,16 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from dragon_worlds import PROMPTS, FirstAxis, Share, TwoAtoms, make_dragon, make_task, two_atoms
 
 from gencontrol.algorithms.base import StepContext
-from gencontrol.algorithms.dragon import Dragon, DragonConfig
-from gencontrol.algorithms.rollout import prompts_of_step
+from gencontrol.algorithms.matching.dragon import Dragon, DragonConfig
+from gencontrol.algorithms.online.rollout import prompts_of_step
 from gencontrol.bench.base import Loop, run_in_memory
 from gencontrol.errors import NumericsError, RewardError, UsageError
 from gencontrol.models.roles import LoraConfig, Roles
 from gencontrol.types import RewardContext, RewardOut
-from tests.contracts import AlgorithmContract
+from tests.helpers.contracts import AlgorithmContract
+from tests.helpers.dragon_worlds import PROMPTS, FirstAxis, Share, TwoAtoms, make_dragon, make_task, two_atoms
 
 CTX = StepContext(seed=0, step=0, micro_batch=1000)
 

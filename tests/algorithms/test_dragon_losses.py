@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from dragon_worlds import Share, make_dragon
 
 from gencontrol.algorithms.base import StepContext
-from gencontrol.algorithms.dragon import Dragon
-from gencontrol.algorithms.preference import Errors, dpo, draw_times, kto, kto_baseline, positive_only
+from gencontrol.algorithms.matching.dragon import Dragon
+from gencontrol.algorithms.online.preference import Errors, dpo, draw_times, kto, kto_baseline, positive_only
 from gencontrol.rng import stream
+from tests.helpers.dragon_worlds import Share, make_dragon
 
 CTX = StepContext(seed=0, step=0, micro_batch=1000)
 

@@ -13,7 +13,7 @@ import torch
 
 from gencontrol.algorithms.base import StepContext
 
-WORKER = Path(__file__).with_name("dragon_rank.py")
+WORKER = Path(__file__).parents[1] / "helpers" / "dragon_rank.py"
 
 
 def launch(folder: Path, world: int) -> list[dict]:
@@ -30,7 +30,7 @@ def launch(folder: Path, world: int) -> list[dict]:
 
 @pytest.mark.timeout(180)
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    from dragon_rank import measure
+    from tests.helpers.dragon_rank import measure
 
     alone = measure(StepContext(seed=0, step=0, micro_batch=1000))
     ranks = launch(tmp_path, 2)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dragon_worlds import FirstAxis, RecomputedState, Share
 
-from gencontrol.algorithms.sets import Scores, build_sets, climb
+from gencontrol.algorithms.online.sets import Scores, build_sets, climb
 from gencontrol.rewards.base import ItemAsSet
-from gencontrol.rewards.gaussian import Gaussian
-from gencontrol.rewards.states import FrechetState
+from gencontrol.rewards.sets.gaussian import Gaussian
+from gencontrol.rewards.sets.states import FrechetState
 from gencontrol.rng import stream
+from tests.helpers.dragon_worlds import FirstAxis, RecomputedState, Share
 
 
 class Frechet:

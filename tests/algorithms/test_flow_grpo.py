@@ -7,20 +7,20 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from dragon_worlds import PROMPTS, SIZE, FirstAxis, Share, encode, make_task
-from gaussian_world import Parabola, gaussian_task
 from torch import Tensor
 
 from gencontrol.algorithms.base import StepContext
-from gencontrol.algorithms.flow_grpo import Ddpo, DdpoConfig, FlowGrpo, FlowGrpoConfig, PromptRecord
-from gencontrol.algorithms.path_gradient import PathGradient, PathMicro, clipped_surrogate
+from gencontrol.algorithms.path.base import PathGradient, PathMicro, clipped_surrogate
+from gencontrol.algorithms.path.flow_grpo import Ddpo, DdpoConfig, FlowGrpo, FlowGrpoConfig, PromptRecord
 from gencontrol.bench.base import Loop, run_in_memory
 from gencontrol.errors import UsageError
 from gencontrol.models.denoiser import Denoiser
 from gencontrol.models.roles import Roles
 from gencontrol.process import VP, GaussianProcess, MaskedProcess
 from gencontrol.types import Prediction
-from tests.contracts import AlgorithmContract
+from tests.helpers.contracts import AlgorithmContract
+from tests.helpers.dragon_worlds import PROMPTS, SIZE, FirstAxis, Share, encode, make_task
+from tests.helpers.gaussian_world import Parabola, gaussian_task
 
 CTX = StepContext(seed=0, step=0, micro_batch=1000)
 SMALL = {"prompts_per_round": 6, "generations": 4, "demo_steps": 4, "eval_steps": 4, "ema_decay": 0.9}

@@ -6,21 +6,21 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from forward_worlds import SMALL, Shifted, gaussian_task, make, mean_shift, move
 from test_crd_losses import fit, grid
 from torch import Tensor
 
-from gencontrol.algorithms.anchor import reference_velocity
-from gencontrol.algorithms.awm import Awm, AwmConfig
 from gencontrol.algorithms.base import StepContext
-from gencontrol.algorithms.crd import Crd
-from gencontrol.algorithms.forward_rl import Micro
-from gencontrol.algorithms.nft import Nft, NftConfig
-from gencontrol.algorithms.rwr import RewardWeightedRegression
+from gencontrol.algorithms.forward.awm import Awm, AwmConfig
+from gencontrol.algorithms.forward.base import Micro
+from gencontrol.algorithms.forward.crd import Crd
+from gencontrol.algorithms.forward.nft import Nft, NftConfig
+from gencontrol.algorithms.matching.rwr import RewardWeightedRegression
+from gencontrol.algorithms.online.anchor import reference_velocity
 from gencontrol.models.roles import LoraConfig
 from gencontrol.rewards.compose import weighted
 from gencontrol.types import RewardContext, RewardOut
-from tests.contracts import AlgorithmContract
+from tests.helpers.contracts import AlgorithmContract
+from tests.helpers.forward_worlds import SMALL, Shifted, gaussian_task, make, mean_shift, move
 
 CTX = StepContext(seed=0, step=0, micro_batch=1000)
 
@@ -173,10 +173,9 @@ def test_every_method_takes_the_same_anchor(kind: Any) -> None:
 
 def test_reward_weighted_regression_takes_it_too() -> None:
     small = {"prompts_per_round": 4, "updates_per_round": 1, "demo_steps": 3, "eval_steps": 3}
-    from dragon_worlds import FirstAxis
-    from forward_worlds import guided_task
-
     from gencontrol.models.roles import Roles
+    from tests.helpers.dragon_worlds import FirstAxis
+    from tests.helpers.forward_worlds import guided_task
 
     totals = []
     for coef in (0.0, 0.7):

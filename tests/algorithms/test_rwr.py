@@ -6,15 +6,15 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from dragon_worlds import FirstAxis, Share, make_task
 
 from gencontrol.algorithms.base import StepContext
-from gencontrol.algorithms.rwr import RewardWeightedRegression, RwrConfig, softmax_weights
+from gencontrol.algorithms.matching.rwr import RewardWeightedRegression, RwrConfig, softmax_weights
 from gencontrol.bench.base import Loop, run_in_memory
 from gencontrol.models.roles import Roles
 from gencontrol.rewards.base import InfluenceAsItem
 from gencontrol.rng import stream
-from tests.contracts import AlgorithmContract
+from tests.helpers.contracts import AlgorithmContract
+from tests.helpers.dragon_worlds import FirstAxis, Share, make_task
 
 CTX = StepContext(seed=0, step=0, micro_batch=1000)
 

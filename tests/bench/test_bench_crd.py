@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gencontrol.bench import crd_scenes
-from gencontrol.bench.crd_claims import (
+from gencontrol.bench.crd import scenes as crd_scenes
+from gencontrol.bench.crd.claims import (
     at_equal_accuracy,
     gain,
     round_reaching,
@@ -19,10 +19,10 @@ from gencontrol.bench.crd_claims import (
     share_of_samples,
     words_checks,
 )
-from gencontrol.bench.crd_digits import PIXELS, PromptedClass, World, blank_flow
-from gencontrol.bench.crd_runs import METHODS, SCENES_PLAN, Plan, kept_run, of_part
-from gencontrol.bench.crd_tables import DIGITS, curves, digits_checks, drift_at_reward, method_table
-from gencontrol.rewards.gaussian import Gaussian
+from gencontrol.bench.crd.digits import PIXELS, PromptedClass, World, blank_flow
+from gencontrol.bench.crd.runs import METHODS, SCENES_PLAN, Plan, kept_run, of_part
+from gencontrol.bench.crd.tables import DIGITS, curves, digits_checks, drift_at_reward, method_table
+from gencontrol.rewards.sets.gaussian import Gaussian
 
 PLAN = Plan(rounds=2, groups=4, generations=3, demo_steps=3, measured=(1, 2))
 

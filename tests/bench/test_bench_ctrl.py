@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from gencontrol.bench.base import kept
-from gencontrol.bench.ctrl import main
-from gencontrol.bench.ctrl_digits import DigitsWorld
-from gencontrol.bench.ctrl_exact import chain_law, mode_shares
-from gencontrol.bench.ctrl_optimum import best_control
-from gencontrol.bench.ctrl_peers import cfg_samples, write_manifest
-from gencontrol.bench.ctrl_scenes import labelled_pairs, render_class, seen_in
-from gencontrol.bench.ctrl_worlds import ExactNetwork, Slope, make_ctrl
+from gencontrol.bench.ctrl.digits import DigitsWorld
+from gencontrol.bench.ctrl.exact import chain_law, mode_shares
+from gencontrol.bench.ctrl.main import main
+from gencontrol.bench.ctrl.optimum import best_control
+from gencontrol.bench.ctrl.peers import cfg_samples, write_manifest
+from gencontrol.bench.ctrl.scenes import labelled_pairs, render_class, seen_in
+from gencontrol.bench.ctrl.worlds import ExactNetwork, Slope, make_ctrl
 from gencontrol.errors import UsageError
 from gencontrol.process import Linear
 

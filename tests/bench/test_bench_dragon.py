@@ -11,14 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from gencontrol.algorithms.dragon import Dragon, DragonConfig
-from gencontrol.algorithms.stats import Estimate
-from gencontrol.bench import dragon, dragon_mixture, dragon_songs, dragon_sound
+from gencontrol.algorithms.matching.dragon import Dragon, DragonConfig
 from gencontrol.bench.base import Check, Loop, over_seeds, run_in_memory, table, verdicts, write_result
+from gencontrol.bench.dragon import mixture as dragon_mixture
+from gencontrol.bench.dragon import songs as dragon_songs
+from gencontrol.bench.dragon import sound as dragon_sound
+from gencontrol.bench.dragon.main import main as dragon
 from gencontrol.bench.toys import EmbeddedFrechet, EmbeddedFrechetItem, toy_flow, toy_task
 from gencontrol.errors import UsageError
 from gencontrol.models.roles import Roles
 from gencontrol.rng import stream
+from gencontrol.stats import Estimate
 from gencontrol.train.trainer import TrainConfig, Trainer
 
 
@@ -89,7 +92,7 @@ def test_toy_parts_run_quickly(part: str, tmp_path: Path, capsys: pytest.Capture
 
 def test_sound_part_on_a_tiny_pipeline(tmp_path: Path) -> None:
     """Item and set targets, all four methods, with the real pipeline class; the base's weights are put back."""
-    from tests.fixtures_models import tiny_text_to_audio
+    from tests.helpers.fixtures_models import tiny_text_to_audio
 
     pipeline = tiny_text_to_audio()
     task = pipeline.task(["a b", "c d", "e"], ["f g", "h"])

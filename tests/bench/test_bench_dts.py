@@ -13,8 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from gencontrol.bench import dts, dts_chain, dts_digits, dts_measure, dts_mixture, dts_sound, dts_tokens
-from gencontrol.bench.dts_measure import Law, Peer
+from gencontrol.bench.dts import chain as dts_chain
+from gencontrol.bench.dts import digits as dts_digits
+from gencontrol.bench.dts import measure as dts_measure
+from gencontrol.bench.dts import mixture as dts_mixture
+from gencontrol.bench.dts import sound as dts_sound
+from gencontrol.bench.dts import tokens as dts_tokens
+from gencontrol.bench.dts.main import main as dts
+from gencontrol.bench.dts.measure import Law, Peer
 from gencontrol.errors import UsageError
 from gencontrol.models.exact import GaussianMixture
 from gencontrol.process import GaussianProcess, Linear

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from gencontrol.bench.gpc_fetch import verdicts_of
-from gencontrol.bench.gpc_peers import Ensemble
+from gencontrol.bench.gpc.fetch import verdicts_of
+from gencontrol.bench.gpc.peers import Ensemble
 from gencontrol.cli import main
 from gencontrol.rng import Keyed, row_keys
-from gencontrol.robotics.chunked import ChunkedPolicy, PolicySpec
+from gencontrol.robotics.policies.chunked import ChunkedPolicy, PolicySpec
 
 
 class _Parent(ChunkedPolicy):

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from gencontrol.algorithms.stats import bootstrap_sets, paired_wins, student_t, wilson
 from gencontrol.rng import stream
+from gencontrol.stats import bootstrap_sets, paired_wins, student_t, wilson
 
 
 def test_student_t_interval() -> None:

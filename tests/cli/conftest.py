@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.search_run import REWARD
+from tests.helpers.search_run import REWARD
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved TextToAudioPipeline with a one-block transformer."""
-    from tests.fixtures_models import tiny_text_to_audio
+    from tests.helpers.fixtures_models import tiny_text_to_audio
 
     folder = tmp_path_factory.mktemp("model") / "tiny"
     tiny_text_to_audio().save_pretrained(folder)

@@ -42,7 +42,7 @@ def test_exceptions(
     def fail(_run_dir: str) -> Path:
         raise error
 
-    monkeypatch.setattr("gencontrol.train.report.write_report", fail)
+    monkeypatch.setattr("gencontrol.reports.run.write_report", fail)
     assert main(["report", str(tmp_path)]) == code
     line = capsys.readouterr().err
     assert line.startswith("gencontrol: error: ")

@@ -11,12 +11,11 @@ import torch
 if importlib.util.find_spec("laion_clap") is None:
     pytest.skip("laion-clap is not installed (make test-extras)", allow_module_level=True)
 
-from fixtures_models import roberta_tokenizer, seeded
-
 from gencontrol.data.audio import resample
 from gencontrol.errors import UsageError
 from gencontrol.rewards import load_reward
 from gencontrol.types import RewardContext
+from tests.helpers.fixtures_models import roberta_tokenizer, seeded
 
 pytestmark = pytest.mark.extras
 

@@ -13,13 +13,13 @@ import torch
 if importlib.util.find_spec("open_clip") is None:
     pytest.skip("open_clip_torch is not installed (make test-extras)", allow_module_level=True)
 
-from fixtures_clip import as_pil, pictures
-from fixtures_models import seeded
 from safetensors.torch import save_file
 
 from gencontrol.errors import UsageError
 from gencontrol.rewards import load_reward
 from gencontrol.types import RewardContext
+from tests.helpers.fixtures_clip import as_pil, pictures
+from tests.helpers.fixtures_models import seeded
 
 pytestmark = pytest.mark.extras
 PROMPTS = ["a red cat", "blue dog", "two small circles"]

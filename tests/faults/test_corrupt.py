@@ -17,9 +17,9 @@ from gencontrol.files import FileLayer
 from gencontrol.models.roles import Roles
 from gencontrol.train.checkpoint import Checkpoints, TrainState, decode, encode
 from gencontrol.train.trainer import Trainer
-from tests.contracts import assert_same_run
-from tests.faults.shim import CONFIG, fit
-from tests.training_toy import Toy
+from tests.helpers.contracts import assert_same_run
+from tests.helpers.shim import CONFIG, fit
+from tests.helpers.training_toy import Toy
 
 FILES = [
     "role_policy.safetensors",

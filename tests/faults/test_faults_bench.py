@@ -14,8 +14,8 @@ import pytest
 
 from gencontrol.bench import faults
 from gencontrol.errors import UsageError
-from tests.faults.shim import CONFIG, Forked, fit
-from tests.training_toy import Toy
+from tests.helpers.shim import CONFIG, Forked, fit
+from tests.helpers.training_toy import Toy
 
 
 class Forgetful(Toy):

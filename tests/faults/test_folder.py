@@ -14,9 +14,9 @@ from gencontrol.errors import DiskError, UsageError
 from gencontrol.files import FileLayer
 from gencontrol.train.run_folder import Lock, MetricsFile, write_samples
 from gencontrol.train.trainer import Trainer
-from tests.contracts import assert_same_run, metric_lines
-from tests.faults.shim import CONFIG, Shim, fit, in_child
-from tests.training_toy import Toy
+from tests.helpers.contracts import assert_same_run, metric_lines
+from tests.helpers.shim import CONFIG, Shim, fit, in_child
+from tests.helpers.training_toy import Toy
 
 
 def test_s3_second_run_is_refused_with_pid_and_host(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from gencontrol.errors import DiskError
-from tests.contracts import assert_same_run
-from tests.faults.shim import CONFIG, Forked, Shim, fit, hidden, in_child, kill_self, newest
-from tests.training_toy import Toy
+from tests.helpers.contracts import assert_same_run
+from tests.helpers.shim import CONFIG, Forked, Shim, fit, hidden, in_child, kill_self, newest
+from tests.helpers.training_toy import Toy
 
 SHORT = dataclasses.replace(CONFIG, steps=2)
 

@@ -14,9 +14,9 @@ import pytest
 from gencontrol.errors import Preempted
 from gencontrol.train.signals import Interrupted, SignalGuard
 from gencontrol.train.trainer import TrainConfig
-from tests.contracts import assert_same_run
-from tests.faults.shim import CONFIG, Forked, Shim, fit, in_child, limit_s, newest, wait_for_line
-from tests.training_toy import Toy, main
+from tests.helpers.contracts import assert_same_run
+from tests.helpers.shim import CONFIG, Forked, Shim, fit, in_child, limit_s, newest, wait_for_line
+from tests.helpers.training_toy import Toy, main
 
 ROOT = Path(__file__).parents[2]
 SPARSE = TrainConfig(steps=4, save_every=100, keep=1, eval_every=2, micro_batch=4, lr=1e-3)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from gencontrol.errors import UsageError
-from gencontrol.models.adapters import from_diffusers, scheduler_law, scheduler_times
-from gencontrol.models.adapters_networks import CALLS, DiffusersNetwork
+from gencontrol.models.adapters.diffusers import from_diffusers, scheduler_law, scheduler_times
+from gencontrol.models.adapters.networks import CALLS, DiffusersNetwork
 from gencontrol.process import Cosine, Edm, Linear, Table
 from gencontrol.sampling import sample
-from tests.models.tiny_diffusers import build, cond
+from tests.helpers.tiny_diffusers import build, cond
 
 TABLE: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from gencontrol.algorithms.pretrain_attributes import attribute_losses
-from gencontrol.algorithms.pretrain_attributes import augment as augment_bands
-from gencontrol.algorithms.pretrain_clap import SILENCE_DB, augment, contrastive_loss, info_nce, set_input_norm
-from gencontrol.algorithms.retrieval import retrieval_at_one
-from gencontrol.data.sound import ATTRIBUTES, sample_captions
-from gencontrol.models.attributes import AttributeNet, build_attribute_net
+from gencontrol.models.readers.attributes import AttributeNet, build_attribute_net
+from gencontrol.recipes.sound.attributes import attribute_losses
+from gencontrol.recipes.sound.attributes import augment as augment_bands
+from gencontrol.recipes.sound.clap import SILENCE_DB, augment, contrastive_loss, info_nce, set_input_norm
+from gencontrol.recipes.sound.data import ATTRIBUTES, sample_captions
+from gencontrol.recipes.sound.retrieval import retrieval_at_one
 
 pytest.importorskip("transformers")
-from gencontrol.models.clap_small import (
+from gencontrol.models.readers.clap import (
     audio_embeddings,
     build_clap,
     clap_features,

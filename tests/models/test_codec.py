@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from gencontrol.errors import UsageError
-from gencontrol.models.attributes import AttributeNet
-from gencontrol.models.codec import MelCodec
-from gencontrol.models.spectral import (
+from gencontrol.models.networks.codec import MelCodec
+from gencontrol.models.readers.attributes import AttributeNet
+from gencontrol.models.readers.spectral import (
     frame_spectra,
     mel_filterbank,
     overlap_spectra,

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from gencontrol.errors import UsageError
-from gencontrol.models.classifier_fit import calibrate, fit_classifier
-from gencontrol.models.condition import add_condition, conditioned, load_condition, save_condition, with_labels
-from gencontrol.models.condition_labels import join_prompt, split_prompt
+from gencontrol.models.conditions.base import add_condition, conditioned, load_condition, save_condition, with_labels
+from gencontrol.models.conditions.labels import join_prompt, split_prompt
 from gencontrol.models.denoiser import Denoiser
-from gencontrol.models.image_transformer import PatchConfig, PatchTransformer, backbone_config
+from gencontrol.models.networks.image_transformer import PatchConfig, PatchTransformer, backbone_config
+from gencontrol.models.networks.transformer import Transformer
+from gencontrol.models.readers.classifier_fit import calibrate, fit_classifier
 from gencontrol.models.roles import LoraConfig, Roles
-from gencontrol.models.transformer import Transformer
 from gencontrol.process import GaussianProcess, Linear
 from gencontrol.rewards import load_reward
-from gencontrol.rewards.classifier import ClassifierReward, attributes_of
+from gencontrol.rewards.image.classifier import ClassifierReward, attributes_of
 from gencontrol.rng import stream
-from gencontrol.sampling.controlled import ControlGuided, plan_of, sample_controlled
+from gencontrol.sampling.control.controlled import ControlGuided, plan_of, sample_controlled
 from gencontrol.types import Prediction, RewardContext
 
 GRID = (1.0, 0.75, 0.5, 0.25, 0.0)

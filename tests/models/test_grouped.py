@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from gencontrol.algorithms.base import StepContext
-from gencontrol.algorithms.flow_grpo import FlowGrpo, FlowGrpoConfig
+from gencontrol.algorithms.path.flow_grpo import FlowGrpo, FlowGrpoConfig
 from gencontrol.bench.toys import toy_task
 from gencontrol.models.denoiser import Denoiser
+from gencontrol.models.networks.transformer import Transformer, TransformerConfig
 from gencontrol.models.roles import LoraConfig, Roles
-from gencontrol.models.transformer import Transformer, TransformerConfig
 from gencontrol.process import GaussianProcess, Linear
 from gencontrol.sampling import sample
 from gencontrol.sampling.guidance import cfg

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gencontrol.errors import UsageError
-from gencontrol.models.image_classifier import (
+from gencontrol.models.readers.image_classifier import (
     ImageClassifierConfig,
     build_image_classifier,
     calibration_error,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gencontrol.errors import UsageError
-from gencontrol.models.image_transformer import PatchConfig, PatchTransformer, backbone_config
-from gencontrol.models.transformer import Transformer
+from gencontrol.models.networks.image_transformer import PatchConfig, PatchTransformer, backbone_config
+from gencontrol.models.networks.transformer import Transformer
 
 
 def make(patch: int = 2, channels: int = 1, seed: int = 0) -> PatchTransformer:

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from gencontrol.errors import CheckpointError, UsageError
+from gencontrol.models.networks.transformer import Transformer, TransformerConfig
 from gencontrol.models.roles import LORA_FILE, LoraConfig, Roles, ema_decay, lora_targets
-from gencontrol.models.transformer import Transformer, TransformerConfig
-from tests.models.tiny_diffusers import build, cond
+from tests.helpers.tiny_diffusers import build, cond
 
 LORA = [None, LoraConfig(rank=2, alpha=4.0)]
 
@@ -218,7 +218,7 @@ def load_by_peft(model: nn.Module, path: Path) -> None:
 @pytest.mark.parametrize("name", ["SD3Transformer2DModel", "UNet2DConditionModel", "StableAudioDiTModel"])
 def test_saved_lora_loads_into_the_diffusers_model(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Trained by us, loaded by `load_lora_adapter`: the same output, every key used, alpha kept."""
-    from gencontrol.models.adapters_networks import DiffusersNetwork
+    from gencontrol.models.adapters.networks import DiffusersNetwork
 
     shape, condition = cond(name)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gencontrol.errors import UsageError
-from gencontrol.models.layers import rotary_table, rotate
-from gencontrol.models.transformer import Transformer, TransformerConfig
+from gencontrol.models.networks.layers import rotary_table, rotate
+from gencontrol.models.networks.transformer import Transformer, TransformerConfig
 
 CONFIG = TransformerConfig(in_dim=3, out_dim=3, dim=32, depth=2, heads=2, context_dim=6, pooled_dim=5, max_tokens=9)
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from PIL.Image import Image
 
-from gencontrol.bench.digits_quality import mmd2, moment_noise
-from gencontrol.data.digits import CLASSES, load_digit_images
 from gencontrol.errors import EnvironmentMissing, UsageError
-from gencontrol.models.image_classifier import build_image_classifier, calibration_error
-from gencontrol.models.image_transformer import PatchConfig, PatchTransformer, backbone_config
-from gencontrol.models.transformer import Transformer
+from gencontrol.models.networks.image_transformer import PatchConfig, PatchTransformer, backbone_config
+from gencontrol.models.networks.transformer import Transformer
+from gencontrol.models.readers.image_classifier import build_image_classifier, calibration_error
 from gencontrol.pipelines import ClassToImagePipeline, ImagePipelineOutput, ProcessSpec
 from gencontrol.process import Linear
+from gencontrol.recipes.digits.data import CLASSES, load_digit_images
+from gencontrol.recipes.digits.quality import mmd2, moment_noise
 
 
 def tiny(patch: int = 4, classes: int = 10) -> ClassToImagePipeline:

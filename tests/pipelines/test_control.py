@@ -14,16 +14,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from gencontrol.algorithms.ctrl import Ctrl, CtrlConfig
+from gencontrol.algorithms.ctrl.ctrl import Ctrl, CtrlConfig
 from gencontrol.errors import UsageError
-from gencontrol.models.condition import conditioned
+from gencontrol.models.conditions.base import conditioned
 from gencontrol.models.roles import LoraConfig, Roles
 from gencontrol.pipelines import TextToImagePipeline
 from gencontrol.pipelines.control import parse_labels
-from gencontrol.rewards.classifier import ClassifierReward
+from gencontrol.rewards.image.classifier import ClassifierReward
 from gencontrol.train.trainer import TrainConfig, Trainer
-from tests.fixtures_images import FAMILIES
-from tests.fixtures_scenes import classifier, tiny_text_to_image
+from tests.helpers.fixtures_images import FAMILIES
+from tests.helpers.fixtures_scenes import classifier, tiny_text_to_image
 
 PROMPTS = ["a red cube", "green"]
 SHAPES, SIZES = ("circle", "square", "star"), ("small", "large")
@@ -102,7 +102,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], TextToImagePip
 
 def test_pipeline_samples_the_trained_chain(tmp_path: Path) -> None:
     """The same noise through `sample_controlled` on the trained network."""
-    from gencontrol.sampling.controlled import sample_controlled
+    from gencontrol.sampling.control.controlled import sample_controlled
 
     tiny_text_to_image(tmp_path / "base")
     ctrl = train(load(tmp_path / "base"), tmp_path / "run")

@@ -12,8 +12,8 @@ import torch
 
 from gencontrol.errors import EnvironmentMissing, UsageError
 from gencontrol.pipelines import TextToAudioPipeline
-from tests.fixtures_models import tiny_audioldm2, tiny_stable_audio
-from tests.pipelines.contract import PROMPTS, PipelineContract
+from tests.helpers.fixtures_models import tiny_audioldm2, tiny_stable_audio
+from tests.helpers.pipeline_contract import PROMPTS, PipelineContract
 
 #: fp32 rounding through a whole chain: a scheduler in variance-exploding scale against ours in variance-preserving
 CHAIN = 2e-4
@@ -126,7 +126,7 @@ class TestAudioLDM2(PipelineContract):
         torch.testing.assert_close(got, expected.clamp(-1, 1), atol=CHAIN, rtol=CHAIN)
 
     def test_padding_does_not_matter(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from gencontrol.pipelines import foreign
+        from gencontrol.pipelines.backends import foreign_audio as foreign
 
         x = unit_noise(self.pipe)
         long = self.pipe.encode_prompt("a bell")

@@ -22,7 +22,7 @@ from gencontrol.pipelines import TextToImagePipeline
 from gencontrol.registry import ALGORITHMS, resolve
 from gencontrol.train.trainer import TrainConfig, Trainer
 from gencontrol.types import RewardContext, RewardOut
-from tests.fixtures_images import FAMILIES
+from tests.helpers.fixtures_images import FAMILIES
 
 PROMPTS = ["a red cube", "two blue balls", "green", "x"]
 #: of every algorithm that has the option

@@ -14,8 +14,8 @@ import torch
 from gencontrol.errors import UsageError
 from gencontrol.pipelines import TextToImagePipeline
 from gencontrol.train.trainer import TrainConfig, Trainer
-from tests.fixtures_images import FAMILIES
-from tests.fixtures_scenes import tiny_text_to_image
+from tests.helpers.fixtures_images import FAMILIES
+from tests.helpers.fixtures_scenes import tiny_text_to_image
 from tests.pipelines.test_image_finetune import build, load
 
 MODELS = ("native", "sd", "sd3", "flux", "pixart")

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from gencontrol.errors import UsageError
 from gencontrol.models.roles import LoraConfig, Roles
 from gencontrol.pipelines import TextToAudioPipeline
-from gencontrol.pipelines.lora import METADATA_KEY
-from tests.fixtures_models import tiny_stable_audio, tiny_text_to_audio
-from tests.pipelines.contract import call
+from gencontrol.pipelines.hub.lora import METADATA_KEY
+from tests.helpers.fixtures_models import tiny_stable_audio, tiny_text_to_audio
+from tests.helpers.pipeline_contract import call
 
 FILE = "pytorch_lora_weights.safetensors"
 

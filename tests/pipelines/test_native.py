@@ -10,8 +10,8 @@ import torch
 
 from gencontrol.errors import EnvironmentMissing, UsageError
 from gencontrol.pipelines import Pipeline, ProcessSpec, TextToAudioPipeline
-from tests.fixtures_models import tiny_text_to_audio
-from tests.pipelines.contract import PROMPTS, PipelineContract, call
+from tests.helpers.fixtures_models import tiny_text_to_audio
+from tests.helpers.pipeline_contract import PROMPTS, PipelineContract, call
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ class TestNative(PipelineContract):
             TextToAudioPipeline.from_pretrained(tmp_path)
 
     def test_components_must_fit(self) -> None:
-        from gencontrol.models.codec import MelCodec, MelCodecConfig
+        from gencontrol.models.networks.codec import MelCodec, MelCodecConfig
 
         with pytest.raises(UsageError, match="channels"):
             TextToAudioPipeline(**{**self.pipe.components, "codec": MelCodec(MelCodecConfig(channels=32))})

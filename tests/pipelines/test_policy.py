@@ -9,7 +9,7 @@ import pytest
 
 from gencontrol.errors import UsageError
 from gencontrol.pipelines import ComposedPolicyPipeline, PolicyPipeline
-from tests.robotics.policy_cases import STATE, small_policy
+from tests.helpers.policy_cases import STATE, small_policy
 
 SEEN = {"state": np.linspace(-1, 1, STATE, dtype=np.float32)}
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from gencontrol.errors import UsageError
 from gencontrol.pipelines import TreeSearchPipeline
-from gencontrol.pipelines.searchable import Problem, Request, Searchable, searchable
+from gencontrol.pipelines.search.searchable import Problem, Request, Searchable, searchable
 from gencontrol.sampling import sample
-from tests.fixtures_images import noise, tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
+from tests.helpers.fixtures_images import noise, tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
 
 #: fp32 rounding through a whole chain whose states are of order 1 (their step order of operations is not ours)
 CHAIN = 2e-5

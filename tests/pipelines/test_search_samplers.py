@@ -9,9 +9,9 @@ import torch
 
 from gencontrol.errors import UsageError
 from gencontrol.pipelines import ClassToImagePipeline, TreeSearchPipeline
-from gencontrol.sampling.tree_readout import Progress
-from tests.fixtures_images import tiny_sd
-from tests.pipelines.search_toys import STEPS, Plane, brightness, search_of, tiny_digits
+from gencontrol.sampling.tree.readout import Progress
+from tests.helpers.fixtures_images import tiny_sd
+from tests.helpers.search_toys import STEPS, Plane, brightness, search_of, tiny_digits
 
 
 @pytest.fixture(scope="module")

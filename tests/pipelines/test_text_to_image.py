@@ -12,7 +12,7 @@ import torch
 
 from gencontrol.errors import UsageError
 from gencontrol.pipelines import TextToImagePipeline
-from tests.fixtures_images import FAMILIES, tiny_flux, tiny_pixart, tiny_sd
+from tests.helpers.fixtures_images import FAMILIES, tiny_flux, tiny_pixart, tiny_sd
 
 PROMPTS = ["a red cube", "two blue balls"]
 #: fp32 rounding through a whole chain whose states are of order 1 (the order of operations is not diffusers')

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from gencontrol.errors import UsageError
 from gencontrol.pipelines import AudioSearchOutput, ClassToImagePipeline, ImageSearchOutput, TreeSearchPipeline
-from gencontrol.sampling.tree import DiffusionTree
-from gencontrol.sampling.tree_readout import Progress
-from tests.fixtures_images import tiny_sd
-from tests.fixtures_models import tiny_audioldm2, tiny_stable_audio, tiny_text_to_audio
-from tests.pipelines.search_toys import PATH, STEPS, Watcher, brightness, rows_of, search_of, tiny_digits
+from gencontrol.sampling.tree.readout import Progress
+from gencontrol.sampling.tree.tree import DiffusionTree
+from tests.helpers.fixtures_images import tiny_sd
+from tests.helpers.fixtures_models import tiny_audioldm2, tiny_stable_audio, tiny_text_to_audio
+from tests.helpers.search_toys import PATH, STEPS, Watcher, brightness, rows_of, search_of, tiny_digits
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,12 @@ from unittest import mock
 
 import pytest
 import torch
-from fixtures_clip import as_pil, pictures, write_clip
 
 from gencontrol.errors import EnvironmentMissing, UsageError
 from gencontrol.rewards import Reward, load_reward, load_rewards
-from gencontrol.rewards.clip_features import ImagePrep
+from gencontrol.rewards.image.clip_features import ImagePrep
 from gencontrol.types import RewardContext
+from tests.helpers.fixtures_clip import as_pil, pictures, write_clip
 
 PROMPTS = ["a red cat", "blue dog", "two small circles above"]
 CONTEXT = RewardContext(PROMPTS)

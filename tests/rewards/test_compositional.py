@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from gencontrol.data.scenes import CATEGORIES, parse
-from gencontrol.data.scenes.corpus import sample_captions
-from gencontrol.data.scenes.render import arrange, render
 from gencontrol.errors import UsageError
-from gencontrol.models.scene_networks import SceneReader
+from gencontrol.recipes.scenes.data import CATEGORIES, parse
+from gencontrol.recipes.scenes.data.corpus import sample_captions
+from gencontrol.recipes.scenes.data.render import arrange, render
+from gencontrol.recipes.scenes.networks import SceneReader
 from gencontrol.rewards import load_reward
 from gencontrol.types import RewardContext
 

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from gencontrol.data.scenes import parse
-from gencontrol.data.scenes.corpus import HELD_OUT_WORDS, sample_captions
-from gencontrol.data.scenes.render import arrange, render
-from gencontrol.data.scenes.words import damage
 from gencontrol.errors import EnvironmentMissing, UsageError
-from gencontrol.models.scene_networks import SceneReader
+from gencontrol.recipes.scenes.data import parse
+from gencontrol.recipes.scenes.data.corpus import HELD_OUT_WORDS, sample_captions
+from gencontrol.recipes.scenes.data.render import arrange, render
+from gencontrol.recipes.scenes.data.words import damage
+from gencontrol.recipes.scenes.networks import SceneReader
 from gencontrol.rewards import load_reward
-from gencontrol.rewards.ocr import ENGINE_SIDE, asked_text, edit_distance, rapid_engine, scene_reader, similarity
+from gencontrol.rewards.image.ocr import ENGINE_SIDE, asked_text, edit_distance, rapid_engine, scene_reader, similarity
 from gencontrol.types import RewardContext
 
 
@@ -85,7 +85,7 @@ def test_engine_reads_enlarged_images_and_folds_case(monkeypatch: pytest.MonkeyP
         assert image.dtype == np.uint8
         return "hel lo"
 
-    monkeypatch.setattr("gencontrol.rewards.ocr.rapid_engine", lambda: read)
+    monkeypatch.setattr("gencontrol.rewards.image.ocr.rapid_engine", lambda: read)
     out = load_reward("ocr")(torch.zeros(2, 3, 48, 64), RewardContext(prompts=['a sign "HELLO"', 'a sign "HELP"']))
     zoom = -(-ENGINE_SIDE // 48)
     assert seen == [(48 * zoom, 64 * zoom, 3)] * 2

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures_clip import as_pil, pictures, write_clip
 from safetensors.torch import save_file
 
 from gencontrol.errors import UsageError
 from gencontrol.rewards import load_reward, load_rewards
 from gencontrol.types import RewardContext
+from tests.helpers.fixtures_clip import as_pil, pictures, write_clip
 
 PROMPTS = ["a red cat", "blue dog", "two small circles above"]
 CONTEXT = RewardContext(PROMPTS)

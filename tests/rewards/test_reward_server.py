@@ -12,16 +12,16 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from reward_servers import mean_reward, served
 from safetensors.torch import save
 
 from gencontrol.errors import UsageError
 from gencontrol.rewards import load_reward
 from gencontrol.rewards.loading import UserItemReward
-from gencontrol.rewards.server import RewardServer
-from gencontrol.rewards.server_queue import Limits
-from gencontrol.rewards.wire import WireError, one_line, pack, unpack
+from gencontrol.rewards.remote.queue import Limits
+from gencontrol.rewards.remote.server import RewardServer
+from gencontrol.rewards.remote.wire import WireError, one_line, pack, unpack
 from gencontrol.types import RewardContext
+from tests.helpers.reward_servers import mean_reward, served
 
 NONE = RewardContext()
 GOOD = {"protocol": 1, "prompts": None, "sampling_rate": None, "metadata": {}}

@@ -14,7 +14,7 @@ from gencontrol.rewards.base import Reward, SetReward, checked
 from gencontrol.rewards.compose import WeightedItems, WeightedSets, weighted
 from gencontrol.rewards.distribution import VendiReward, metric_name, vendi_score
 from gencontrol.rewards.loading import UserItemReward, parse_spec
-from gencontrol.rewards.states import VendiState
+from gencontrol.rewards.sets.states import VendiState
 from gencontrol.types import RewardContext, RewardOut
 
 NONE = RewardContext()
@@ -281,7 +281,7 @@ def test_missing_bundled_files_say_what_to_do(monkeypatch: pytest.MonkeyPatch, t
     import gencontrol
 
     monkeypatch.setattr(gencontrol, "__file__", str(tmp_path / "__init__.py"))
-    from gencontrol.rewards.clap_backend import bundled_clap
+    from gencontrol.rewards.audio.clap_backend import bundled_clap
 
     with pytest.raises(EnvironmentMissing, match="reward_model"):
         bundled_clap()

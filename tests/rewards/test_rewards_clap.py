@@ -12,16 +12,15 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from fixtures_models import roberta_tokenizer, seeded
-
 from gencontrol.data.audio import resample
 from gencontrol.errors import EnvironmentMissing, UsageError
 from gencontrol.rewards import load_reward, load_rewards
-from gencontrol.rewards.clap import ClapReward
-from gencontrol.rewards.clap_backend import clap_backend
-from gencontrol.rewards.clap_features import ClapLogMel, LogMelConfig
+from gencontrol.rewards.audio.clap import ClapReward
+from gencontrol.rewards.audio.clap_backend import clap_backend
+from gencontrol.rewards.audio.clap_features import ClapLogMel, LogMelConfig
 from gencontrol.rewards.pretrained import embedding_of
 from gencontrol.types import RewardContext
+from tests.helpers.fixtures_models import roberta_tokenizer, seeded
 
 RATE = 16_000
 
@@ -86,7 +85,7 @@ def test_features_equal_the_extractor_of_transformers(truncation: str, padding: 
 
 
 def test_features_agree_with_the_ones_the_bundled_model_is_trained_on() -> None:
-    from gencontrol.models.clap_small import clap_features, small_extractor
+    from gencontrol.models.readers.clap import clap_features, small_extractor
 
     extractor = small_extractor()
     wave = waves(3, 32768)
@@ -241,7 +240,7 @@ def test_a_damaged_tokenizer_is_refused(tmp_path: Path) -> None:
         ClapReward(tmp_path, "cpu")
     from transformers import ClapModel
 
-    from gencontrol.rewards.clap_backend import TransformersClap
+    from gencontrol.rewards.audio.clap_backend import TransformersClap
 
     model = ClapModel.from_pretrained(save_tiny_clap(tmp_path / "b"))
     with pytest.raises(UsageError, match="tokenizer of 'x' has 5 tokens"):
@@ -344,9 +343,9 @@ def test_numpy_noise_is_not_used(folder: Path) -> None:
 
 def test_the_bundled_model_hears_what_the_caption_says() -> None:
     """Clips of our own numpy voices against their captions: matching pairs score far above shuffled ones."""
-    from gencontrol.data.sound.effects import finish
-    from gencontrol.data.sound.grammar import SoundSpec
-    from gencontrol.data.sound.synth import render_synth
+    from gencontrol.recipes.sound.data.effects import finish
+    from gencontrol.recipes.sound.data.grammar import SoundSpec
+    from gencontrol.recipes.sound.data.synth import render_synth
 
     specs = [
         SoundSpec("square lead", "major", "fast", "high", "loud", "dry", "arpeggio", 76, 1),

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gencontrol.data.digits import CLASSES, load_digit_images
 from gencontrol.errors import UsageError
-from gencontrol.models.image_classifier import build_image_classifier
+from gencontrol.models.readers.image_classifier import build_image_classifier
+from gencontrol.recipes.digits.data import CLASSES, load_digit_images
 from gencontrol.rewards import Reward, load_reward, load_rewards
 from gencontrol.types import RewardContext
 
@@ -90,8 +90,8 @@ def test_bundled_reward_knows_the_digits() -> None:
 
 def test_larger_images_are_shrunk() -> None:
     """Constant images keep their value, gradients reach every pixel, smaller ones are refused."""
-    from gencontrol.rewards.classifier import ClassifierReward
-    from tests.fixtures_scenes import classifier
+    from gencontrol.rewards.image.classifier import ClassifierReward
+    from tests.helpers.fixtures_scenes import classifier
 
     reward = ClassifierReward(reward_model={"tone": classifier(("dark", "bright"), 8)}, label="dark", device="cpu")
     levels = torch.tensor([0.2, 0.7]).view(2, 1, 1, 1)

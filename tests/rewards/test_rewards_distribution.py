@@ -12,8 +12,8 @@ import torch
 
 from gencontrol.errors import RewardError, UsageError
 from gencontrol.rewards.distribution import frechet_distance, vendi_score
-from gencontrol.rewards.gaussian import Gaussian
-from gencontrol.rewards.states import FrechetState, VendiState
+from gencontrol.rewards.sets.gaussian import Gaussian
+from gencontrol.rewards.sets.states import FrechetState, VendiState
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -11,11 +11,11 @@ import torch
 from gencontrol.data.audio import resample, write_audio
 from gencontrol.errors import EnvironmentMissing, UsageError
 from gencontrol.rewards import load_reward
+from gencontrol.rewards.audio.encoders import AttributeEncoder, ClapEncoder, MelEncoder, make_encoder
 from gencontrol.rewards.base import SetReward
 from gencontrol.rewards.distribution import FadReward, SetFadReward, VendiReward, frechet_distance, vendi_score
-from gencontrol.rewards.encoders import AttributeEncoder, ClapEncoder, MelEncoder, make_encoder
-from gencontrol.rewards.gaussian import Gaussian
-from gencontrol.rewards.reference import from_captions, from_clips, from_folder, load_reference
+from gencontrol.rewards.sets.gaussian import Gaussian
+from gencontrol.rewards.sets.reference import from_captions, from_clips, from_folder, load_reference
 from gencontrol.types import RewardContext
 
 RATE = 16_000
@@ -226,7 +226,7 @@ def test_captions_need_text_and_a_text_space(clap: Path, tmp_path: Path) -> None
 
 
 def test_attribute_encoder_gives_frames_of_the_classifier(tmp_path: Path) -> None:
-    from gencontrol.models.attributes import build_attribute_net
+    from gencontrol.models.readers.attributes import build_attribute_net
 
     build_attribute_net(0, {"mode": ("major", "minor")}).save_pretrained(tmp_path)
     encoder = AttributeEncoder(tmp_path, "cpu")

@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gencontrol.errors import UsageError
-from gencontrol.robotics.adapters_lerobot import FLOW, load_lerobot
 from gencontrol.robotics.compose import ComposedPolicy
-from gencontrol.robotics.foreign import ForeignPolicy, velocity_model
+from gencontrol.robotics.policies.foreign import ForeignPolicy, velocity_model
+from gencontrol.robotics.policies.lerobot import FLOW, load_lerobot
 from gencontrol.sampling import State, clip_x0
 from tests.fixtures.lerobot_policy_recipe import VARIANTS, weights_of
-from tests.robotics.composition_parents import noise
+from tests.helpers.composition_parents import noise
 
 HERE = Path(__file__).resolve().parents[1] / "fixtures" / "lerobot_policy"
 TOLERANCE = {"rtol": 0, "atol": 2e-5}

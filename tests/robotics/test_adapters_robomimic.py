@@ -12,12 +12,12 @@ import torch
 
 from gencontrol.errors import UsageError
 from gencontrol.rng import Keyed, row_keys
-from gencontrol.robotics.adapters_robomimic import ClonedPolicy, load_robomimic, unet_names
 from gencontrol.robotics.compose import ComposedPolicy
-from gencontrol.robotics.foreign import DiffusersDdim, ForeignPolicy
-from gencontrol.robotics.foreign_nets import ConditionalUnet1d
-from gencontrol.robotics.loading import load_policy
-from tests.robotics.composition_parents import noise
+from gencontrol.robotics.policies.foreign import DiffusersDdim, ForeignPolicy
+from gencontrol.robotics.policies.foreign_nets import ConditionalUnet1d
+from gencontrol.robotics.policies.loading import load_policy
+from gencontrol.robotics.policies.robomimic import ClonedPolicy, load_robomimic, unet_names
+from tests.helpers.composition_parents import noise
 
 HERE = Path(__file__).resolve().parents[1] / "fixtures" / "robomimic_policy"
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gencontrol.models.chunk_networks import ChunkMlp, ChunkNetwork, ChunkTransformer, logsnr_features
-from gencontrol.models.small_conv import convolve, double, pays
-from gencontrol.models.unet1d import ChunkUnet
-from gencontrol.models.vision import ImageEncoder, crop, spatial_softmax
+from gencontrol.models.networks.chunk_networks import ChunkMlp, ChunkNetwork, ChunkTransformer, logsnr_features
+from gencontrol.models.networks.small_conv import convolve, double, pays
+from gencontrol.models.networks.unet1d import ChunkUnet
+from gencontrol.models.networks.vision import ImageEncoder, crop, spatial_softmax
 from gencontrol.process import Cosine, Linear
 
 MAKERS: dict[str, Callable[[], ChunkNetwork]] = {

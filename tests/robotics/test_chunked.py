@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gencontrol.errors import UsageError
 from gencontrol.rng import Keyed
-from gencontrol.robotics.chunked import ChunkedPolicy, PolicySpec
+from gencontrol.robotics.policies.chunked import ChunkedPolicy, PolicySpec
 
 
 class _Echo(ChunkedPolicy):

@@ -10,25 +10,25 @@ import numpy as np
 import pytest
 import torch
 
-from gencontrol.algorithms.base import Algorithm, StepContext
-from gencontrol.algorithms.policy_pretrain import (
+from gencontrol.algorithms.agents.behavior_cloning import (
     DiffusionPolicyPretrain,
     FlowPolicyPretrain,
     PolicyMicro,
     PolicyPretrain,
     PolicyPretrainConfig,
 )
+from gencontrol.algorithms.base import Algorithm, StepContext
 from gencontrol.errors import UsageError
 from gencontrol.process.convert import from_x0_eps
 from gencontrol.rng import Keyed
-from gencontrol.robotics.cloning import ChunkSizes, fingerprint, prepare, split_episodes
-from gencontrol.robotics.episodes import Episode, Episodes
-from gencontrol.robotics.policies import DiffusionPolicy, FlowPolicy
-from gencontrol.robotics.policy_config import DiffusionPolicyConfig, FlowPolicyConfig, PolicyConfig
+from gencontrol.robotics.datasets.episodes import Episode, Episodes
+from gencontrol.robotics.policies.cloning import ChunkSizes, fingerprint, prepare, split_episodes
+from gencontrol.robotics.policies.config import DiffusionPolicyConfig, FlowPolicyConfig, PolicyConfig
+from gencontrol.robotics.policies.diffusion import DiffusionPolicy, FlowPolicy
 from gencontrol.train.config import TrainConfig
 from gencontrol.train.trainer import Trainer
-from tests.contracts import AlgorithmContract
-from tests.robotics.policy_cases import gaussian_law
+from tests.helpers.contracts import AlgorithmContract
+from tests.helpers.policy_cases import gaussian_law
 
 SLOPE, DEVIATION = 0.6, 0.3
 

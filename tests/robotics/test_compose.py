@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from gencontrol.bench.gpc_exact import level_times, limit_law, mixture, part_a, sampled_law
+from gencontrol.bench.gpc.exact import level_times, limit_law, mixture, part_a, sampled_law
 from gencontrol.process import VP, Cosine, Edm, GaussianProcess, Linear
 from gencontrol.process.convert import from_x0_eps, to_x0_eps
 from gencontrol.robotics.compose import ComposedPolicy, compose_prediction
-from gencontrol.robotics.denoising import ChunkSampler
-from gencontrol.robotics.foreign import ForeignPolicy, noise_model, velocity_model
-from gencontrol.robotics.policies import squaredcos
+from gencontrol.robotics.policies.denoising import ChunkSampler
+from gencontrol.robotics.policies.diffusion import squaredcos
+from gencontrol.robotics.policies.foreign import ForeignPolicy, noise_model, velocity_model
 from gencontrol.sampling import compose, ddim, retime
 from gencontrol.types import Prediction
-from tests.robotics.composition_parents import (
+from tests.helpers.composition_parents import (
     ACTIONS,
     DIFFUSION,
     FLOW,

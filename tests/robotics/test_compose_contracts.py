@@ -9,19 +9,19 @@ import pytest
 import torch
 from torch import nn
 
-from gencontrol.bench.gpc_exact import level_times, mixture, sampled_law
+from gencontrol.bench.gpc.exact import level_times, mixture, sampled_law
 from gencontrol.data.normalize import Normalizer
 from gencontrol.errors import UsageError
 from gencontrol.models.denoiser import Denoiser
-from gencontrol.robotics.chunked import PolicySpec
 from gencontrol.robotics.compose import ComposedPolicy, compose_prediction
-from gencontrol.robotics.denoising import ChunkSampler
-from gencontrol.robotics.foreign import ForeignPolicy, noise_model, velocity_model
-from gencontrol.robotics.mixing import ByLogSnr, PerChunkIndex, PerDim
-from gencontrol.robotics.policies import squaredcos
+from gencontrol.robotics.composition.mixing import ByLogSnr, PerChunkIndex, PerDim
+from gencontrol.robotics.policies.chunked import PolicySpec
+from gencontrol.robotics.policies.denoising import ChunkSampler
+from gencontrol.robotics.policies.diffusion import squaredcos
+from gencontrol.robotics.policies.foreign import ForeignPolicy, noise_model, velocity_model
 from gencontrol.sampling import compose, ddim
 from gencontrol.types import Prediction
-from tests.robotics.composition_parents import (
+from tests.helpers.composition_parents import (
     ACTIONS,
     DIFFUSION,
     FLOW,

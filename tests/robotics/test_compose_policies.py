@@ -8,16 +8,16 @@ import torch
 
 from gencontrol.data.normalize import Normalizer
 from gencontrol.errors import UsageError
-from gencontrol.robotics.chunked import PolicySpec
 from gencontrol.robotics.compose import ComposedPolicy, fit_weights
-from gencontrol.robotics.denoising import ChunkSampler
 from gencontrol.robotics.evaluate import evaluate
-from gencontrol.robotics.foreign import ForeignPolicy, noise_model
-from gencontrol.robotics.policies import squaredcos
-from tests.robotics.composition_parents import noise
-from tests.robotics.policy_cases import history, small_policy
+from gencontrol.robotics.policies.chunked import PolicySpec
+from gencontrol.robotics.policies.denoising import ChunkSampler
+from gencontrol.robotics.policies.diffusion import squaredcos
+from gencontrol.robotics.policies.foreign import ForeignPolicy, noise_model
+from tests.helpers.composition_parents import noise
+from tests.helpers.policy_cases import history, small_policy
 
-POINT = "tests.robotics.toy_envs:point"
+POINT = "tests.helpers.toy_envs:point"
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "flow"])

@@ -12,13 +12,13 @@ import torch
 from gencontrol.cli import main
 from gencontrol.data.normalize import Normalizer
 from gencontrol.errors import UsageError
-from gencontrol.robotics.chunked import PolicySpec
 from gencontrol.robotics.compose import ComposedPolicy
-from gencontrol.robotics.composition import read_composition, write_composition
-from gencontrol.robotics.loading import load_policy
-from gencontrol.robotics.policies import DiffusionPolicy, DiffusionPolicyConfig, FlowPolicy, FlowPolicyConfig
+from gencontrol.robotics.composition.files import read_composition, write_composition
+from gencontrol.robotics.policies.chunked import PolicySpec
+from gencontrol.robotics.policies.diffusion import DiffusionPolicy, DiffusionPolicyConfig, FlowPolicy, FlowPolicyConfig
+from gencontrol.robotics.policies.loading import load_policy
 
-POINT = "tests.robotics.toy_envs:point"
+POINT = "tests.helpers.toy_envs:point"
 
 
 @pytest.fixture
@@ -122,8 +122,8 @@ def test_one_policy_is_not_paired(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_converter_takes_the_format_from_the_name(capsys: pytest.CaptureFixture[str]) -> None:
     """And says what is wrong in one line."""
-    from gencontrol.robotics.datasets import format_for
-    from gencontrol.robotics.datasets import main as convert
+    from gencontrol.robotics.datasets.convert import format_for
+    from gencontrol.robotics.datasets.convert import main as convert
 
     assert [format_for(name) for name in ("a.hdf5", "b/c.zarr", "folder")] == ["robomimic", "zarr", "lerobot"]
     with pytest.raises(SystemExit) as stopped:

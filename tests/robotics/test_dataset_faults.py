@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from episode_samples import sample_episode, sample_episodes
 
 from gencontrol.errors import DiskError, EnvironmentMissing, UsageError
-from gencontrol.robotics import storage
-from gencontrol.robotics.datasets import read_episodes, write_episodes
-from gencontrol.robotics.episodes import Episode, Episodes
+from gencontrol.robotics.datasets.convert import read_episodes, storage, write_episodes
+from gencontrol.robotics.datasets.episodes import Episode, Episodes
+from tests.helpers.episode_samples import sample_episode, sample_episodes
 
 h5py = pytest.importorskip("h5py")
 pq = pytest.importorskip("pyarrow.parquet")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from episode_samples import LENGTHS, RECORDED, TASKS, flat_image, sample_episode, sample_episodes
 
-from gencontrol.robotics.datasets import FORMATS, main, read_episodes, write_episodes
-from gencontrol.robotics.episodes import Episode, Episodes
+from gencontrol.robotics.datasets.convert import FORMATS, main, read_episodes, write_episodes
+from gencontrol.robotics.datasets.episodes import Episode, Episodes
+from tests.helpers.episode_samples import LENGTHS, RECORDED, TASKS, flat_image, sample_episode, sample_episodes
 
 FIXTURE = Path(__file__).resolve().parent.parent / "fixtures" / "lerobot_v3"
 NEEDS = {"robomimic": "h5py", "lerobot": "pyarrow", "minari": "h5py", "zarr": "zarr", "dppo": "numpy"}
@@ -130,7 +130,7 @@ def test_lerobots_own_files() -> None:
 def test_video_keeps_frames_in_their_places(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     pytest.importorskip("av")
-    from gencontrol.robotics.lerobot_write import write
+    from gencontrol.robotics.datasets.lerobot_write import write
 
     ours = sample_episodes(final=False, noise=False)
     place = write_episodes(ours, tmp_path / "video", format="lerobot", images="video")

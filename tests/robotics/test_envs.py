@@ -11,21 +11,20 @@ import numpy as np
 import pytest
 
 from gencontrol.errors import EnvironmentMissing, UsageError
-from gencontrol.robotics import probe
-from gencontrol.robotics.env_gymnasium import SuccessRule, flatten
-from gencontrol.robotics.env_make import FAMILIES, family_of, require
-from gencontrol.robotics.env_options import parse_kwargs
-from gencontrol.robotics.env_types import EnvSpec, Timeouts, Transition
-from gencontrol.robotics.env_wire import (
+from gencontrol.robotics.envs.gymnasium import SuccessRule, flatten
+from gencontrol.robotics.envs.make import FAMILIES, family_of, require
+from gencontrol.robotics.envs.options import parse_kwargs
+from gencontrol.robotics.envs.types import EnvSpec, Timeouts, Transition
+from gencontrol.robotics.envs.vector import Envs, make_env, make_envs, probe
+from gencontrol.robotics.envs.wire import (
     pack_transition,
     spec_from_json,
     spec_to_json,
     unpack,
     unpack_transition,
 )
-from gencontrol.robotics.envs import Envs, make_env, make_envs
 
-POINT = "tests.robotics.toy_envs:point"
+POINT = "tests.helpers.toy_envs:point"
 QUICK = Timeouts(make_s=60.0, reset_s=20.0, step_s=1.0)
 
 
@@ -113,7 +112,7 @@ def test_other_faults_are_told() -> None:
 
 
 def test_time_limits() -> None:
-    endless = "tests.robotics.toy_envs:endless"
+    endless = "tests.helpers.toy_envs:endless"
     spec = make_env(endless).spec
     assert (spec.time_limit, spec.limit_from) == (1000, "our default")
     with make_envs(endless, 1, time_limit=3) as envs:
@@ -127,8 +126,8 @@ def test_time_limits() -> None:
 
 def test_what_cannot_be_made_is_one_line() -> None:
     for env_id, kwargs, said in (
-        ("tests.robotics.toy_envs:Discrete", {}, "takes actions of Discrete"),
-        ("tests.robotics.toy_envs:nothing", {}, "cannot be imported"),
+        ("tests.helpers.toy_envs:Discrete", {}, "takes actions of Discrete"),
+        ("tests.helpers.toy_envs:nothing", {}, "cannot be imported"),
         (POINT, {"colour": 1}, "cannot be made with {'colour': 1}"),
         ("Pendulum-v9", {}, "Pendulum-v1"),
     ):

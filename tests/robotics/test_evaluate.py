@@ -15,18 +15,18 @@ from gencontrol.cli import main
 from gencontrol.errors import EnvironmentMissing, UsageError
 from gencontrol.rng import Keyed, row_keys
 from gencontrol.robotics import evaluate as module
-from gencontrol.robotics.baselines import Baseline
-from gencontrol.robotics.env_types import Timeouts
-from gencontrol.robotics.envs import make_envs
+from gencontrol.robotics.envs.types import Timeouts
+from gencontrol.robotics.envs.vector import make_envs
 from gencontrol.robotics.evaluate import Settings, evaluate, evaluate_all, named
-from gencontrol.robotics.evaluation_report import compare, percentiles
-from gencontrol.robotics.rollout import Rollouts
-from gencontrol.robotics.statistics import wilson
-from gencontrol.robotics.videos import choose, shrink
-from tests.robotics.chunk_toys import Network
-from tests.robotics.toy_envs import Homing, Point
+from gencontrol.robotics.evaluation.report import compare, percentiles
+from gencontrol.robotics.evaluation.rollout import Rollouts
+from gencontrol.robotics.evaluation.statistics import wilson
+from gencontrol.robotics.evaluation.videos import choose, shrink
+from gencontrol.robotics.policies.baselines import Baseline
+from tests.helpers.chunk_toys import Network
+from tests.helpers.toy_envs import Homing, Point
 
-POINT = "tests.robotics.toy_envs:point"
+POINT = "tests.helpers.toy_envs:point"
 SEEDS = range(20)
 
 
@@ -114,7 +114,7 @@ def test_success_by_another_rule_and_without_one() -> None:
     rule = run(Homing(), success="reward>=-0.5")
     assert rule.successes == sum(e.max_reward >= -0.5 for e in rule.episodes)
     with pytest.raises(UsageError, match="never reported info.*--success terminated"):
-        evaluate(Homing(), "tests.robotics.toy_envs:silent", seeds=[0], isolation="inline")
+        evaluate(Homing(), "tests.helpers.toy_envs:silent", seeds=[0], isolation="inline")
 
 
 def test_the_same_policy_twice() -> None:
@@ -185,7 +185,7 @@ def test_an_environment_that_never_works_is_given_up() -> None:
 
 def test_policies_that_do_not_fit_are_refused_before_the_first_episode(tmp_path: Path) -> None:
     for policy, said in (
-        (Network(action_dim=3), "gives actions of 3 numbers, tests.robotics.toy_envs:point takes 2"),
+        (Network(action_dim=3), "gives actions of 3 numbers, tests.helpers.toy_envs:point takes 2"),
         (Network(keys={"camera": (2,)}), "reads the observation 'camera'"),
         (Network(keys={"place": (5,)}), r"reads 'place' of shape \(5,\)"),
         (Homing(size=4), r"actions of shape \(1, 4\)"),
@@ -212,7 +212,7 @@ def test_clipping_is_counted() -> None:
 
 def test_latency_of_an_action(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter(np.cumsum([0.01] * 10_000).tolist())
-    monkeypatch.setattr("gencontrol.robotics.rollout.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("gencontrol.robotics.evaluation.rollout.time.perf_counter", lambda: next(now))
     report = run(Homing(), range(3))
     assert percentiles(report.episodes) == pytest.approx([0.01, 0.01], rel=0.01)
     assert np.isnan(percentiles([])).all()
@@ -288,7 +288,7 @@ def test_a_camera_that_fails_costs_the_videos_alone(tmp_path: Path, monkeypatch:
     def refuse(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gencontrol.robotics.videos.write_video", refuse)
+    monkeypatch.setattr("gencontrol.robotics.evaluation.videos.write_video", refuse)
     report = run(Homing(), range(4), output=tmp_path / "b", videos=1)
     assert report.videos == {} and "could not be written" in report.notes[0] and len(report.valid) == 4
 
@@ -304,12 +304,10 @@ def test_which_episodes_are_filmed_and_how_large() -> None:
 
 
 def test_several_tasks_are_pooled() -> None:
-    report = evaluate(
-        Homing(), [POINT, "tests.robotics.toy_envs:Point"], seeds=range(5), isolation="inline", num_envs=2
-    )
+    report = evaluate(Homing(), [POINT, "tests.helpers.toy_envs:Point"], seeds=range(5), isolation="inline", num_envs=2)
     assert len(report.episodes) == 10 and [spec.env_id for spec in report.specs] == [
         POINT,
-        "tests.robotics.toy_envs:Point",
+        "tests.helpers.toy_envs:Point",
     ]
     assert report.of(POINT).episodes == report.episodes[:5]
     assert [task["n"] for task in report.to_json()["per_task"]] == [5, 5]
@@ -343,7 +341,7 @@ def _command(*options: str) -> int:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    toy = "tests.robotics.toy_envs"
+    toy = "tests.helpers.toy_envs"
     out = str(tmp_path / "out")
     code = _command(f"{toy}:homing", f"{toy}:homing", "--env", POINT, "--n_episodes", "12", "--paired", "--output", out)
     said = capsys.readouterr()
@@ -357,7 +355,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    toy = "tests.robotics.toy_envs"
+    toy = "tests.helpers.toy_envs"
     out = ["--output", str(tmp_path / "out")]
     for arguments, said in (
         ([f"{toy}:homing", "--env", POINT, "--env-kwarg", "size=3"], "actions of shape (1, 2)"),

@@ -9,19 +9,19 @@ import pytest
 import torch
 from jaxtyping import config
 
-from gencontrol.bench.gpc_exact import level_times
+from gencontrol.bench.gpc.exact import level_times
 from gencontrol.errors import UsageError
 from gencontrol.models.denoiser import Pred
 from gencontrol.process import GaussianProcess
 from gencontrol.robotics.compose import ComposedPolicy
-from gencontrol.robotics.denoising import ChunkSampler
-from gencontrol.robotics.diagnostics import parent_errors, trace
-from gencontrol.robotics.mixing import ByLogSnr
-from gencontrol.robotics.operators import AND_RANGE, And, Or
-from gencontrol.robotics.policies import squaredcos
+from gencontrol.robotics.composition.diagnostics import parent_errors, trace
+from gencontrol.robotics.composition.mixing import ByLogSnr
+from gencontrol.robotics.composition.operators import AND_RANGE, And, Or
+from gencontrol.robotics.policies.denoising import ChunkSampler
+from gencontrol.robotics.policies.diffusion import squaredcos
 from gencontrol.sampling import compose, own_conditions
 from gencontrol.types import Prediction
-from tests.robotics.composition_parents import ACTIONS, FLOW, HORIZON, chunk, gaussian, history, noise, parent
+from tests.helpers.composition_parents import ACTIONS, FLOW, HORIZON, chunk, gaussian, history, noise, parent
 
 SHAPE = (4, HORIZON, ACTIONS)
 

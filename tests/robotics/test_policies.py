@@ -18,20 +18,20 @@ from gencontrol.errors import UsageError
 from gencontrol.models.denoiser import Denoiser
 from gencontrol.process import GaussianProcess
 from gencontrol.rng import Keyed
-from gencontrol.robotics.chunked import PolicySpec
-from gencontrol.robotics.denoising import ParentModel
-from gencontrol.robotics.loading import load_policy
-from gencontrol.robotics.policies import (
+from gencontrol.robotics.policies.chunked import PolicySpec
+from gencontrol.robotics.policies.config import DiffusionPolicyConfig, FlowPolicyConfig
+from gencontrol.robotics.policies.denoising import ParentModel
+from gencontrol.robotics.policies.diffusion import (
     DiffusionPolicy,
     FlowPolicy,
     diffusion_grid,
     squaredcos,
 )
-from gencontrol.robotics.policy_config import DiffusionPolicyConfig, FlowPolicyConfig
+from gencontrol.robotics.policies.loading import load_policy
 from gencontrol.sampling import sample
 from gencontrol.sampling.fast import run, step_noise, table_of
 from gencontrol.sampling.steps import Ddim, Heun
-from tests.robotics.policy_cases import ACTION, STATE, history, small_policy
+from tests.helpers.policy_cases import ACTION, STATE, history, small_policy
 
 NOISE = Keyed(torch.arange(3) + 100)
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from gencontrol.robotics.statistics import bootstrap_mean, mcnemar, newcombe, pair, wilson
+from gencontrol.robotics.evaluation.statistics import bootstrap_mean, mcnemar, newcombe, pair, wilson
 
 
 @pytest.mark.parametrize(

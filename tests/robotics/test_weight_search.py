@@ -14,9 +14,9 @@ import torch
 
 from gencontrol.errors import UsageError
 from gencontrol.robotics.compose import ComposedPolicy, fit_weights
-from gencontrol.robotics.mixing import best_weights
-from gencontrol.robotics.weight_search import Arm, simplex_grid
-from tests.robotics.composition_parents import parent
+from gencontrol.robotics.composition.mixing import best_weights
+from gencontrol.robotics.composition.weight_search import Arm, simplex_grid
+from tests.helpers.composition_parents import parent
 
 
 def policy(count: int = 2) -> ComposedPolicy:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from gencontrol.errors import UsageError
-from gencontrol.robotics.episodes import Episode, Episodes
-from gencontrol.robotics.windows import Windows
+from gencontrol.robotics.datasets.episodes import Episode, Episodes
+from gencontrol.robotics.datasets.windows import Windows
 
 
 def episodes(*lengths: int) -> Episodes:

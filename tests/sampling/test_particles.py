@@ -28,10 +28,10 @@ from gencontrol.sampling import (
     tds,
 )
 from gencontrol.sampling.chain import Chain, make_chain
-from gencontrol.sampling.resampling import effective_size, multinomial, systematic
+from gencontrol.sampling.particles.resampling import effective_size, multinomial, systematic
+from gencontrol.sampling.particles.steering import POTENTIALS, das_tempering
+from gencontrol.sampling.particles.table import SAMPLERS, particles_for_budget, run_particles
 from gencontrol.sampling.scoring import Scorer
-from gencontrol.sampling.search import SAMPLERS, particles_for_budget, run_particles
-from gencontrol.sampling.steering import POTENTIALS, das_tempering
 from gencontrol.types import RewardContext, RewardOut
 
 STEPS = 8

@@ -11,12 +11,12 @@ import torch
 from gencontrol.errors import UsageError
 from gencontrol.sampling import ddim
 from gencontrol.sampling.steps import Sde
-from gencontrol.sampling.tree import DiffusionTree
-from gencontrol.sampling.tree_nodes import Children, Lookup, Nodes, Table
-from gencontrol.sampling.tree_readout import leaf_law, rollout_weights
-from gencontrol.sampling.tree_rules import Uct, Widening
+from gencontrol.sampling.tree.nodes import Children, Lookup, Nodes, Table
+from gencontrol.sampling.tree.readout import leaf_law, rollout_weights
+from gencontrol.sampling.tree.rules import Uct, Widening
+from gencontrol.sampling.tree.tree import DiffusionTree
 from gencontrol.types import RewardContext
-from tests.sampling.tree_toys import Shrink, assert_equal, first, grown, snapshot
+from tests.helpers.tree_toys import Shrink, assert_equal, first, grown, snapshot
 
 RULES = ["boltzmann", "tempered", "uniform", "uct"]
 SMALL = {"widening": "small", "leaf_batch": 4}

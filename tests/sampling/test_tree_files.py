@@ -16,13 +16,13 @@ from gencontrol.errors import DiskError, RewardError, UsageError
 from gencontrol.models import EnumerableTokens, GaussianMixture
 from gencontrol.process import GaussianProcess, Linear, MaskedProcess
 from gencontrol.sampling import cfg, inpaint
-from gencontrol.sampling.tree import DiffusionTree
-from gencontrol.sampling.tree_file import fingerprint
-from gencontrol.sampling.tree_growth import hashes
-from gencontrol.sampling.tree_readout import leaf_law, rollout_weights
-from gencontrol.sampling.tree_rules import Boltzmann, Uct, Widening
+from gencontrol.sampling.tree.growth import hashes
+from gencontrol.sampling.tree.readout import leaf_law, rollout_weights
+from gencontrol.sampling.tree.rules import Boltzmann, Uct, Widening
+from gencontrol.sampling.tree.store import fingerprint
+from gencontrol.sampling.tree.tree import DiffusionTree
 from gencontrol.types import RewardContext
-from tests.sampling.tree_toys import Shrink, assert_equal, first, grown, snapshot
+from tests.helpers.tree_toys import Shrink, assert_equal, first, grown, snapshot
 
 SMALL: dict[str, Any] = {"widening": "small", "leaf_batch": 4}
 

@@ -12,9 +12,9 @@ from gencontrol.errors import UsageError
 from gencontrol.models import EnumerableTokens, GaussianMixture
 from gencontrol.process import GaussianProcess, Linear, MaskedProcess
 from gencontrol.sampling.masked_steps import Confidence
-from gencontrol.sampling.tree import DiffusionTree
-from gencontrol.sampling.tree_readout import leaf_law, rollout_weights
-from tests.sampling.tree_toys import Decay, Dice, Jump, grown
+from gencontrol.sampling.tree.readout import leaf_law, rollout_weights
+from gencontrol.sampling.tree.tree import DiffusionTree
+from tests.helpers.tree_toys import Decay, Dice, Jump, grown
 
 
 def test_gaussian_chain_has_its_closed_form_values() -> None:
@@ -186,8 +186,8 @@ def test_gradient_proposals_keep_the_target(guidance: float) -> None:
 
 def test_robust_read_out_does_not_follow_a_lucky_leaf_seen_once() -> None:
     """The narrow mode of `bench dts` (dts_mixture): trees that are read a moment after a lucky leaf was found."""
-    from gencontrol.bench.dts_measure import mixture_mmd2, tree_law
-    from gencontrol.bench.dts_mixture import base_mixture, targets
+    from gencontrol.bench.dts.measure import mixture_mmd2, tree_law
+    from gencontrol.bench.dts.mixture import base_mixture, targets
 
     base = base_mixture()
     target = next(target for target in targets(base) if target.name == "sharp")

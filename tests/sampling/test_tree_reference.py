@@ -14,9 +14,9 @@ from torch import Tensor
 from gencontrol.rng import Keyed, row_keys
 from gencontrol.sampling import State
 from gencontrol.sampling.steps import Sde
-from gencontrol.sampling.tree import DiffusionTree
-from gencontrol.sampling.tree_rules import Boltzmann, Uct
-from tests.sampling.tree_toys import Shrink, first, grown
+from gencontrol.sampling.tree.rules import Boltzmann, Uct
+from gencontrol.sampling.tree.tree import DiffusionTree
+from tests.helpers.tree_toys import Shrink, first, grown
 
 STEPS, SEED = 6, 5
 GRID = [1 - i / STEPS for i in range(STEPS)] + [0.0]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tests.contracts import AlgorithmContract
-from tests.training_toy import Toy
+from tests.helpers.contracts import AlgorithmContract
+from tests.helpers.training_toy import Toy
 
 
 class TestOneUpdate(AlgorithmContract):

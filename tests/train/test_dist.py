@@ -19,11 +19,11 @@ import torch
 
 from gencontrol.errors import GencontrolError, UsageError
 from gencontrol.files import FileLayer
-from gencontrol.train.dist import Group
+from gencontrol.train.distributed.dist import Group
 from gencontrol.train.trainer import TrainConfig, Trainer
-from tests.contracts import metric_lines, state_hash
-from tests.faults.shim import Forked, Shim, kill_self, limit_s, newest, wait_for_line
-from tests.training_toy import Toy, main
+from tests.helpers.contracts import metric_lines, state_hash
+from tests.helpers.shim import Forked, Shim, kill_self, limit_s, newest, wait_for_line
+from tests.helpers.training_toy import Toy, main
 
 
 def start(folder: Path, work: Callable[[int], object]) -> list[Forked]:

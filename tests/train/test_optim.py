@@ -15,12 +15,12 @@ from torch import nn
 from gencontrol.algorithms.base import StepContext
 from gencontrol.errors import CheckpointError, EnvironmentMissing, UsageError
 from gencontrol.models.roles import Roles
-from gencontrol.train.dist import Group
-from gencontrol.train.layout import Layout
+from gencontrol.train.distributed.dist import Group
+from gencontrol.train.distributed.layout import Layout
 from gencontrol.train.optim import LossScale, Optimizer, clip_gradients, gradients, learning_rate, name_parameters
 from gencontrol.train.trainer import TrainConfig, Trainer
-from tests.contracts import assert_same_run, metric_lines
-from tests.training_toy import Toy, network
+from tests.helpers.contracts import assert_same_run, metric_lines
+from tests.helpers.training_toy import Toy, network
 
 
 def test_p2_learning_rate_is_a_function_of_the_position_alone() -> None:

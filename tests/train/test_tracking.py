@@ -17,7 +17,7 @@ import pytest
 from gencontrol.algorithms.base import Evaluation, StepContext
 from gencontrol.train import tracking
 from gencontrol.train.trainer import TrainConfig, Trainer
-from tests.training_toy import Toy
+from tests.helpers.training_toy import Toy
 
 CONFIG = TrainConfig(steps=3, eval_every=3, track="tensorboard")
 

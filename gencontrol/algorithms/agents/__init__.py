@@ -1,0 +1,1 @@
+"""Agents: policies trained from recorded episodes (behaviour cloning of diffusion and flow policies)."""

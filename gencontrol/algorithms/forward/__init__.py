@@ -1,0 +1,1 @@
+"""Methods on the forward process: CRD, DiffusionNFT and advantage-weighted matching."""

@@ -1,0 +1,120 @@
+"""AWM: advantage-weighted matching, the policy gradient of the denoising error (arXiv 2509.25050).
+
+With log p taken as −ℓ the loss is −A·exp(log p_θ − log p_old); at θ = old its gradient is A·∇ℓ (methods/crd.md §2.3).
+Negative advantages push errors up without bound, hence the robust weighting of ℓ and two penalties: to the base, and
+to a lagging snapshot ("EMA-KL").  Formulas and defaults: official code, scxue/advantage_weighted_matching, its
+single-node GenEval run (CODE), of which crd.md §9 gives an outline; the 1e-3 of its KL is 3e-3 there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gencontrol.algorithms.forward.base import ForwardTuning, Micro, Views
+from gencontrol.algorithms.forward.config import ForwardConfig, KlAdapt, check_choice
+from gencontrol.algorithms.online.anchor import anchor_penalty
+from gencontrol.algorithms.online.task import PromptTask
+from gencontrol.models.denoiser import Pred
+from gencontrol.models.roles import Roles
+from gencontrol.rewards.base import Reward, SetReward
+
+#: keeps the power of an error of 0 differentiable (CODE)
+_SOFT = 1e-10
+
+
+@dataclass(frozen=True)
+class AwmConfig(ForwardConfig):
+    """Options of `Awm`; defaults of the official GenEval run (CODE by methods/crd.md §9) where they differ.
+
+    Args:
+        weighting: log p = −t·((ℓ + 1e-10)^p − 1e-10^p)/p with p = `robust` ("robust", CODE: generalised Huber), −t·ℓ
+            ("time"), or −ℓ ("uniform").
+        robust: the power p in (0, 1] (0.25, CODE); 1 is "time".
+        advantage_max: advantages, clipped to ±adv_clip, are divided by adv_clip and multiplied by this (1, CODE).
+        clip_range: the ratio counts between 1 ± this, by the worse of the clipped and the plain term (1, CODE).
+        snapshot_coef: weight ≥ 0 of mean ‖v_θ − v_snapshot‖² ("EMA-KL"; 1, CODE).
+        snapshot_decay: schedule of that snapshot in optimizer steps ("0-0-0.001-0.3", CODE).
+        updates_per_round: 1, on-policy (CODE); with more the ratio is to the snapshot "start", the policy at the
+            round's start.
+        time_sampling, time_range, train_times, demo_steps: the sampler's grid, 0.9 of it, 6, 14 (CODE; its grid leaves
+            out t = 1 too; its sampler is SA-solver, ours `sampler`).
+        kl_coef, kl_guidance, kl_adapt: 3e-3, constant, to the plain base (CODE).
+    """
+
+    weighting: Literal["robust", "time", "uniform"] = "robust"
+    robust: float = 0.25
+    advantage_max: float = 1.0
+    clip_range: float = 1.0
+    snapshot_coef: float = 1.0
+    snapshot_decay: str = "0-0-0.001-0.3"
+    prompts_per_round: int = 72
+    updates_per_round: int = 1
+    train_times: int = 6
+    demo_steps: int = 14
+    time_sampling: Literal["stratified", "grid", "uniform", "logit-normal"] = "grid"
+    time_range: float = 0.9
+    kl_coef: float = 3e-3
+    kl_guidance: float = 1.0
+    kl_adapt: KlAdapt = "off"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self, "weighting", ("robust", "time", "uniform"))
+        if not 0 < self.robust <= 1:
+            raise ValueError(f"robust = {self.robust}; expected a power in (0, 1]")
+        for name in ("snapshot_coef", "clip_range"):
+            if not vars(self)[name] >= 0:
+                raise ValueError(f"{name} = {vars(self)[name]}; expected at least 0")
+        if not self.advantage_max > 0:
+            raise ValueError(f"advantage_max = {self.advantage_max}; expected a number above 0")
+
+    def snapshots(self) -> Mapping[str, str]:
+        """The lagging snapshot of the penalty; with several updates per round also the policy at the round's start."""
+        lagging = {"old": self.snapshot_decay} if self.snapshot_coef > 0 else {}
+        return lagging | ({"start": "none"} if self.updates_per_round > 1 else {})
+
+
+class Awm(ForwardTuning):
+    """Advantage-weighted matching; see the module docstring and `AwmConfig`."""
+
+    Config = AwmConfig
+    name = "awm"
+    options: AwmConfig
+
+    def __init__(
+        self, task: PromptTask, reward: Reward | SetReward, config: AwmConfig, *, roles: Roles, seed: int
+    ) -> None:
+        """Set up; `roles` holds the names that `role_names(config)` gives.
+
+        Raises:
+            UsageError: a role is missing, or guidance is asked of a model without an unconditional condition.
+        """
+        super().__init__(task, reward, config, roles=roles, seed=seed)
+        self.frozen_roles = tuple(config.snapshots())
+
+    def _log_prob(self, pred: Pred, target: Tensor, t: Float[Tensor, " r"]) -> Float[Tensor, " r"]:
+        """The stand-in for log p of every row: its mean squared error, weighted, with a minus."""
+        error = (pred.raw.float() - target).square().flatten(1).mean(1)
+        if self.options.weighting == "uniform":
+            return -error
+        power = self.options.robust if self.options.weighting == "robust" else 1.0
+        return -t * ((error + _SOFT) ** power - _SOFT**power) / power
+
+    def objective(self, micro: Micro, views: Views) -> tuple[Float[Tensor, " r"], dict[str, Tensor]]:
+        """Loss of every row, with the pull to the lagging snapshot."""
+        options = self.options
+        now = self._log_prob(views.theta, views.target, micro.t)
+        before = self._log_prob(views.frozen["start"], views.target, micro.t) if "start" in views.frozen else now
+        ratio = (now - before.detach()).exp()
+        advantage = micro.advantage * (options.advantage_max / options.adv_clip)
+        clipped = ratio.clamp(1.0 - options.clip_range, 1.0 + options.clip_range)
+        losses = torch.maximum(-advantage * ratio, -advantage * clipped)
+        if "old" in views.frozen:
+            losses = losses + options.snapshot_coef * anchor_penalty(views.theta.raw, views.frozen["old"].raw)
+        return losses, {"loss/log_prob": now.detach().sum(), "policy/ratio": ratio.detach().sum()}

@@ -1,0 +1,1 @@
+"""Methods that match chosen samples: DRAGON and reward-weighted regression."""

@@ -1,0 +1,1 @@
+"""Methods that train on files instead of own samples: Diffusion-DPO and classifier-free fine-tuning."""

@@ -1,0 +1,1 @@
+"""What methods that train on their own samples share: rollouts, groups, advantages, anchor, evaluation."""

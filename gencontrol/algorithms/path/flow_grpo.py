@@ -1,0 +1,162 @@
+"""Flow-GRPO and DDPO: policy gradients on sampler steps, which differ in the step and in the advantages.
+
+Flow-GRPO (Liu et al. 2025, arXiv 2505.05470; code yifan123/flow_grpo): the flow's ODE becomes an SDE with the same
+marginals, σ_t = a·√(t/(1−t)), and rewards are centred in the group of a prompt's samples.  Our step integrates that SDE
+exactly for a frozen prediction instead of by Euler–Maruyama, so it is finite at t = 1 and holds for every schedule.
+DDPO (Black et al. 2023, arXiv 2305.13301; code kvablack/ddpo-pytorch): DDIM with η = 1, and rewards are normalised by
+a running record of each prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gencontrol.algorithms.base import StepContext
+from gencontrol.algorithms.online.advantages import FLOOR, Spread, group_advantages
+from gencontrol.algorithms.online.rollout import prompts_of_step
+from gencontrol.algorithms.online.task import PromptTask
+from gencontrol.algorithms.online.tuning import check_counts
+from gencontrol.algorithms.path.base import PathConfig, PathGradient
+from gencontrol.models.roles import Roles
+from gencontrol.rewards.base import Reward, SetReward
+from gencontrol.sampling.steps import Ddim, Sde
+
+
+@dataclass(frozen=True)
+class FlowGrpoConfig(PathConfig):
+    """Options of `FlowGrpo`; defaults are those of the official code (PORT, crd.md §9), the shared ones `PathConfig`'s.
+
+    Args:
+        noise: a of σ_t = a·√(t/(1−t)), > 0; `Sde` has level a/√2, which means the same SDE on every schedule.
+        spread: standard deviation that divides advantages: of all rewards ("global") or of the group ("group").
+    """
+
+    noise: float = 0.7
+    spread: Spread = "global"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.noise > 0:
+            raise ValueError(f"noise = {self.noise}; expected a number above 0 (without noise a step has no density)")
+        if self.generations < 2:
+            raise ValueError(f"generations = {self.generations}; a group needs at least 2 samples to compare")
+        if self.spread not in ("global", "group"):
+            raise ValueError(f"spread = {self.spread!r}; expected 'global' or 'group'")
+
+
+class FlowGrpo(PathGradient):
+    """Flow-GRPO; see the module docstring."""
+
+    Config = FlowGrpoConfig
+
+    def __init__(
+        self, task: PromptTask, reward: Reward | SetReward, config: FlowGrpoConfig, *, roles: Roles, seed: int
+    ) -> None:
+        """Set up; `roles.module` is the task's network, with the roles policy, ref and (for ema_decay > 0) ema.
+
+        Raises:
+            UsageError: a role is missing, or the model has no Gaussian process.
+        """
+        super().__init__("flow-grpo", task, reward, config, roles, seed, Sde(config.noise / 2**0.5))
+        self.grouping: tuple[Spread, int] = (config.spread, config.generations)
+
+    def advantages(
+        self, values: Float[Tensor, " n"], valid: Tensor, ctx: StepContext
+    ) -> tuple[Float[Tensor, " n"], dict[str, float]]:
+        """Centre the rewards in each prompt's group."""
+        spread, generations = self.grouping
+        return group_advantages(values, valid, generations, spread=spread, clip=self.config.advantage_clip), {}
+
+
+@dataclass(frozen=True)
+class DdpoConfig(PathConfig):
+    """Options of `Ddpo`; defaults are those of the official code (PORT, crd.md §9) but for the batch (ours).
+
+    Args:
+        history: rewards remembered per prompt.
+        min_history: below this many the statistics of the whole round serve.
+    """
+
+    prompts_per_round: int = 256
+    generations: int = 1
+    clip_ratio: float = 1e-4
+    kl: float = 0.0
+    demo_steps: int = 50
+    eval_steps: int = 50
+    sampler: str = "sde"
+    history: int = 32
+    min_history: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, "history", "min_history")
+        if self.min_history > self.history:
+            raise ValueError(f"min_history = {self.min_history}; expected at most history = {self.history}")
+
+
+class PromptRecord:
+    """The last rewards of every prompt, which normalise new ones (PORT: PerPromptStatTracker)."""
+
+    def __init__(self, history: int, min_history: int) -> None:
+        """Remember `history` rewards per prompt; prompts with fewer than `min_history` use the round's statistics."""
+        self.history, self.min_history = history, min_history
+        self.rewards: dict[str, list[float]] = {}
+
+    def normalise(self, prompts: Sequence[str], values: Float[Tensor, " n"], valid: Tensor) -> Float[Tensor, " n"]:
+        """Enter the valid rewards; return (r − mean)/(std + floor) of each by its prompt's record, 0 where invalid."""
+        numbers = values.double().tolist()
+        rows: dict[str, list[int]] = {}
+        for row, (prompt, good) in enumerate(zip(prompts, valid.tolist(), strict=True)):
+            if good:
+                rows.setdefault(prompt, []).append(row)
+        result, everything = torch.zeros(len(values), dtype=torch.float64), values[valid].double()
+        for prompt, own in rows.items():
+            record = (self.rewards.get(prompt, []) + [numbers[row] for row in own])[-self.history :]
+            self.rewards[prompt] = record
+            basis = everything if len(record) < self.min_history else torch.tensor(record, dtype=torch.float64)
+            mean, std = float(basis.mean()), float(basis.std(unbiased=False))
+            for row in own:
+                result[row] = (numbers[row] - mean) / (std + FLOOR)
+        return result
+
+
+class Ddpo(PathGradient):
+    """DDPO; see the module docstring.  `collect` moves the record of rewards, which `state_dict` holds."""
+
+    Config = DdpoConfig
+
+    def __init__(
+        self, task: PromptTask, reward: Reward | SetReward, config: DdpoConfig, *, roles: Roles, seed: int
+    ) -> None:
+        """Set up; `roles.module` is the task's network, with the roles policy, ref and (for ema_decay > 0) ema.
+
+        Raises:
+            UsageError: a role is missing, or the model has no Gaussian process.
+        """
+        super().__init__("ddpo", task, reward, config, roles, seed, Ddim(eta=1.0))
+        self.record = PromptRecord(config.history, config.min_history)
+
+    def advantages(
+        self, values: Float[Tensor, " n"], valid: Tensor, ctx: StepContext
+    ) -> tuple[Float[Tensor, " n"], dict[str, float]]:
+        """Normalise by each prompt's record, which all ranks keep alike."""
+        cfg = self.config
+        groups = prompts_of_step(self.shell.task.prompts, cfg.prompts_per_round, self.seed, "ddpo/prompts", ctx.step)
+        prompts = [prompt for prompt in groups for _ in range(cfg.generations)]
+        weights = self.record.normalise(prompts, values, valid).clamp(-cfg.advantage_clip, cfg.advantage_clip)
+        return weights, {"reward/prompts_on_record": float(len(self.record.rewards))}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Number of updates, and the record of rewards."""
+        return super().state_dict() | {"rewards": {p: list(r) for p, r in self.record.rewards.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        super().load_state_dict(state)
+        self.record.rewards = {str(p): [float(v) for v in r] for p, r in state["rewards"].items()}

@@ -1,0 +1,1 @@
+"""`gencontrol bench crd`: claims, worlds, peers and tables of centred reward distillation."""

@@ -1,0 +1,1 @@
+"""`gencontrol bench ctrl`: claims, worlds, peers and the computable optimum of CTRL."""

@@ -1,0 +1,1 @@
+"""`gencontrol bench dragon`: claims of DRAGON on mixtures, songs and sound."""

@@ -1,0 +1,1 @@
+"""What jobs share before they start: settings, checks, models, prompts, devices, the run folder."""

@@ -1,0 +1,94 @@
+"""Which pipeline a model is: by its bundled name, by its folder's index, or by what the hub says of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from gencontrol.errors import UsageError
+from gencontrol.jobs.setup.checks import download_hint
+
+Medium = Literal["audio", "image"]
+
+#: class that fine-tunes and samples, by what comes out
+PIPELINES: dict[Medium, str] = {"audio": "TextToAudioPipeline", "image": "TextToImagePipeline"}
+#: what is optimised, and how, where neither is named
+DEFAULT_REWARD: dict[Medium, str] = {"audio": "clap", "image": "compositional"}
+
+
+def folder_of(model: str) -> Path | None:
+    """Return where a model lies, or None for a hub id.
+
+    Raises:
+        EnvironmentMissing: a bundled model is not in this installation.
+    """
+    from gencontrol.pipelines.hub.hub import BUNDLED_NAMES, bundled_folder
+
+    if model in BUNDLED_NAMES:
+        return bundled_folder(BUNDLED_NAMES[model])
+    path = Path(model).expanduser()
+    return path if path.is_dir() else None
+
+
+def medium_of_class(name: str, model: str) -> Medium:
+    """Return what a pipeline class makes.
+
+    Raises:
+        UsageError: it is none that can be fine-tuned.
+    """
+    from gencontrol.pipelines.backends.foreign_audio import FOREIGN
+    from gencontrol.pipelines.search.diffusers import IMAGES
+
+    if name == PIPELINES["audio"] or name in FOREIGN:
+        return "audio"
+    if name == PIPELINES["image"] or name in IMAGES:
+        return "image"
+    known = ", ".join([*PIPELINES.values(), *FOREIGN, *IMAGES])
+    raise UsageError(f"--model {model} is a {name}; this command takes {known}.")
+
+
+def medium_of(model: str, task: str) -> Medium | None:
+    """Return what a model makes, before anything loads; None for a hub id without --task.
+
+    Args:
+        model: bundled name, folder or hub id.
+        task: "auto", "audio" or "image".
+
+    Raises:
+        UsageError: --task contradicts the folder, or the folder's pipeline cannot be fine-tuned.
+    """
+    from gencontrol.pipelines.hub.hub import read_index
+
+    if model == "bundled" and task == "image":
+        model = "bundled-image"
+    folder = folder_of(model)
+    found = None if folder is None else medium_of_class(str(read_index(folder)["_class_name"]), model)
+    if task == "auto":
+        return found
+    asked: Medium = "image" if task == "image" else "audio"
+    if found not in (None, asked):
+        raise UsageError(f"--task {task}, but --model {model} makes {found}s; leave --task out or name another model.")
+    return asked
+
+
+def load_pipeline(model: str, device: str, *, online: bool, task: str = "auto", lora: str | None = None) -> Any:
+    """Load a model in float32 (autocast gives the lower precision) onto the device, with a LoRA where one is named.
+
+    Raises:
+        UsageError, EnvironmentMissing: see `from_pretrained` and `load_lora_weights`.
+    """
+    from gencontrol import pipelines
+    from gencontrol.pipelines.hub.hub import LoadOptions, locate
+
+    medium = medium_of(model, task)
+    if model == "bundled" and medium == "image":
+        model = "bundled-image"
+    with download_hint(model, online=online):
+        if medium is None:
+            index, _ = locate(model, LoadOptions(local_files_only=not online), "text_to_audio")
+            medium = medium_of_class(str(index["_class_name"]), model)
+        kind: Any = getattr(pipelines, PIPELINES[medium])
+        pipeline = kind.from_pretrained(model, local_files_only=not online)
+    if lora is not None:
+        pipeline.load_lora_weights(lora)
+    return pipeline.to(device)

@@ -1,0 +1,197 @@
+"""The run folder: whether it may be used, what is recorded in it, and the training itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import gencontrol
+from gencontrol.config import load_toml
+from gencontrol.errors import CheckpointError, DiskError, Preempted, UsageError
+from gencontrol.jobs.setup.settings import check_output
+
+CONFIG, RECORD = "config.toml", "run.json"
+
+#: options of [run] that may change between two commands on one folder: they cannot alter what is learned
+HARMLESS = ("run.output", "run.online", "run.cache")
+_LISTED = 6  # differences named in a refusal
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A checked run folder.
+
+    Args:
+        path: the folder.
+        table: the merged configuration, as nested plain values.
+        allow: dotted keys that may differ from what the folder recorded.
+        notes: differences to what the folder recorded before that are allowed, for people.
+    """
+
+    path: Path
+    table: Mapping[str, Mapping[str, Any]]
+    allow: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def open_run(
+    output: str,
+    table: Mapping[str, Mapping[str, Any]],
+    *,
+    mode: str = "auto",
+    allow: Sequence[str] = (),
+) -> RunFolder:
+    """Check a run folder against the configuration; writes nothing.
+
+    Args:
+        output: the folder, which may not exist yet.
+        table: merged configuration.
+        mode: "auto" resumes where there is something to resume, "fresh" refuses a used folder, "resume" an unused one.
+        allow: dotted keys that may differ from what the folder recorded.
+
+    Raises:
+        UsageError: the folder is used with another configuration, or against the mode.
+        CheckpointError: mode "resume" without a checkpoint.
+    """
+    path = check_output(output)
+    entries = [entry.name for entry in path.iterdir()] if path.exists() else []
+    used = any(name in entries for name in (CONFIG, RECORD, "metrics.jsonl", "checkpoints"))
+    if mode == "fresh" and entries:
+        raise UsageError(f"--fresh: {path} is not empty; name another --output, or leave --fresh out to go on there.")
+    if mode == "resume" and not any(path.glob("checkpoints/step_*")):
+        raise CheckpointError(f"--resume: {path} holds no checkpoint; check --output, or leave --resume out to start.")
+    if entries and not used:
+        raise UsageError(f"{path} holds other files ({', '.join(sorted(entries)[:3])}); name a new or a run folder.")
+    _check_writable(path)
+    allowed = (*HARMLESS, *(key.replace("-", "_") for key in allow))
+    notes = _compare(path, load_toml(path / CONFIG), table, allowed) if (path / CONFIG).exists() else []
+    return RunFolder(path, table, allowed, tuple(notes))
+
+
+def _check_writable(path: Path) -> None:
+    """Raise DiskError where the folder, or the nearest one above it that exists, cannot be written."""
+    existing = path
+    while not existing.exists():
+        existing = existing.parent
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise DiskError(f"{existing} cannot be written; choose another --output or mend the permission.")
+
+
+def _compare(path: Path, old: Mapping[str, Any], new: Mapping[str, Any], allowed: Sequence[str]) -> list[str]:
+    """Return the allowed differences; raise for the others."""
+    from gencontrol.train.config import differences, is_harmless
+
+    found = differences(old, json.loads(json.dumps(new)))
+    serious = {key: pair for key, pair in found.items() if key not in allowed and not is_harmless(key, new)}
+    if "run.algorithm" in serious:  # all options of the algorithm differ then, which helps nobody
+        before, after = serious["run.algorithm"]
+        raise UsageError(f"{path} holds a run of {before}, this one is {after}; name another --output.")
+    if serious:
+        pairs = [f"{key} was {before!r}, now {after!r}" for key, (before, after) in serious.items()]
+        rest = len(pairs) - _LISTED
+        listed = "; ".join(pairs[:_LISTED]) + (f"; and {rest} more" if rest > 0 else "")
+        raise UsageError(
+            f"{path} was begun with other settings: {listed}. Name another --output, repeat the old options, or give "
+            f"--allow-change {next(iter(serious))} for each."
+        )
+    return [f"{key} was {before!r}, now {after!r}" for key, (before, after) in found.items()]
+
+
+def record(run: RunFolder, extra: Mapping[str, Any]) -> None:
+    """Write run.json (`extra`, and per start the step, command line, versions, commit, device) into the folder."""
+    from gencontrol.train.checkpoint import Checkpoints
+
+    run.path.mkdir(parents=True, exist_ok=True)
+    file = run.path / RECORD
+    start = {"step": max(Checkpoints(run.path / "checkpoints", keep=1).steps(), default=0), **environment()}
+    _replace(file, json.dumps({**extra, "starts": [*_read_starts(file), start]}, indent=1, ensure_ascii=False) + "\n")
+
+
+def _read_starts(file: Path) -> list[Any]:
+    try:
+        return list(json.loads(file.read_text(encoding="utf-8"))["starts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # absent or damaged: the record starts anew; nothing depends on it
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def environment() -> dict[str, Any]:
+    """Return the command line, versions, git commit and devices of this process."""
+    versions = {"gencontrol": gencontrol.__version__, "python": platform.python_version()}
+    for name in ("torch", "numpy", "diffusers", "transformers", "peft", "safetensors"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "absent"
+    return {
+        "command": shlex.join(["gencontrol", *sys.argv[1:]]),
+        "versions": versions,
+        "commit": _commit(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": _device_name(),
+    }
+
+
+def _device_name() -> str:
+    if "torch" in sys.modules:
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.get_device_name()
+    return f"CPU, {os.cpu_count()} cores"
+
+
+def _commit() -> str | None:
+    """Commit of the source checkout that runs, or None for an installed package."""
+    root = Path(gencontrol.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def fit(run: RunFolder, train: Any, algorithm: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Record the start, train to the end, write report.html; returns the trainer's summary."""
+    from gencontrol.reports.card import write_card
+    from gencontrol.reports.run import write_report
+    from gencontrol.train.trainer import Trainer
+
+    for note in run.notes:
+        print(f"changed since the last start: {note}", file=sys.stderr)
+    if int(os.environ.get("RANK", "0")) == 0:
+        record(run, facts)
+    others = {section: values for section, values in run.table.items() if section != "train"}
+    first = int(os.environ.get("RANK", "0")) == 0
+    try:
+        summary = Trainer(train, run.path, settings=others, allow=run.allow).fit(algorithm)
+    except Preempted:
+        if first:
+            write_report(run.path)
+        raise
+    if first:
+        write_card(run.path)
+        print(f"model:  {run.path / 'final'}\nreport: {write_report(run.path)}")
+    return summary

@@ -1,0 +1,1 @@
+"""Conditions: what a network is told beside x_t and t."""

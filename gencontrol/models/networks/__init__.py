@@ -1,0 +1,1 @@
+"""Backbones: transformers, U-Nets, small convolutional networks, the codec."""

@@ -1,0 +1,1 @@
+"""Networks that read samples: encoders, classifiers and judges."""

@@ -1,0 +1,1 @@
+"""The bundled digit model: images, training, settings, measured quality."""

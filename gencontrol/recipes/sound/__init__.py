@@ -1,0 +1,1 @@
+"""The bundled sound models: synthesised clips, training, settings, measured quality."""

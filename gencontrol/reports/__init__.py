@@ -1,0 +1,1 @@
+"""Pages and model cards that runs, searches and evaluations leave behind."""

@@ -1,0 +1,1 @@
+"""Particle samplers: best-of-n, importance sampling, SMC and its guided forms, beam search."""

@@ -1,0 +1,347 @@
+"""Particle samplers that steer on the way: SMC (FK steering), TDS, DAS and DPS.
+
+All four are one scheme.  Particles carry log-weights: the log-ratio log p/q of the transitions taken, plus potentials
+at the resampling times that tell which paths look good.  Potentials are only advice: what a particle was credited is
+taken back at the end, where its weight becomes exp(r(x0)/temperature)·p/q, so samples and log Z are right for any
+potentials (Del Moral 2004).
+
+The value of x_t is the reward of its one-step estimate x̂0.  It comes with the model call of the step that leaves x_t,
+and resampling acts on where that step arrived, as in FK steering's public code: no call is spent on values, no
+prediction is kept, and copies diverge from the next step on.  The log-ratio of that one step joins the weight later,
+together with the value it anticipates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Bool, Float, Int64, Shaped
+from torch import Tensor
+
+from gencontrol.errors import RewardError, UsageError, nearest
+from gencontrol.rng import stream
+from gencontrol.sampling.chain import Twist, token_step
+from gencontrol.sampling.particles.population import Particles, Search, base_samples, collect, no_weight, roots_of, walk
+from gencontrol.sampling.particles.resampling import effective_size, multinomial, normalised, systematic
+from gencontrol.sampling.scoring import Scores
+from gencontrol.sampling.steps import StochasticStep
+from gencontrol.sampling.tree.growth import branch_indices
+
+#: Where to resample: number of equal segments, "all", or times of the grid; None is five segments (DTS table 2, FOUND).
+ResampleAt = int | str | Sequence[float] | None
+#: Largest potential of FK steering's public code (CODE).
+FK_CLAMP = 1e10
+#: Growth of the tempering of DAS, and the number of steps it was made for (CODE: das/pipeline_using_SMC, 100 steps).
+DAS_GAMMA, DAS_STEPS = 0.008, 100
+
+
+@dataclass(frozen=True)
+class Potential:
+    """How values at the resampling times become potentials G (FK steering, arXiv 2501.06848).
+
+    A particle remembers one number m, from `start` on; at each time m' = update(m, value), and log G = λ·(m' - m) for
+    differences, λ·m' otherwise.
+
+    Args:
+        start: m before the first value.
+        update: (m, value) → m'.
+        difference: see above.
+        published: forget weights as FK steering's public code does.
+    """
+
+    start: float
+    update: Callable[[Tensor, Tensor], Tensor]
+    difference: bool = False
+    published: bool = False
+
+
+def _last(memory: Tensor, value: Tensor) -> Tensor:
+    """The new value."""
+    return value
+
+
+POTENTIALS: dict[str, Potential] = {
+    "diff": Potential(0.0, _last, difference=True),
+    "max": Potential(-math.inf, torch.maximum),
+    "add": Potential(0.0, torch.add),
+    "fk-published": Potential(0.0, _last, difference=True, published=True),
+}
+
+
+def run_smc(
+    search: Search,
+    n: int,
+    *,
+    resample_at: ResampleAt = None,
+    ess_threshold: float = 0.5,
+    potential: str = "diff",
+) -> Particles:
+    """Run sequential Monte Carlo with proposals of the base chain; see `particles.smc`.
+
+    Raises:
+        UsageError: unknown potential, a count or threshold out of range, or times that are not in the grid.
+    """
+    if potential not in POTENTIALS:
+        known = ", ".join(POTENTIALS)
+        raise UsageError(f"unknown potential '{potential}'.{nearest(potential, POTENTIALS)} Known: {known}.")
+    return _run(search, n, resample_at, ess_threshold, POTENTIALS[potential], lambda index: 1.0)
+
+
+def run_tds(
+    search: Search,
+    n: int,
+    *,
+    resample_at: ResampleAt = None,
+    ess_threshold: float = 0.5,
+    max_norm: float | None = None,
+) -> Particles:
+    """Run SMC with proposals that climb the reward; see `particles.tds`.
+
+    Raises:
+        UsageError: as `run_smc`; tokens, or a reward without gradient.
+    """
+    climbing = _twisted(search, "tds", lambda t: search.inverse_temperature, max_norm)
+    return _run(climbing, n, resample_at, ess_threshold, POTENTIALS["diff"], lambda index: 1.0)
+
+
+def run_das(
+    search: Search,
+    n: int,
+    *,
+    resample_at: ResampleAt = None,
+    ess_threshold: float = 0.5,
+    max_norm: float | None = None,
+) -> Particles:
+    """Run TDS on a reward that is faded in; see `particles.das`.
+
+    Raises:
+        UsageError: as `run_tds`.
+    """
+    share = {t: das_tempering(index, search.chain.steps) for index, t in enumerate(search.chain.grid)}
+    climbing = _twisted(search, "das", lambda t: search.inverse_temperature * share[t], max_norm)
+    steps = search.chain.steps
+    return _run(climbing, n, resample_at, ess_threshold, POTENTIALS["diff"], lambda index: das_tempering(index, steps))
+
+
+def run_dps(
+    search: Search, n: int, *, scale: float = 1.0, max_norm: float | None = None, importance: bool = False
+) -> Particles:
+    """Run the climbing proposal alone, without resampling; see `particles.dps`.
+
+    Raises:
+        UsageError: scale < 0, n < 1, tokens, or a reward without gradient.
+    """
+    if not 0.0 <= scale < math.inf:
+        raise UsageError(f"scale is {scale}; it multiplies the gradient and must be >= 0 and finite.")
+    climbing = _twisted(search, "dps", lambda t: search.inverse_temperature * scale, max_norm)
+    found, scores = base_samples(climbing, n)
+    log_weights = torch.zeros(n, dtype=torch.float64)
+    log_z = math.nan
+    if importance:
+        full = scores.values * search.inverse_temperature + found.log_ratio
+        log_weights, total = normalised(full.masked_fill(~scores.valid, -math.inf))
+        log_z = total - math.log(n)
+    extras = {"log_ratio": found.log_ratio, "gradients": n * (search.chain.steps - 1)}
+    return collect(search, found.x, scores, log_weights, int(found.calls.sum()), log_z, extras)
+
+
+def das_tempering(index: int, steps: int) -> float:
+    """Return γ = min((1 + 0.008)^i - 1, 1), which multiplies the reward at grid index `index` (CODE).
+
+    i counts steps of a 100-step path, so that another number of steps sees the same curve (ours).
+    """
+    return min((1.0 + DAS_GAMMA) ** (index * DAS_STEPS / steps) - 1.0, 1.0)
+
+
+def _twisted(search: Search, name: str, scale: Callable[[float], float], max_norm: float | None) -> Search:
+    """The search with a proposal that climbs the reward.
+
+    Raises:
+        UsageError: tokens, a step that is not Gaussian, max_norm ≤ 0, or a reward that is not differentiable.
+    """
+    if search.chain.masked or not isinstance(search.chain.step, StochasticStep):
+        raise UsageError(
+            f"{name} needs a gradient in x, which tokens do not have; use dts, smc, beam, snis, best-of-n."
+        )
+    if max_norm is not None and not max_norm > 0:
+        raise UsageError(f"max_norm is {max_norm}; it bounds the length of a gradient and must be > 0.")
+    twist = Twist(search.scorer.differentiable, scale, max_norm)
+    return replace(search, chain=replace(search.chain, twist=twist))
+
+
+@dataclass
+class _Cloud:
+    """The particles under way.
+
+    Args:
+        x: states [n *d].
+        keys: noise keys [n].
+        memory: the potential's number m [n].
+        log_weights: [n], normalised.
+        credit: [n] Σ log G received so far, to be taken back.
+        pending: [n] Σ log p/q of steps that the weight does not contain yet.
+        origin: [n] row at the start.
+        log_z: log of the estimate so far.
+        nfe: model calls.
+        trace: grid index → effective sample size before resampling there; resampled: where it happened.
+    """
+
+    x: Shaped[Tensor, "n *d"]
+    keys: Int64[Tensor, " n"]
+    memory: Float[Tensor, " n"]
+    log_weights: Float[Tensor, " n"]
+    credit: Float[Tensor, " n"]
+    pending: Float[Tensor, " n"]
+    origin: Int64[Tensor, " n"]
+    log_z: float = 0.0
+    nfe: int = 0
+    trace: dict[int, float] = field(default_factory=dict)
+    resampled: list[int] = field(default_factory=list)
+
+    def advance(self, search: Search, span: tuple[int, int]) -> None:
+        """Take steps without looking."""
+        found = walk(search, self.x, self.keys, span)
+        self.x, self.pending = found.x, self.pending + found.log_ratio
+        self.nfe += int(found.calls.sum())
+
+    def reweigh(self, increment: Float[Tensor, " n"]) -> None:
+        """Multiply the weights: the mean factor is one more factor of Z."""
+        self.log_weights, total = normalised(self.log_weights + increment)
+        self.log_z += total
+
+    def select(self, index: Int64[Tensor, " n"]) -> None:
+        """Keep the particles `index`, with everything that belongs to them, at equal weights.
+
+        Keys belong to the places, and a place has not drawn its later noise yet: copies diverge.
+        """
+        self.x = self.x[index.to(self.x.device)]
+        self.memory, self.credit = self.memory[index], self.credit[index]
+        self.pending, self.origin = self.pending[index], self.origin[index]
+        self.log_weights = torch.full_like(self.log_weights, -math.log(len(index)))
+
+
+def _run(
+    search: Search,
+    n: int,
+    resample_at: ResampleAt,
+    ess_threshold: float,
+    rule: Potential,
+    fade: Callable[[int], float],
+) -> Particles:
+    """The scheme of this module; fade(grid index) multiplies the values.
+
+    extras: "ess" {grid index: effective sample size before resampling}, "resampled" [grid index], "origins" (number of
+    starting particles with descendants), and with a twist "gradients" (backward passes, one per row and step).
+    """
+    if n < 1 or not 0.0 <= ess_threshold <= 1.0:
+        raise UsageError(f"{n} particles with ess_threshold {ess_threshold}; give at least 1, and 0 to 1.")
+    token_step(search.chain)
+    steps = search.chain.steps
+    segments = min(5, steps) if resample_at is None else resample_at
+    # the tree may also branch at the start, where there is nothing to weigh yet
+    levels = [level for level in branch_indices(search.chain, segments)[:-1] if level > 0]
+    cloud = _start(search, n, rule)
+    place = 0
+    for level in levels:
+        cloud.advance(search, (place, level - 1))
+        _look(search, cloud, level - 1, rule, fade(level - 1))
+        place = level
+        cloud.trace[level] = effective_size(cloud.log_weights)
+        if cloud.trace[level] < ess_threshold * n:
+            cloud.select(_ancestors(search, cloud.log_weights, level, rule))
+            cloud.resampled.append(level)
+    cloud.advance(search, (place, steps))
+    scores = search.scorer(cloud.x, roots_of(n))
+    return _finish(search, cloud, scores, ess_threshold, rule)
+
+
+def _start(search: Search, n: int, rule: Potential) -> _Cloud:
+    """Particles at the first time, equally weighted."""
+    rows = torch.arange(n)
+    keys = search.keys(rows)
+    zeros = torch.zeros(n, dtype=torch.float64)
+    equal = torch.full_like(zeros, -math.log(n))
+    return _Cloud(search.chain.prior(keys), keys, zeros + rule.start, equal, zeros, zeros, rows)
+
+
+def _look(search: Search, cloud: _Cloud, index: int, rule: Potential, fade: float) -> None:
+    """Take step `index`, and weigh the particles by the value of where it left from."""
+    reached = cloud.pending
+    x, values, valid, ratio = _step_and_value(search, cloud.x, cloud.keys, index)
+    cloud.x, cloud.nfe = x, cloud.nfe + len(x)
+    memory = rule.update(cloud.memory, fade * values)
+    gain = search.inverse_temperature * (memory - cloud.memory if rule.difference else memory)
+    # an estimate that cannot be scored says nothing: its potential is 1
+    gain = torch.where(valid, gain, torch.zeros_like(gain))
+    cloud.memory = torch.where(valid, memory, cloud.memory)
+    if rule.published:
+        cloud.log_weights = _published(gain, valid)
+        return
+    cloud.reweigh(reached + gain)
+    cloud.credit, cloud.pending = cloud.credit + gain, ratio
+    if not math.isfinite(cloud.log_z):
+        raise RewardError(no_weight(search))
+
+
+def _step_and_value(
+    search: Search, x: Shaped[Tensor, "n *d"], keys: Int64[Tensor, " n"], index: int
+) -> tuple[Shaped[Tensor, "n *d"], Float[Tensor, " n"], Bool[Tensor, " n"], Float[Tensor, " n"]]:
+    """One model call per row: the next states, values of the states left, their validity, log p/q of the step."""
+    chain, roots = search.chain, roots_of(len(x))
+    moved, estimates, values, ratios = [], [], [], [torch.zeros(0)]
+    for s in search.slices(len(x)):
+        if search.poll is not None:
+            search.poll()
+        if chain.twist is None:
+            pred = chain.predict(x[s], roots[s], index)
+            estimates.append(chain.estimate(pred, keys[s], index))
+            moved.append(chain.move(pred, index, keys[s]))
+        else:
+            pred, gradient, value = chain.slope(x[s], roots[s], index)
+            after, ratio = chain.twisted(pred, gradient, index, keys[s])
+            moved.append(after)
+            values.append(value.double().cpu())
+            ratios.append(ratio.cpu())
+    if chain.twist is None:
+        scores = search.scorer(torch.cat(estimates), roots)
+        return torch.cat(moved), scores.values, scores.valid, torch.zeros(len(x), dtype=torch.float64)
+    found = torch.cat(values)
+    return torch.cat(moved), found, torch.isfinite(found), torch.cat(ratios).double()
+
+
+def _ancestors(search: Search, log_weights: Float[Tensor, " n"], level: int, rule: Potential) -> Int64[Tensor, " n"]:
+    """Who is copied where: systematic, or multinomial as published."""
+    generator = stream(search.seed, "particles/resample", level)
+    if rule.published:
+        draws = torch.rand(len(log_weights), generator=generator, dtype=torch.float64)
+        return multinomial(log_weights, draws)
+    return systematic(log_weights, float(torch.rand((), generator=generator, dtype=torch.float64)))
+
+
+def _published(gain: Float[Tensor, " n"], valid: Bool[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Weights of FK steering's public code: the newest potential alone, clamped; all equal if all are 0 (CODE)."""
+    log = gain.clamp(max=math.log(FK_CLAMP)).masked_fill(~valid, -math.inf)
+    return normalised(log if bool(valid.any()) else torch.zeros_like(log))[0]
+
+
+def _finish(search: Search, cloud: _Cloud, scores: Scores, ess_threshold: float, rule: Potential) -> Particles:
+    """Exact terminal weights, or the published end: resample once more if uneven, then forget the weights."""
+    extras: dict[str, object] = {"ess": cloud.trace, "resampled": cloud.resampled}
+    if search.chain.twist is not None:
+        extras["gradients"] = len(cloud.x) * (search.chain.steps - 1)
+    terminal = scores.values.nan_to_num(0.0) * search.inverse_temperature
+    if rule.published:
+        log = _published(terminal - search.inverse_temperature * cloud.memory, scores.valid)
+        if effective_size(log) < ess_threshold * len(log):
+            index = _ancestors(search, log, search.chain.steps, rule)
+            cloud.select(index)
+            scores = Scores(scores.values[index], scores.valid[index])
+        cloud.log_weights, cloud.log_z = torch.zeros_like(log), math.nan
+    else:
+        end = (terminal - cloud.credit + cloud.pending).masked_fill(~scores.valid, -math.inf)
+        cloud.reweigh(end)
+    extras["origins"] = len(cloud.origin[torch.isfinite(cloud.log_weights)].unique())
+    return collect(search, cloud.x, scores, cloud.log_weights, cloud.nfe, cloud.log_z, extras)

@@ -1,0 +1,1 @@
+"""Several processes: collectives, sharded training, ranks kept in step."""

@@ -1,0 +1,1 @@
+"""What a prompted pipeline needs of a model, whoever made it: ours and diffusers' ones."""

@@ -1,0 +1,1 @@
+"""Search over a pipeline's samples by reward, for every pipeline that can be searched."""

@@ -1,0 +1,1 @@
+"""Rewards on another machine: server, client and the wire between them."""

@@ -1,0 +1,1 @@
+"""What set rewards stand on: Gaussian statistics, references, incremental states."""

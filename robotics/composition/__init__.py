@@ -1,0 +1,1 @@
+"""Composition of policies: operators, weights and their search, files."""

@@ -1,0 +1,77 @@
+"""The process of one row: `python -m gencontrol.robotics.envs.worker FD REQUEST`, started by `env_rows.ProcessRow`.
+
+Loads the simulator and NumPy, never torch.  Ends when its parent is gone, even while the simulator hangs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection
+
+import numpy as np
+
+from gencontrol.errors import EnvironmentMissing, UsageError
+from gencontrol.robotics.envs.make import family_of, make_env
+from gencontrol.robotics.envs.types import RobotEnv, Transition
+from gencontrol.robotics.envs.wire import pack, pack_transition, spec_to_json, unpack
+
+_WATCH_S = 1.0
+
+
+def main(descriptor: int, request: str) -> None:
+    """Make the environment and serve until the parent says stop or goes away."""
+    parent = os.getppid()
+    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    link = Connection(descriptor)
+    asked = json.loads(request)
+    if not asked["render"] and ":" not in asked["env_id"] and not family_of(asked["env_id"]).draws:
+        os.environ["MUJOCO_GL"] = "disable"  # states are computed even where nothing can be drawn
+    try:
+        env = make_env(**asked)
+    except Exception as error:  # whatever a stranger's constructor raises is told to the parent
+        kind = next((k.__name__ for k in (EnvironmentMissing, UsageError) if isinstance(error, k)), "")
+        link.send_bytes(pack({"error": str(error) if kind else describe(error), "kind": kind}))
+        return
+    link.send_bytes(pack({"spec": spec_to_json(env.spec)}))
+    while True:
+        try:
+            message = link.recv_bytes()
+        except EOFError:
+            break
+        link.send_bytes(answer(env, message))
+    env.close()
+
+
+def answer(env: RobotEnv, message: bytes) -> bytes:
+    """Do what a message asks; an exception becomes a message."""
+    head, arrays = unpack(message)
+    try:
+        if head["op"] == "reset":
+            return pack_transition(Transition(env.reset(head["seed"]), 0.0, False, False, None))
+        if head["op"] == "step":
+            return pack_transition(env.step(arrays["action"].copy()))
+        return pack({}, {"frame": np.ascontiguousarray(env.render())})
+    except Exception as error:  # a fault of this episode alone
+        return pack({"error": describe(error)})
+
+
+def describe(error: BaseException) -> str:
+    """Return type and first line of an exception."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_WATCH_S)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])

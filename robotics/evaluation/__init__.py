@@ -1,0 +1,1 @@
+"""Evaluation of policies: rollouts, statistics, files, videos, the page."""
