@@ -21,7 +21,7 @@ $(VENV)/.core: setup.cfg constraints.txt | $(BIN)/python
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	$(BIN)/pip install -q -e ".[audio,robotics,pusht,bench,dev]" -c constraints.txt
+	$(BIN)/pip install -q -e ".[audio,robotics,pusht,bench,serve,docs,dev]" -c constraints.txt
 	touch $@
 
 demo: $(VENV)/.core

@@ -7,12 +7,17 @@ Unknown keys and wrong types are errors that name the nearest key.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
+import re
 import tomllib
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, dataclass_transform
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import AllowInfNan, ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from gencontrol.errors import UsageError, nearest
 
@@ -56,46 +61,107 @@ def apply_overrides(table: dict[str, Any], overrides: Sequence[str]) -> dict[str
     return result
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    origin = typing.get_origin(kind)
-    if kind is Any:
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, option) for option in typing.get_args(kind))
-    if origin is typing.Literal:
-        return value in typing.get_args(kind)
-    if origin in (list, tuple, Sequence):
-        return isinstance(value, (list, tuple))
-    if origin in (dict, Mapping):
-        return isinstance(value, dict)
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, kind) if isinstance(kind, type) else True
+#: ranges, to be written into a field's type: `lr: Positive = 1e-4`
+Count = Annotated[int, Ge(1)]
+Natural = Annotated[int, Ge(0)]
+Positive = Annotated[float, Gt(0), AllowInfNan(False)]
+NonNegative = Annotated[float, Ge(0), AllowInfNan(False)]
+Share = Annotated[float, Ge(0), Le(1)]
+BelowOne = Annotated[float, Ge(0), Lt(1)]
+
+#: earlier names of options; a file or a flag with one of them is refused with the name of today
+RENAMED: dict[str, str] = {}
+
+_RULES = {
+    "greater_than": "a number above {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "a number below {lt:g}",
+    "less_than_equal": "at most {le:g}",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "a text",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "dict_type": "a table",
+    "too_long": "at most {max_length} entries",
+    "finite_number": "a finite number",
+    "literal_error": "{expected}",
+    "too_short": "at least {min_length} entries",
+    "string_too_short": "a text that is not empty",
+}
+
+
+@dataclass_transform(frozen_default=True)
+def options(cls: type[T]) -> type[T]:
+    """Make a class of options: a frozen pydantic dataclass whose errors are one line.
+
+    A field is the only place of an option: its annotation is type and range (`Count`, `Positive`, `Share`, a Literal…),
+    its default is the default, and what the class's docstring says under `Args:` is its help.  Rules between fields go
+    into `__post_init__`, which raises ValueError.
+
+    Raises (the class, when it is made):
+        ValueError: a wrong type, an unknown name or a value out of range: "lr = -1; expected a number above 0".
+    """
+    made: Any = pydantic_dataclass(
+        cls, frozen=True, config=ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
+    )
+    checked = made.__init__
+
+    def __init__(self: Any, *args: Any, **values: Any) -> None:
+        try:
+            checked(self, *args, **values)
+        except ValidationError as error:
+            raise ValueError(_sentence(error)) from None
+
+    functools.update_wrapper(__init__, checked)
+    vars(__init__)["__signature__"] = inspect.signature(made)
+    made.__init__ = __init__
+    return made
+
+
+def _sentence(error: ValidationError) -> str:
+    """Return the first fault as "option = value; expected …"."""
+    first = error.errors(include_url=False)[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    kind, given, ctx = first["type"], first["input"], first.get("ctx", {})
+    if kind == "value_error":
+        return str(ctx["error"])
+    if kind in ("unexpected_keyword_argument", "missing"):
+        return f"{name}: {first['msg'].lower()}"
+    expected = _RULES[kind].format(**ctx) if kind in _RULES else first["msg"].removeprefix("Input should be ")
+    return f"{'.'.join(map(str, first['loc']))} = {given!r}; expected {expected}"
+
+
+def helps(cls: type) -> dict[str, str]:
+    """Return option → help text: what the docstrings of a class and of its bases say under `Args:`."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        _, _, body = (inspect.cleandoc(base.__doc__ or "")).partition("Args:\n")
+        for names, text in re.findall(r"^ {4}(\w+(?:, \w+)*): (.+(?:\n {6,}.+)*)", body, re.M):
+            found.update(dict.fromkeys(names.split(", "), " ".join(text.split())))
+    return found
 
 
 def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
-    """Build a config dataclass from a flat table; `__post_init__` may raise ValueError for a range.
+    """Build a class of options from a flat table.
 
     Raises:
-        UsageError: an unknown key (nearest one suggested), a wrong type, or a value out of range.
+        UsageError: an unknown key (nearest one suggested), a name of an earlier version, a wrong type, or a value out
+            of range.
     """
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # T is a dataclass
+    fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # T is a dataclass
     values: dict[str, Any] = {}
     for raw, value in table.items():
         key = raw.replace("-", "_")
+        if key not in fields and RENAMED.get(key) in fields:
+            new = RENAMED[key]
+            both = f" {new} is given as well; leave '{raw}' out." if new in table else ""
+            raise UsageError(f"[{where}] option '{raw}' is now called '{new}'.{both}")
         if key not in fields:
             raise UsageError(
                 f"[{where}] has no option '{raw}'.{nearest(key, fields)} Options: {', '.join(sorted(fields))}."
             )
-        if not _fits(value, hints[key]):
-            if typing.get_origin(hints[key]) is typing.Literal:
-                known = ", ".join(str(choice) for choice in typing.get_args(hints[key]))
-                raise UsageError(f"[{where}] {key} = {value!r} is unknown; choose from {known}.")
-            kind = getattr(hints[key], "__name__", None) or str(hints[key])
-            raise UsageError(f"[{where}] {key} = {value!r} is a {type(value).__name__}; expected {kind}.")
         values[key] = tuple(value) if isinstance(value, list) else value
     try:
         return cls(**values)

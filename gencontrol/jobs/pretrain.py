@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gencontrol.config import build, dump_toml
+from gencontrol.config import build, dump_toml, options
 from gencontrol.errors import UsageError, nearest
 from gencontrol.jobs.setup.environment import choose_device, prepare
 from gencontrol.jobs.setup.runs import RunFolder, fit, open_run
@@ -56,7 +56,7 @@ class PretrainRun:
     cache: str = ""
 
 
-@dataclass(frozen=True)
+@options
 class SoundDataConfig:
     """The [run] section of sound-data: the folder (`data`, or `output`), clips per split, worker processes."""
 

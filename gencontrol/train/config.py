@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
+from gencontrol.config import options
 from gencontrol.errors import UsageError
 
 #: Keys of [train] that may change between two starts of one run: they cannot alter what is learned.
 HARMLESS = frozenset({"save_every", "keep", "eval_every", "track", "threads", "device", "shard"})
 
 
-@dataclass(frozen=True)
+@options
 class TrainConfig:
     """Settings of the Trainer; "step" is a training step (collect and its updates), counted from 1 when finished.
 

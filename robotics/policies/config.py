@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
+from gencontrol.config import options
 from gencontrol.errors import UsageError
 
 #: backbone → (width, depth) where the option is 0
 SIZES = {"unet": (64, 3), "transformer": (128, 4), "mlp": (256, 3)}
 
 
-@dataclass(frozen=True)
+@options
 class PolicyConfig:
     """What diffusion and flow policies have in common.
 
@@ -58,7 +58,7 @@ class PolicyConfig:
         return self.width or width, self.depth or depth
 
 
-@dataclass(frozen=True)
+@options
 class DiffusionPolicyConfig(PolicyConfig):
     """Options of `DiffusionPolicy`; the defaults of Diffusion Policy (gpc.md §6, FOUND) but for the steps.
 
@@ -91,7 +91,7 @@ class DiffusionPolicyConfig(PolicyConfig):
             )
 
 
-@dataclass(frozen=True)
+@options
 class FlowPolicyConfig(PolicyConfig):
     """Options of `FlowPolicy`: rectified flow, velocity, Euler; the clean prediction is not clipped by default."""
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gencontrol.algorithms.base import Collected, Evaluation, LossOut, StepContext
 from gencontrol.algorithms.pretraining import AveragedPretraining
+from gencontrol.config import options
 from gencontrol.errors import UsageError
 from gencontrol.models.denoiser import Denoiser
 from gencontrol.models.roles import Roles
@@ -64,7 +65,7 @@ class TrainedPolicy(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@options
 class PolicyPretrainConfig:
     """Options of `PolicyPretrain`.
 

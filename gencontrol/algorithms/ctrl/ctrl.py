@@ -26,6 +26,7 @@ from gencontrol.algorithms.ctrl.chain import ControlChain, ControlledPath
 from gencontrol.algorithms.online.rollout import autocast, chunks, device_of, prompts_of_step
 from gencontrol.algorithms.online.task import PromptTask
 from gencontrol.algorithms.online.tuning import RewardTuning, check_counts
+from gencontrol.config import options
 from gencontrol.errors import UsageError
 from gencontrol.models.conditions.base import conditioned
 from gencontrol.models.conditions.labels import join_prompt
@@ -38,7 +39,7 @@ from gencontrol.sampling.control.files import save_control
 from gencontrol.types import Cond, RewardContext, cond_to
 
 
-@dataclass(frozen=True)
+@options
 class CtrlConfig:
     """Options of `Ctrl`; values are ours (E-CTRL-1 and 2) unless marked CODE.
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from gencontrol.algorithms.online.task import PromptTask
+from gencontrol.config import options
 from gencontrol.errors import UsageError
 from gencontrol.models.conditions.base import Conditioned, add_condition, with_labels
 from gencontrol.models.conditions.labels import Labels, join_prompt, split_prompt
@@ -80,7 +81,7 @@ def check_backbone(network: Conditioned, roles: Roles) -> None:
         raise UsageError("ctrl: LoRA alone cannot see the labels; make the roles with whole=whole_parameters(config).")
 
 
-@dataclass(frozen=True)
+@options
 class ShellConfig:
     """What `Tuning` asks of a configuration; guidance is inside the labelled task's model."""
 

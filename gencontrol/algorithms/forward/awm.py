@@ -9,7 +9,6 @@ single-node GenEval run (CODE), of which crd.md §9 gives an outline; the 1e-3 o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -20,6 +19,7 @@ from gencontrol.algorithms.forward.base import ForwardTuning, Micro, Views
 from gencontrol.algorithms.forward.config import ForwardConfig, KlAdapt, check_choice
 from gencontrol.algorithms.online.anchor import anchor_penalty
 from gencontrol.algorithms.online.task import PromptTask
+from gencontrol.config import options
 from gencontrol.models.denoiser import Pred
 from gencontrol.models.roles import Roles
 from gencontrol.rewards.base import Reward, SetReward
@@ -28,7 +28,7 @@ from gencontrol.rewards.base import Reward, SetReward
 _SOFT = 1e-10
 
 
-@dataclass(frozen=True)
+@options
 class AwmConfig(ForwardConfig):
     """Options of `Awm`; defaults of the official GenEval run (CODE by methods/crd.md §9) where they differ.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from gencontrol.algorithms.online.snapshots import LinearDecay
 from gencontrol.algorithms.online.tuning import check_counts, check_tuning
+from gencontrol.config import options
 
 KlAdapt = Literal["raw_reward", "advantage", "off"]
 
@@ -23,7 +23,7 @@ def check_choice(config: object, name: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} = {value!r}; expected one of {', '.join(allowed)}")
 
 
-@dataclass(frozen=True)
+@options
 class ForwardConfig:
     """Shared options; labels as in methods/crd.md (PORT = Flow-Factory's trainer and its SD3.5 preset).
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -44,6 +43,7 @@ from gencontrol.algorithms.online.anchor import anchor_penalty
 from gencontrol.algorithms.online.parallel import active, gather_rows, shared_fate
 from gencontrol.algorithms.online.task import PromptTask
 from gencontrol.algorithms.online.tuning import check_counts
+from gencontrol.config import options
 from gencontrol.models.roles import Roles
 from gencontrol.rewards.base import Reward, SetReward
 
@@ -53,7 +53,7 @@ __all__ = ["Crd", "CrdConfig", "centered_reward_loss", "implicit_reward"]
 _COLLAPSED, _PATIENCE = 1e-6, 5
 
 
-@dataclass(frozen=True)
+@options
 class CrdConfig(ForwardConfig):
     """Options of `Crd`; the shared ones are in `ForwardConfig`.
 

@@ -9,7 +9,6 @@ adaptation are options for comparisons at equal anchor, off by default.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 from jaxtyping import Float
@@ -18,10 +17,11 @@ from torch import Tensor
 from gencontrol.algorithms.forward.base import ForwardTuning, Micro, Views
 from gencontrol.algorithms.forward.config import ForwardConfig, KlAdapt
 from gencontrol.algorithms.forward.crd_losses import WEIGHT_FLOOR
+from gencontrol.config import options
 from gencontrol.models.denoiser import Pred
 
 
-@dataclass(frozen=True)
+@options
 class NftConfig(ForwardConfig):
     """Options of `Nft`; defaults are those of the official GenEval run (CODE), where they differ from `ForwardConfig`.
 

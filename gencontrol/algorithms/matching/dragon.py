@@ -25,6 +25,7 @@ from gencontrol.algorithms.online.rollout import autocast
 from gencontrol.algorithms.online.sets import Grouping, Rule, build_sets
 from gencontrol.algorithms.online.task import PromptTask
 from gencontrol.algorithms.online.tuning import RewardTuning, check_counts, check_tuning
+from gencontrol.config import options
 from gencontrol.errors import NumericsError
 from gencontrol.models.roles import Roles
 from gencontrol.rewards.base import Reward, SetReward
@@ -39,7 +40,7 @@ _FLAT = 1e-6
 _SPREAD = (1e-3, 1e-1)
 
 
-@dataclass(frozen=True)
+@options
 class DragonConfig:
     """Options of `Dragon`; "ours" marks what the paper's available text does not give (methods/dragon.md §4).
 

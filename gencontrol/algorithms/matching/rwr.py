@@ -22,13 +22,14 @@ from gencontrol.algorithms.online.rollout import autocast
 from gencontrol.algorithms.online.sets import item_values, reward_of
 from gencontrol.algorithms.online.task import PromptTask
 from gencontrol.algorithms.online.tuning import RewardTuning, check_counts, check_tuning
+from gencontrol.config import options
 from gencontrol.models.roles import Roles
 from gencontrol.process.gaussian import GaussianProcess
 from gencontrol.rewards.base import Reward, SetReward
 from gencontrol.types import Cond, index_cond
 
 
-@dataclass(frozen=True)
+@options
 class RwrConfig:
     """Options of `RewardWeightedRegression`; all values are ours, the shared ones are DRAGON's.
 

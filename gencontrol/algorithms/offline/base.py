@@ -21,6 +21,7 @@ from gencontrol.algorithms.online.parallel import shared_fate
 from gencontrol.algorithms.online.rollout import device_of, rows_of_step
 from gencontrol.algorithms.online.task import PromptTask
 from gencontrol.algorithms.online.tuning import RewardTuning, check_counts
+from gencontrol.config import options
 from gencontrol.data.manifest import Entry, read_sample
 from gencontrol.errors import UsageError
 from gencontrol.models.roles import Roles
@@ -28,7 +29,7 @@ from gencontrol.rewards.base import Reward, SetReward
 from gencontrol.types import Cond, cond_to, grouped
 
 
-@dataclass(frozen=True)
+@options
 class OfflineConfig:
     """Options that offline methods share.
 

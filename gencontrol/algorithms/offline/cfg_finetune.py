@@ -22,6 +22,7 @@ from gencontrol.algorithms.offline.base import Encoded, Offline, OfflineConfig, 
 from gencontrol.algorithms.online.preference import denoising_error
 from gencontrol.algorithms.online.rollout import autocast
 from gencontrol.algorithms.online.task import PromptTask
+from gencontrol.config import options
 from gencontrol.data.manifest import Entry, check_labels, read_manifest
 from gencontrol.errors import UsageError
 from gencontrol.models.conditions.base import Conditioned, add_condition, conditioned, with_labels
@@ -38,7 +39,7 @@ from gencontrol.types import Cond, Grouped, cond_to, index_cond
 NAME, NONE = "labels", "none"
 
 
-@dataclass(frozen=True)
+@options
 class CfgFinetuneConfig(OfflineConfig):
     """Options of `CfgFinetune`; the shared ones are `OfflineConfig`'s.
 

@@ -18,13 +18,14 @@ from gencontrol.algorithms.offline.base import Encoded, Offline, OfflineConfig, 
 from gencontrol.algorithms.online.preference import Errors, denoising_error, dpo
 from gencontrol.algorithms.online.rollout import autocast
 from gencontrol.algorithms.online.task import PromptTask
+from gencontrol.config import options
 from gencontrol.data.manifest import read_manifest
 from gencontrol.models.roles import Roles
 from gencontrol.rewards.base import Reward, SetReward
 from gencontrol.types import Cond, cat_cond, index_cond
 
 
-@dataclass(frozen=True)
+@options
 class DpoConfig(OfflineConfig):
     """Options of `DiffusionDpo`; the shared ones are `OfflineConfig`'s.
 

@@ -24,6 +24,7 @@ from gencontrol.algorithms.online.rollout import Pool, Sampling, autocast, chunk
 from gencontrol.algorithms.online.sets import item_values, reward_of
 from gencontrol.algorithms.online.task import PromptTask
 from gencontrol.algorithms.online.tuning import RewardTuning, check_counts, check_tuning
+from gencontrol.config import options
 from gencontrol.errors import UsageError
 from gencontrol.models.denoiser import Pred
 from gencontrol.models.roles import Roles
@@ -36,7 +37,7 @@ from gencontrol.sampling.steps import StochasticStep
 from gencontrol.types import Cond, index_cond
 
 
-@dataclass(frozen=True)
+@options
 class PathConfig:
     """Options that the policy gradients share.
 

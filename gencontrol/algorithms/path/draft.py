@@ -23,6 +23,7 @@ from gencontrol.algorithms.online.preference import draw_times
 from gencontrol.algorithms.online.rollout import autocast, chunks, device_of, guided, prompts_of_step
 from gencontrol.algorithms.online.task import PromptTask
 from gencontrol.algorithms.online.tuning import RewardTuning, check_counts, check_tuning
+from gencontrol.config import options
 from gencontrol.errors import RewardError, UsageError
 from gencontrol.models.denoiser import Pred
 from gencontrol.models.roles import Roles
@@ -34,7 +35,7 @@ from gencontrol.sampling.grids import make_grid
 from gencontrol.types import Cond, RewardContext, cond_to, grouped, index_cond
 
 
-@dataclass(frozen=True)
+@options
 class DraftConfig:
     """Options of `Draft`; the shared ones are DRAGON's, the rest is PAPER unless marked.
 

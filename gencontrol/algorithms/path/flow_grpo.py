@@ -10,7 +10,6 @@ a running record of each prompt.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,12 +22,13 @@ from gencontrol.algorithms.online.rollout import prompts_of_step
 from gencontrol.algorithms.online.task import PromptTask
 from gencontrol.algorithms.online.tuning import check_counts
 from gencontrol.algorithms.path.base import PathConfig, PathGradient
+from gencontrol.config import options
 from gencontrol.models.roles import Roles
 from gencontrol.rewards.base import Reward, SetReward
 from gencontrol.sampling.steps import Ddim, Sde
 
 
-@dataclass(frozen=True)
+@options
 class FlowGrpoConfig(PathConfig):
     """Options of `FlowGrpo`; defaults are those of the official code (PORT, crd.md §9), the shared ones `PathConfig`'s.
 
@@ -74,7 +74,7 @@ class FlowGrpo(PathGradient):
         return group_advantages(values, valid, generations, spread=spread, clip=self.config.advantage_clip), {}
 
 
-@dataclass(frozen=True)
+@options
 class DdpoConfig(PathConfig):
     """Options of `Ddpo`; defaults are those of the official code (PORT, crd.md §9) but for the batch (ours).
 

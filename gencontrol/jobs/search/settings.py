@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from gencontrol.config import options
 from gencontrol.errors import UsageError, nearest
 
 SECTIONS = ("run", "search")
@@ -41,7 +41,7 @@ ROUTES = {
 }
 
 
-@dataclass(frozen=True)
+@options
 class SourceConfig:
     """The [run] section: which model, prompts and rewards, and where the results go.
 
@@ -86,7 +86,7 @@ class SourceConfig:
                 raise ValueError(f"{name} = {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
 
 
-@dataclass(frozen=True)
+@options
 class SearchConfig:
     """The [search] section: how p(x)·exp(reward/temperature) is searched.
 

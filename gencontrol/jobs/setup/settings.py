@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gencontrol.config import apply_overrides, load_toml
+from gencontrol.config import apply_overrides, load_toml, options
 from gencontrol.errors import UsageError, nearest
 
 SECTIONS = ("run", "train", "algorithm")
 
 
-@dataclass(frozen=True)
+@options
 class RunConfig:
     """The [run] section: what is trained, on what, towards what, and where.
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gencontrol.algorithms.base import Evaluation, LossOut, StepContext
+from gencontrol.config import options
 from gencontrol.data.images import png_grid
 from gencontrol.errors import UsageError
 from gencontrol.models.denoiser import Denoiser
@@ -30,7 +31,7 @@ from gencontrol.recipes.sound.flow import FlowMicro, FlowPretrain, FlowPretrainC
 from gencontrol.rng import Keyed, item_generators, row_keys
 
 
-@dataclass(frozen=True)
+@options
 class DigitsPretrainConfig(FlowPretrainConfig):
     """Options of `DigitsPretrain`: those of `FlowPretrainConfig`, and of the classifier.
 

@@ -16,6 +16,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from gencontrol.algorithms.base import Evaluation, LossOut, StepContext
+from gencontrol.config import options
 from gencontrol.data.images import png_grid
 from gencontrol.errors import UsageError
 from gencontrol.models.denoiser import Denoiser
@@ -25,7 +26,7 @@ from gencontrol.recipes.scenes.text import CaptionedNetwork, caption_targets, re
 from gencontrol.recipes.sound.flow import FlowMicro, FlowPretrain, FlowPretrainConfig
 
 
-@dataclass(frozen=True)
+@options
 class ScenesPretrainConfig(FlowPretrainConfig):
     """Options of `ScenesPretrain`: those of `FlowPretrainConfig`, and of the text encoder.
 

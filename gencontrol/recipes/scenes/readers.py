@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from gencontrol.algorithms.base import Collected, Evaluation, LossOut, StepContext
 from gencontrol.algorithms.pretraining import AveragedPretraining
+from gencontrol.config import options
 from gencontrol.models.roles import Roles
 from gencontrol.recipes.scenes.data.corpus import Split, sample_spec
 from gencontrol.recipes.scenes.data.render import Scene, arrange, render
@@ -34,7 +35,7 @@ from gencontrol.recipes.scenes.networks import (
 from gencontrol.rng import stream_seed
 
 
-@dataclass(frozen=True)
+@options
 class SceneReadersConfig:
     """Options of `SceneReadersPretrain`.
 

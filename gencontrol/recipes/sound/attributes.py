@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from gencontrol.algorithms.base import Collected, Evaluation, LossOut, StepContext
 from gencontrol.algorithms.pretraining import AveragedPretraining
+from gencontrol.config import options
 from gencontrol.models.networks.codec import MelCodec
 from gencontrol.models.readers.attributes import AttributeNet, build_attribute_net
 from gencontrol.models.roles import Roles
@@ -27,7 +28,7 @@ from gencontrol.recipes.sound.data.grammar import ATTRIBUTES
 from gencontrol.rng import stream
 
 
-@dataclass(frozen=True)
+@options
 class AttributePretrainConfig:
     """Options of `AttributePretrain`.
 

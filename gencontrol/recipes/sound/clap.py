@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from gencontrol.algorithms.base import Collected, Evaluation, LossOut, StepContext
 from gencontrol.algorithms.pretraining import AveragedPretraining
+from gencontrol.config import options
 from gencontrol.models.networks.codec import MelCodec
 from gencontrol.models.readers.clap import build_clap, clap_features, save_clap, small_extractor, train_tokenizer
 from gencontrol.models.roles import Roles
@@ -76,7 +77,7 @@ def set_input_norm(model: ClapModel, features: Float[Tensor, "n 1 frames mel"]) 
     norm.running_var.copy_(rows.var((0, 1, 2)))
 
 
-@dataclass(frozen=True)
+@options
 class ClapPretrainConfig:
     """Options of `ClapPretrain`.
 

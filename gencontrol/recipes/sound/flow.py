@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gencontrol.algorithms.base import Collected, Evaluation, LossOut, StepContext
 from gencontrol.algorithms.pretraining import AveragedPretraining
+from gencontrol.config import options
 from gencontrol.errors import UsageError
 from gencontrol.models.denoiser import Denoiser
 from gencontrol.models.roles import Roles
@@ -38,7 +39,7 @@ class LatentData(Protocol):
     def text(self, item: int, variant: int = 0) -> str: ...
 
 
-@dataclass(frozen=True)
+@options
 class FlowPretrainConfig:
     """Options of `FlowPretrain`.
 
