@@ -15,9 +15,9 @@ import torch
 from gencontrol.errors import Preempted, RewardError, UsageError
 from gencontrol.rewards import ItemAsSet, Reward, load_reward, load_rewards
 from gencontrol.rewards.loading import UserItemReward
+from gencontrol.rewards.remote import client as remote
+from gencontrol.rewards.remote import http as remote_http
 from gencontrol.rewards.remote.client import RemoteReward
-from gencontrol.rewards.remote.client import client as remote
-from gencontrol.rewards.remote.client import http as remote_http
 from gencontrol.rewards.remote.wire import TOKEN_VARIABLE, pack
 from gencontrol.types import RewardContext, RewardOut
 from tests.helpers.reward_servers import FACTS, MEAN, FakeServer, good_answer, http, mean_reward, served

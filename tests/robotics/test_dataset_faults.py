@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from gencontrol.errors import DiskError, EnvironmentMissing, UsageError
-from gencontrol.robotics.datasets.convert import read_episodes, storage, write_episodes
+from gencontrol.robotics.datasets import storage
+from gencontrol.robotics.datasets.convert import read_episodes, write_episodes
 from gencontrol.robotics.datasets.episodes import Episode, Episodes
 from tests.helpers.episode_samples import sample_episode, sample_episodes
 
