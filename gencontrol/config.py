@@ -86,7 +86,6 @@ _RULES = {
     "dict_type": "a table",
     "too_long": "at most {max_length} entries",
     "finite_number": "a finite number",
-    "literal_error": "{expected}",
     "too_short": "at least {min_length} entries",
     "string_too_short": "a text that is not empty",
 }
@@ -129,6 +128,10 @@ def _sentence(error: ValidationError) -> str:
         return str(ctx["error"])
     if kind in ("unexpected_keyword_argument", "missing"):
         return f"{name}: {first['msg'].lower()}"
+    if kind == "literal_error":
+        return (
+            f"{name} = {given!r} is unknown; choose from {ctx['expected'].replace(' or ', ', ').replace(chr(39), '')}"
+        )
     expected = _RULES[kind].format(**ctx) if kind in _RULES else first["msg"].removeprefix("Input should be ")
     return f"{'.'.join(map(str, first['loc']))} = {given!r}; expected {expected}"
 

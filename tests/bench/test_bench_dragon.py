@@ -13,10 +13,10 @@ import torch
 
 from gencontrol.algorithms.matching.dragon import Dragon, DragonConfig
 from gencontrol.bench.base import Check, Loop, over_seeds, run_in_memory, table, verdicts, write_result
+from gencontrol.bench.dragon import main as dragon
 from gencontrol.bench.dragon import mixture as dragon_mixture
 from gencontrol.bench.dragon import songs as dragon_songs
 from gencontrol.bench.dragon import sound as dragon_sound
-from gencontrol.bench.dragon.main import main as dragon
 from gencontrol.bench.toys import EmbeddedFrechet, EmbeddedFrechetItem, toy_flow, toy_task
 from gencontrol.errors import UsageError
 from gencontrol.models.roles import Roles

@@ -15,11 +15,11 @@ import torch
 
 from gencontrol.bench.dts import chain as dts_chain
 from gencontrol.bench.dts import digits as dts_digits
+from gencontrol.bench.dts import main as dts
 from gencontrol.bench.dts import measure as dts_measure
 from gencontrol.bench.dts import mixture as dts_mixture
 from gencontrol.bench.dts import sound as dts_sound
 from gencontrol.bench.dts import tokens as dts_tokens
-from gencontrol.bench.dts.main import main as dts
 from gencontrol.bench.dts.measure import Law, Peer
 from gencontrol.errors import UsageError
 from gencontrol.models.exact import GaussianMixture

@@ -35,7 +35,7 @@ def test_g1_r1_sigterm_saves_exits_143_and_a_fresh_process_goes_on(tmp_path: Pat
     state = newest(run)
     assert state is not None and 3 <= state.step < 30
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests/training_toy.py"), str(run), *arguments]
+    command = [sys.executable, str(ROOT / "tests/helpers/training_toy.py"), str(run), *arguments]
     done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=280, check=False)
     assert done.returncode == 0 and f"resumed from step {state.step} of 30" in done.stderr
     config = TrainConfig(steps=30, save_every=100, micro_batch=4, lr=1e-3)

@@ -154,4 +154,4 @@ def test_options_without_effect_are_refused(said: Said, tmp_path: Path) -> None:
     assert "does not use train.warmup" in said(*call, "--warmup", "3")
     assert "name the manifest" in said("pretrain", "classifier")
     weights = ["finetune", "--reward", "classifier", "--output", str(tmp_path / "run"), "--dry-run"]
-    assert "size = 0; expected a positive number" in said(*weights, "--set", "run.attribute_weights={size=0}")
+    assert "size = 0.0; expected a positive number" in said(*weights, "--set", "run.attribute_weights={size=0}")
