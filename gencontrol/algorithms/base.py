@@ -7,17 +7,48 @@ optimizer step → `after_update`].  All randomness is a pure function of (seed,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from jaxtyping import Shaped
 from torch import Tensor, nn
 
 
 def _nothing() -> None:
     """The default poll: no signal is awaited."""
+
+
+class Collectives:
+    """What the processes of a run tell one another; this class is a run of one process, where each is the identity.
+
+    `gencontrol.train.distributed.dist.Group` is the run of several.  Every process must make the same calls in the same
+    order between two calls of the Trainer into the algorithm.
+    """
+
+    rank = 0
+    world_size = 1
+
+    def gather_rows(self, rows: Shaped[Tensor, "b *d"]) -> Shaped[Tensor, "w *d"]:
+        """Concatenate the rows of all ranks in rank order; every rank must hold the same shape."""
+        return rows
+
+    def sum_numbers(self, values: Sequence[float]) -> list[float]:
+        """Add numbers over all ranks in float64."""
+        return [float(value) for value in values]
+
+    @contextmanager
+    def all_or_none(self, poll: Callable[[], None]) -> Iterator[None]:
+        """Run a block of rank-local work before a collective; when it fails on one rank, no rank enters the collective.
+
+        The others call `poll` until it tells them why (the Trainer's poll raises), at most a minute.
+
+        Raises:
+            GencontrolError: another rank failed and no reason arrived.
+        """
+        yield
 
 
 @dataclass(frozen=True)
@@ -28,7 +59,8 @@ class StepContext:
         seed: the run's seed.
         step: index of the training step (a round of collect and updates), from 0.
         micro_batch: the largest number of items in one forward/backward pass.
-        rank, world_size: of the process group.
+        rank, world_size: this process's share of the work.
+        group: exchanges between the processes of the run.
         poll: call it between units of work (a rollout chunk, a sampler step); raises `Preempted` on a signal.
         autocast: returns the context manager of the chosen precision; networks run inside it.
     """
@@ -38,6 +70,7 @@ class StepContext:
     micro_batch: int
     rank: int = 0
     world_size: int = 1
+    group: Collectives = field(default_factory=Collectives)
     poll: Callable[[], None] = _nothing
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
@@ -138,24 +171,3 @@ class Algorithm(Protocol):
     def save_final(self, folder: Path) -> None:
         """Write a folder that `from_pretrained` loads."""
         ...
-
-
-class Turns(Protocol):
-    """Keeps the ranks of a sharded network in step; see `gencontrol.train.distributed.lockstep`."""
-
-    def settle(self) -> None: ...
-    def failed(self) -> None: ...
-
-
-_turns: Turns | None = None
-
-
-def in_step(turns: Turns | None) -> None:
-    """Let `turns` be asked before every exchange from now on (None: no longer)."""
-    global _turns
-    _turns = turns
-
-
-def turns() -> Turns | None:
-    """Return what must be asked before an exchange between ranks, or None where the network is not sharded."""
-    return _turns

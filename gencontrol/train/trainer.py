@@ -377,6 +377,7 @@ class _Run:
             micro_batch=self.config.micro_batch,
             rank=self.group.rank,
             world_size=self.group.world_size,
+            group=self.group,
             poll=self._poll,
             autocast=self._autocast,
         )

@@ -240,7 +240,7 @@ def test_labels_with_a_larger_gap_are_drawn_more() -> None:
     assert ledger.shares(0.5).tolist() == [0.5, 0.5]
     ledger.log_z = torch.tensor([-0.5, -1.0], dtype=torch.float64)
     ledger.add(torch.tensor([0, 1]), torch.tensor([-1.5, -4.0]), torch.zeros(2), torch.zeros(2))
-    ledger.close()
+    ledger.close(CTX.group)
     assert ledger.shares(0.5).tolist() == pytest.approx([0.25 + 0.125, 0.25 + 0.375])
 
 

@@ -11,6 +11,7 @@ import torch
 
 from gencontrol.algorithms.base import StepContext
 from gencontrol.algorithms.forward.crd import Crd
+from gencontrol.train.distributed.dist import Group
 from tests.helpers.forward_worlds import make, move
 
 
@@ -33,6 +34,6 @@ if __name__ == "__main__":
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    ctx = StepContext(seed=0, step=0, micro_batch=4, rank=rank, world_size=world)
+    ctx = StepContext(seed=0, step=0, micro_batch=4, rank=rank, world_size=world, group=Group())
     (folder / f"rank{rank}.json").write_text(json.dumps({c: measure(ctx, c) for c in ("group", "batch")}))
     torch.distributed.destroy_process_group()

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from gencontrol.algorithms.base import Collectives
 from gencontrol.algorithms.ctrl.chain import ControlChain
-from gencontrol.algorithms.online.parallel import sum_over_ranks
 from gencontrol.types import Cond
 
 #: weight of the newest batch in the running J of a label
@@ -73,10 +73,10 @@ class Ledger:
         for place, values in enumerate(columns):
             self._sums[place].index_add_(0, row, values)
 
-    def close(self) -> None:
+    def close(self, group: Collectives) -> None:
         """Move the running J by what was added since, on all ranks together."""
         count, j, weight, square = torch.tensor(
-            sum_over_ranks(self._sums.flatten().tolist()), dtype=torch.float64
+            group.sum_numbers(self._sums.flatten().tolist()), dtype=torch.float64
         ).reshape(4, self.rows)
         here = count > 0
         new = j / count.clamp(min=1)

@@ -272,7 +272,7 @@ class Ctrl(RewardTuning):
 
     def after_update(self, ctx: StepContext, update: int) -> None:
         """Take this update's paths into the running J, and move the averaged weights."""
-        self.ledger.close()
+        self.ledger.close(ctx.group)
         super().after_update(ctx, update)
 
     def state_dict(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gencontrol.algorithms.base import Collected, LossOut, StepContext
+from gencontrol.algorithms.base import Collected, Collectives, LossOut, StepContext
 from gencontrol.algorithms.forward.base import ForwardTuning, Micro, Rows, Samples, Views
 from gencontrol.algorithms.forward.config import ForwardConfig, check_choice
 from gencontrol.algorithms.forward.crd_losses import (
@@ -40,7 +40,6 @@ from gencontrol.algorithms.forward.crd_losses import (
     implicit_reward,
 )
 from gencontrol.algorithms.online.anchor import anchor_penalty
-from gencontrol.algorithms.online.parallel import active, gather_rows, shared_fate
 from gencontrol.algorithms.online.task import PromptTask
 from gencontrol.algorithms.online.tuning import check_counts
 from gencontrol.config import options
@@ -192,7 +191,7 @@ class Crd(ForwardTuning):
         """
         draws, adaptive = self.config.draws_per_sample, self.config.weighting == "adaptive"
         ratios, gaps = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0)]
-        with shared_fate(ctx.poll), torch.no_grad():
+        with ctx.group.all_or_none(ctx.poll), torch.no_grad():
             for micro in self.cut(data, rows, ctx, update):
                 views = self.views(micro, ctx, anchored=False)
                 ratio = implicit_reward(views.theta.raw, views.frozen["old"].raw, views.target, adaptive=adaptive)
@@ -202,7 +201,7 @@ class Crd(ForwardTuning):
         goal, unit = self._goal(data)[rows.item[::draws]].double(), rows.unit[::draws]
         if self.config.center == "batch":
             size = data.rows // ctx.world_size * self.config.train_times
-            losses = self._over_ranks(leaf, goal, rows.index[::draws], size)
+            losses = self._over_ranks(leaf, goal, rows.index[::draws], size, ctx.group)
         else:
             losses = self._losses(leaf, goal, unit)
         (slope,) = torch.autograd.grad(losses.sum() * draws, leaf)
@@ -213,9 +212,11 @@ class Crd(ForwardTuning):
             "gap": torch.cat(gaps),
         }
 
-    def _over_ranks(self, ratio: Tensor, goal: Tensor, index: Tensor, size: int) -> Float[Tensor, " n"]:
+    def _over_ranks(
+        self, ratio: Tensor, goal: Tensor, index: Tensor, size: int, group: Collectives
+    ) -> Float[Tensor, " n"]:
         """Losses of this rank's samples with means over those of all ranks; `size` bounds a rank's samples."""
-        if not active():
+        if group.world_size == 1:
             return self._losses(ratio, goal, index)
         draws, count = self.config.draws_per_sample, len(goal)
         padded = torch.zeros(size, draws + 3, dtype=torch.float64)
@@ -223,9 +224,9 @@ class Crd(ForwardTuning):
         padded[:count, -1] = 1.0
         own = torch.zeros(size, dtype=torch.bool)
         own[:count] = True
-        table, mine = gather_rows(padded), torch.zeros(0, dtype=torch.bool)
+        table, mine = group.gather_rows(padded), torch.zeros(0, dtype=torch.bool)
         for rank in range(len(table) // size):
-            mine = torch.cat([mine, own if rank == torch.distributed.get_rank() else torch.zeros_like(own)])
+            mine = torch.cat([mine, own if rank == group.rank else torch.zeros_like(own)])
         whole = table[:, :draws].clone()
         whole[mine] = ratio.view(count, draws)
         there = table[:, -1] > 0

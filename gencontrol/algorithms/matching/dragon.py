@@ -19,7 +19,6 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from gencontrol.algorithms.base import Collected, LossOut, StepContext
-from gencontrol.algorithms.online.parallel import active, shared_fate, sum_over_ranks
 from gencontrol.algorithms.online.preference import LOSSES, Errors, kto_baseline, predict
 from gencontrol.algorithms.online.rollout import autocast
 from gencontrol.algorithms.online.sets import Grouping, Rule, build_sets
@@ -250,7 +249,7 @@ class Dragon(RewardTuning):
         micros = list(self._cut(data, update, ctx))
         if update == 0 and self.config.reference == "per_round":  # θ is the reference: g = 0, nothing to measure
             return [replace(micro, beta=self._beta or 1.0, baseline=0.0) for micro in micros]
-        several = active() or len(micros) > 1
+        several = ctx.group.world_size > 1 or len(micros) > 1
         calibrating = self._beta is None and self.sides == 2
         spread = None
         if calibrating or self.config.stop_ratio or (several and self.config.loss == "kto"):
@@ -265,13 +264,13 @@ class Dragon(RewardTuning):
     def _spread(self, micros: list[Micro], ctx: StepContext) -> Spread:
         """Measure g over the whole optimizer batch of all ranks with gradient-free passes."""
         sums = torch.zeros(6, dtype=torch.float64)
-        with shared_fate(ctx.poll), self.roles.use("policy"):
+        with ctx.group.all_or_none(ctx.poll), self.roles.use("policy"):
             for micro in micros:
                 errors, ref = self._predict(micro, ctx)[1].double().cpu(), micro.reference.double().cpu()
                 g = ref - errors
                 row = [g.sum(), g.square().sum(), errors[0].sum(), ref[0].sum(), ref.sum(), torch.tensor(g.numel())]
                 sums += torch.stack([value.double() for value in row])
-        total, squares, plus, ref_plus, scale, count = sum_over_ranks(sums.tolist())
+        total, squares, plus, ref_plus, scale, count = ctx.group.sum_numbers(sums.tolist())
         count = max(count, 1.0)
         mean = total / count
         std = max(squares / count - mean * mean, 0.0) ** 0.5

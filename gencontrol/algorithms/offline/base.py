@@ -17,7 +17,6 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from gencontrol.algorithms.base import Collected, StepContext
-from gencontrol.algorithms.online.parallel import shared_fate
 from gencontrol.algorithms.online.rollout import device_of, rows_of_step
 from gencontrol.algorithms.online.task import PromptTask
 from gencontrol.algorithms.online.tuning import RewardTuning, check_counts
@@ -125,7 +124,7 @@ class Offline(RewardTuning):
         chosen = rows_of_step(len(self.entries), count, self.seed, f"{self.shell.name}/entries", ctx.step)
         mine = [i for i in range(count) if i % ctx.world_size == ctx.rank]
         entries = [self.entries[chosen[i]] for i in mine]
-        with shared_fate(ctx.poll):
+        with ctx.group.all_or_none(ctx.poll):
             cond = self._conditions([self.prompt_of(entry) for entry in entries])
             latents = {field: self._latents(entries, field, ctx) for field in entries[0].files}
         data = Encoded(latents, cond, torch.tensor([chosen[i] for i in mine]), torch.tensor(mine) % cfg.batch)

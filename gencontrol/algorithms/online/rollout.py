@@ -18,8 +18,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from gencontrol.algorithms.base import StepContext
-from gencontrol.algorithms.online.parallel import gather_rows, shared_fate
+from gencontrol.algorithms.base import Collectives, StepContext
 from gencontrol.algorithms.online.sets import Scores
 from gencontrol.algorithms.online.task import PromptTask
 from gencontrol.errors import RewardError, UsageError
@@ -221,12 +220,12 @@ def score(
     return Scores(valid, merged["values"], parts=parts, reasons=reasons), kept
 
 
-def _gathered(scores: Scores) -> Scores:
+def _gathered(scores: Scores, group: Collectives) -> Scores:
     return Scores(
-        valid=gather_rows(scores.valid),
-        values=None if scores.values is None else gather_rows(scores.values),
-        features=None if scores.features is None else {k: gather_rows(v) for k, v in scores.features.items()},
-        parts={name: gather_rows(part) for name, part in scores.parts.items()},
+        valid=group.gather_rows(scores.valid),
+        values=None if scores.values is None else group.gather_rows(scores.values),
+        features=None if scores.features is None else {k: group.gather_rows(v) for k, v in scores.features.items()},
+        parts={name: group.gather_rows(part) for name, part in scores.parts.items()},
         reasons=scores.reasons,
     )
 
@@ -257,7 +256,7 @@ def _draw(
     mine = prompts[ctx.rank * count : (ctx.rank + 1) * count]
     first = ctx.rank * count * generations
     began = time.perf_counter()
-    with shared_fate(ctx.poll):
+    with ctx.group.all_or_none(ctx.poll):
         cond = cond_to(task.encode(mine), device_of(task))
         rows = torch.arange(len(mine)).repeat_interleave(generations)
         generators = item_generators(*noise, range(first, first + len(rows)))
@@ -271,7 +270,7 @@ def _draw(
         cond,
         generations,
         first,
-        _gathered(scores),
+        _gathered(scores, ctx.group),
         seconds,
         path,
         isinstance(task.denoiser.network, TakesGroups),

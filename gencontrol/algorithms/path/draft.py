@@ -18,7 +18,6 @@ from torch import Tensor
 
 from gencontrol.algorithms.base import Collected, LossOut, StepContext
 from gencontrol.algorithms.online.anchor import anchor_penalty, reference_velocity
-from gencontrol.algorithms.online.parallel import shared_fate
 from gencontrol.algorithms.online.preference import draw_times
 from gencontrol.algorithms.online.rollout import autocast, chunks, device_of, guided, prompts_of_step
 from gencontrol.algorithms.online.task import PromptTask
@@ -152,7 +151,7 @@ class Draft(RewardTuning):
         count = cfg.prompts_per_round // ctx.world_size
         prompts = prompts_of_step(task.prompts, cfg.prompts_per_round, self.seed, "draft/prompts", ctx.step)
         mine = prompts[ctx.rank * count : (ctx.rank + 1) * count]
-        with shared_fate(ctx.poll):
+        with ctx.group.all_or_none(ctx.poll):
             cond = cond_to(task.encode(mine), device_of(task))
         rows = torch.arange(count).repeat_interleave(cfg.generations)
         items = ctx.rank * len(rows) + torch.arange(len(rows))

@@ -14,19 +14,22 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from gencontrol.algorithms.base import Turns
+from gencontrol.algorithms.base import Collectives
 from gencontrol.errors import GencontrolError, Preempted, UsageError
 from gencontrol.train.optim import gradients
 from gencontrol.train.signals import SignalGuard
 
 T = TypeVar("T")
+#: How long a rank waits for the reason after another rank has failed.
+_PATIENCE_S = 60.0
 _ERROR, _STOP = "gencontrol/error", "gencontrol/stop"
 
 
@@ -86,16 +89,25 @@ class Watch(threading.Thread):
         self._done.set()
 
 
-class Group:
-    """The process group of a run, read from RANK and WORLD_SIZE; a single process needs no backend at all.
+class Turns(Protocol):
+    """Keeps the ranks of a sharded network in step; see `gencontrol.train.distributed.lockstep`."""
+
+    def synchronize(self) -> None: ...
+    def failed(self) -> None: ...
+
+
+class Group(Collectives):
+    """The process group of a run, that of torch or else by RANK and WORLD_SIZE; one process needs no backend at all.
 
     Args:
         timeout_s: a collective that waits longer ends the run; stacks are printed at half of it.
     """
 
     def __init__(self, timeout_s: float = 600.0) -> None:
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if torch.distributed.is_initialized():
+            self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        else:
+            self.rank, self.world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         if not 0 <= self.rank < self.world_size:
             raise UsageError(f"RANK = {self.rank} and WORLD_SIZE = {self.world_size}; start with torchrun.")
         self.timeout_s, self.timeout = timeout_s, datetime.timedelta(seconds=timeout_s)
@@ -161,7 +173,7 @@ class Group:
             done.append(work())
             report["note"] = note(done[0])
             if self.turns is not None:
-                self.turns.settle()
+                self.turns.synchronize()
             report["stop"] = signals.pending is not None
         except Preempted:
             report["stop"] = True
@@ -215,6 +227,55 @@ class Group:
         if self.turns is None:
             signals.poll()
 
+    def gather_rows(self, rows: Shaped[Tensor, "b *d"]) -> Shaped[Tensor, "w *d"]:
+        """Concatenate the rows of all ranks in rank order; every rank must hold the same shape."""
+        if self.world_size == 1:
+            return rows
+        if self.turns is not None:
+            self.turns.synchronize()
+        local = rows.to(_wire_device(rows.device)).contiguous()
+        wire = local.to(torch.uint8) if local.dtype == torch.bool else local
+        parts = [torch.empty_like(wire) for _ in range(self.world_size)]
+        torch.distributed.all_gather(parts, wire)
+        return torch.cat(parts).to(device=rows.device, dtype=rows.dtype)
+
+    def sum_numbers(self, values: Sequence[float]) -> list[float]:
+        """Add numbers over all ranks in float64."""
+        if self.world_size == 1:
+            return super().sum_numbers(values)
+        if self.turns is not None:
+            self.turns.synchronize()
+        device = _wire_device(torch.device("cpu"))
+        total = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
+        torch.distributed.all_reduce(total)
+        return [float(value) for value in total.tolist()]
+
+    @contextlib.contextmanager
+    def all_or_none(self, poll: Callable[[], None]) -> Iterator[None]:
+        """Run a block of rank-local work before a collective; see the base class."""
+        if self.world_size == 1:
+            yield
+            return
+        if self.turns is not None:
+            # the Trainer's exchange reports a failure; until then the others learn of it at a pass of the network
+            yield
+            self.turns.synchronize()
+            return
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        failed = self.sum_numbers([float(error is not None)])[0]
+        if error is not None:
+            raise error
+        if failed:
+            deadline = time.monotonic() + _PATIENCE_S
+            while time.monotonic() < deadline:
+                poll()
+                time.sleep(0.2)
+            raise GencontrolError("another process of this run failed in the same step; see its message.")
+
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Add up the gradients of all ranks in place; a missing gradient counts as zero."""
         if self.world_size == 1:
@@ -234,3 +295,10 @@ class Group:
             finally:
                 faulthandler.cancel_dump_traceback_later()
         return value
+
+
+def _wire_device(device: torch.device) -> torch.device:
+    """Where a tensor must lie to be exchanged: nccl takes CUDA tensors only."""
+    if torch.distributed.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

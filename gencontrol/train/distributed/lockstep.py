@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gencontrol.algorithms.base import RolesProtocol, in_step
+from gencontrol.algorithms.base import RolesProtocol
 from gencontrol.train.distributed.dist import Group, PeerError
 from gencontrol.train.signals import SignalGuard
 from gencontrol.types import Grouped
@@ -43,7 +43,6 @@ class Lockstep:
         self._shadowing = self._over = False
         self._hook = self.module.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
         group.turns = self
-        in_step(self)
 
     def close(self) -> None:
         """Stop watching."""
@@ -51,7 +50,6 @@ class Lockstep:
         self._inputs.clear()
         self._over = True
         self.group.turns = None
-        in_step(None)
 
     # ---------------------------------------------------------------- wishes
 
@@ -75,7 +73,7 @@ class Lockstep:
         self._wish(_BACKWARD)
         self._run_backward(total)
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait, before an exchange, until no rank wants a pass; shadow those that do.
 
         Raises:
