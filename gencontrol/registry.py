@@ -76,14 +76,41 @@ BENCHES = {
 }
 
 
-def resolve(table: dict[str, str], name: str, kind: str) -> Any:
-    """Return the object called `name` in `table`.
+#: what an outside class of a kind must have at least; its other methods come with the base classes
+NEEDS = {
+    "algorithm": (
+        *("Config", "name", "role_names", "collect", "minibatches", "loss", "after_update", "evaluate"),
+        *("state_dict", "load_state_dict", "save_final"),
+    ),
+}
+
+
+def find(table: Mapping[str, str], name: str, kind: str) -> Any:
+    """Return the class of a registered name, or user code named `package.module:Class`.
+
+    Args:
+        table: name → "module:attribute".
+        name: one of the table's, or a dotted path with a colon.
+        kind: what it is, for messages; a kind in `NEEDS` is checked for its attributes.
 
     Raises:
-        UsageError: no such name; the message gives the nearest one and the whole list.
+        UsageError: no such name (the message gives the nearest one and all of them), nothing to import there, or a
+            class that lacks an attribute of its kind.
     """
+    if ":" in name:
+        found = resolve_dotted(name, kind)
+        missing = [attribute for attribute in NEEDS.get(kind, ()) if not hasattr(found, attribute)]
+        if missing:
+            raise UsageError(
+                f"{kind} '{name}' has no {missing[0]}; {'an' if kind[0] in 'aeiou' else 'a'} {kind} is a class with "
+                f"{', '.join(NEEDS[kind])}."
+            )
+        return found
     if name not in table:
-        raise UsageError(f"unknown {kind} '{name}'.{nearest(name, table)} Known: {', '.join(sorted(table))}.")
+        raise UsageError(
+            f"unknown {kind} '{name}'.{nearest(name, table)} Known: {', '.join(sorted(table))}; or package.module:Name "
+            "of your own."
+        )
     module, attribute = table[name].split(":")
     return getattr(importlib.import_module(module), attribute)
 

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from gencontrol.errors import RewardError, UsageError
-from gencontrol.registry import REWARDS, resolve, resolve_dotted
+from gencontrol.registry import REWARDS, find, resolve_dotted
 from gencontrol.rewards.base import Features, OfSets, Reward, SetReward, SetState, checked, guarded
 from gencontrol.rewards.compose import weighted
 from gencontrol.types import RewardContext, RewardOut
@@ -183,7 +183,7 @@ def load_reward(name: str, **config: Any) -> Reward:
         plain, config = "remote", {"url": plain, **config}
     if _is_dotted(plain):
         return _user_reward(resolve_dotted(plain, "reward"), plain, config)
-    built: Reward = _build(resolve(REWARDS, plain, "reward"), plain, config)
+    built: Reward = _build(find(REWARDS, plain, "reward"), plain, config)
     return built
 
 
@@ -263,5 +263,5 @@ def _options_of(name: str) -> list[str]:
     """Options of the reward of that name; none for functions and objects."""
     if is_url(name):
         name = "remote"
-    target = resolve_dotted(name, "reward") if _is_dotted(name) else resolve(REWARDS, name, "reward")
+    target = resolve_dotted(name, "reward") if _is_dotted(name) else find(REWARDS, name, "reward")
     return _parameters(target) if inspect.isclass(target) else []

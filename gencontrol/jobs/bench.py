@@ -9,7 +9,7 @@ from gencontrol.jobs.setup.environment import prepare
 
 def command(name: str, arguments: Sequence[str]) -> int:
     """Run one benchmark and return its exit code (None counts as 0)."""
-    from gencontrol.registry import BENCHES, resolve
+    from gencontrol.registry import BENCHES, find
 
     prepare()
-    return int(resolve(BENCHES, name, "benchmark")(list(arguments)) or 0)
+    return int(find(BENCHES, name, "benchmark")(list(arguments)) or 0)

@@ -82,7 +82,7 @@ def check(parameters: Mapping[str, Any]) -> Job:
     Raises:
         UsageError, EnvironmentMissing, CheckpointError: what cannot work, and what to do.
     """
-    from gencontrol.registry import ALGORITHMS, resolve
+    from gencontrol.registry import ALGORITHMS, find
     from gencontrol.train.config import TrainConfig
 
     mode = run_mode(parameters)
@@ -94,7 +94,7 @@ def check(parameters: Mapping[str, Any]) -> Job:
     table["train"] |= {} if precision is None else {"precision": precision}
     trainer = build(TrainConfig, {**_train_defaults(table["train"], lora=run.lora_rank > 0), **table["train"]}, "train")
     prepare(threads=trainer.threads, online=run.online)
-    kind = resolve(ALGORITHMS, run.algorithm, "algorithm")
+    kind = find(ALGORITHMS, run.algorithm, "algorithm")
     fields = {field.name for field in dataclasses.fields(kind.Config)}
     options = _name_batch(run.algorithm, table["algorithm"], fields)
     algorithm = build(kind.Config, options, "algorithm")

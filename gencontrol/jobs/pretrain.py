@@ -111,7 +111,7 @@ def _sound_data(table: Mapping[str, Mapping[str, Any]], *, dry_run: bool) -> Non
 
 def _train(stage: str, table: dict[str, dict[str, Any]], parameters: Mapping[str, Any]) -> None:
     """Check everything, then make the algorithm and fit it."""
-    from gencontrol.registry import PRETRAIN, resolve
+    from gencontrol.registry import PRETRAIN, find
     from gencontrol.train.config import TrainConfig
 
     table["run"]["stage"] = stage
@@ -128,7 +128,7 @@ def _train(stage: str, table: dict[str, dict[str, Any]], parameters: Mapping[str
     if train.shard:
         raise UsageError("train.shard is an option of gencontrol finetune; pretraining networks fit on one device.")
     prepare(threads=train.threads)
-    algorithm = resolve(PRETRAIN, stage, "pretraining")
+    algorithm = find(PRETRAIN, stage, "pretraining")
     options = build(algorithm.Config, table["algorithm"], "algorithm")
     sections: list[tuple[str, Any]] = [("run", run), ("train", train), ("algorithm", options)]
     architecture = _architecture(stage, table)

@@ -84,9 +84,9 @@ def check(parameters: Mapping[str, Any]) -> tuple[str, str | None]:
 
 def _check_kind(name: str) -> None:
     """Refuse a set reward of ours before its networks are loaded; the server looks at user code."""
-    from gencontrol.registry import REWARDS, resolve
+    from gencontrol.registry import REWARDS, find
 
-    if name in REWARDS and resolve(REWARDS, name, "reward").kind == "set":
+    if name in REWARDS and find(REWARDS, name, "reward").kind == "set":
         raise UsageError(f"reward '{name}' scores whole sets; serve a reward of single samples (fad for fad-set).")
 
 

@@ -65,7 +65,7 @@ def command(parameters: Mapping[str, Any]) -> None:
     Raises:
         UsageError: an option or the data set does not fit; nothing is written.
     """
-    from gencontrol.registry import TRAIN, resolve, resolve_dotted
+    from gencontrol.registry import TRAIN, find, resolve_dotted
     from gencontrol.train.config import TrainConfig
 
     overrides = [*(parameters["overrides"] or []), *(parameters["set_"] or [])]
@@ -73,7 +73,7 @@ def command(parameters: Mapping[str, Any]) -> None:
     table["run"].setdefault("output", f"runs/{table['run'].get('algorithm', TrainRun.algorithm)}")
     run = build(TrainRun, table["run"], "run")
     _check_dataset(run.dataset)
-    algorithm = resolve(TRAIN, run.algorithm, "algorithm")
+    algorithm = find(TRAIN, run.algorithm, "policy algorithm")
     options = build(algorithm.Config, table["algorithm"], "algorithm")
     train = build(TrainConfig, {**_defaults(table, options.batch), **table["train"]}, "train")
     if train.shard:

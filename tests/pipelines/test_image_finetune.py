@@ -19,7 +19,7 @@ from torch import Tensor
 from gencontrol.data.images import to_pil
 from gencontrol.models.roles import LoraConfig, Roles
 from gencontrol.pipelines import TextToImagePipeline
-from gencontrol.registry import ALGORITHMS, resolve
+from gencontrol.registry import ALGORITHMS, find
 from gencontrol.train.trainer import TrainConfig, Trainer
 from gencontrol.types import RewardContext, RewardOut
 from tests.helpers.fixtures_images import FAMILIES
@@ -104,7 +104,7 @@ def build(
     **options: Any,
 ) -> Any:
     """An algorithm with its roles on LoRA (rank 0: all weights); `folder` is for methods that learn from files."""
-    kind = resolve(ALGORITHMS, name, "algorithm")
+    kind = find(ALGORITHMS, name, "algorithm")
     fields = {f.name for f in dataclasses.fields(kind.Config)}
     given = {key: value for key, value in (SMALL | options).items() if key in fields}
     if pipe.uncond() is None and "kl_guidance" in fields:

@@ -107,6 +107,7 @@ class PolicyPretrain(AveragedPretraining):
     Config = PolicyPretrainConfig
     #: where the policy class is that this trains
     policy_class: ClassVar[str] = ""
+    name, title, paper, medium, summary = "cloning", "behaviour cloning", "", "actions", ""
 
     def __init__(
         self,
@@ -239,10 +240,16 @@ class PolicyPretrain(AveragedPretraining):
 class DiffusionPolicyPretrain(PolicyPretrain):
     """Cloning of a `DiffusionPolicy`."""
 
+    name, title, paper = "diffusion-policy", "Diffusion Policy (Chi et al. 2023)", "arXiv:2303.04137"
+    summary = "Denoising regression on windows of demonstrations; actions come in chunks."
+
     policy_class = "gencontrol.robotics.policies.diffusion:DiffusionPolicy"
 
 
 class FlowPolicyPretrain(PolicyPretrain):
     """Cloning of a `FlowPolicy`."""
+
+    name, title, paper = "flow-policy", "flow-matching policy (Lipman et al. 2023)", "arXiv:2210.02747"
+    summary = "Flow matching on windows of demonstrations; actions come in chunks."
 
     policy_class = "gencontrol.robotics.policies.diffusion:FlowPolicy"

@@ -121,6 +121,12 @@ class Ctrl(RewardTuning):
     """Conditional control by KL-regularised backpropagation or adjoint matching; see the module docstring."""
 
     Config = CtrlConfig
+    name = "ctrl"
+    title = "CTRL, a new condition by reward (Zhao et al. 2024)"
+    paper, medium = "arXiv:2406.12120", "any"
+    summary = (
+        "A new condition is learnt by KL-regularised control towards a classifier's labels; the base stays as it is."
+    )
     prepare = staticmethod(ctrl_task.prepare)
     whole_parameters = staticmethod(ctrl_task.whole_parameters)
 

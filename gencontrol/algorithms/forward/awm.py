@@ -85,6 +85,9 @@ class Awm(ForwardTuning):
 
     Config = AwmConfig
     name = "awm"
+    title = "advantage-weighted matching (2025)"
+    paper, medium = "arXiv:2509.25050", "any"
+    summary = "A policy gradient that takes the denoising error as minus the log-probability."
     options: AwmConfig
 
     def __init__(

@@ -112,6 +112,9 @@ class Crd(ForwardTuning):
 
     Config = CrdConfig
     name = "crd"
+    title = "CRD, centred reward distillation"
+    paper, medium = "arXiv:2603.14128", "any"
+    summary = "Per prompt, the centred log-ratio of new and old model is regressed on the centred reward."
     sampler_role = "sampling"
     frozen_roles = ("old",)
 

@@ -57,6 +57,9 @@ class Nft(ForwardTuning):
 
     Config = NftConfig
     name = "nft"
+    title = "DiffusionNFT (Zheng et al. 2025)"
+    paper, medium = "arXiv:2509.16117", "any"
+    summary = "An implicit better and an implicit worse model are contrasted on noised samples."
     sampler_role = "old"
     frozen_roles = ("old",)
     options: NftConfig

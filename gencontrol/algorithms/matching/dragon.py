@@ -154,6 +154,13 @@ class Dragon(RewardTuning):
     """The DRAGON algorithm; see the module docstring and `DragonConfig`."""
 
     Config = DragonConfig
+    name = "dragon"
+    title = "DRAGON, distributional rewards (Bai et al. 2025)"
+    paper, medium = "arXiv:2504.15217", "any"
+    summary = (
+        "Samples are split into a better and a worse set by their effect on "
+        "the reward, and a contrast of denoising errors tells them apart."
+    )
 
     def __init__(
         self, task: PromptTask, reward: Reward | SetReward, config: DragonConfig, *, roles: Roles, seed: int

@@ -110,6 +110,10 @@ class RewardWeightedRegression(RewardTuning):
     """Reward-weighted regression; see the module docstring."""
 
     Config = RwrConfig
+    name = "rwr"
+    title = "reward-weighted regression (Peters & Schaal 2007; Lee et al. 2023)"
+    paper, medium = "arXiv:2302.12192", "any"
+    summary = "Denoising regression on the model's own samples, weighted by exp(reward/temperature)."
 
     def __init__(
         self, task: PromptTask, reward: Reward | SetReward, config: RwrConfig, *, roles: Roles, seed: int

@@ -133,6 +133,10 @@ class CfgFinetune(Offline):
     """Classifier-free fine-tuning; see the module docstring."""
 
     Config = CfgFinetuneConfig
+    name = "cfg-finetune"
+    title = "classifier-free fine-tuning (Ho & Salimans 2022)"
+    paper, medium = "arXiv:2207.12598", "any"
+    summary = "A new label condition is learnt from labelled files by denoising regression, for guidance by it."
 
     @staticmethod
     def prepare(task: PromptTask, reward: Reward | SetReward, config: Any) -> PromptTask:

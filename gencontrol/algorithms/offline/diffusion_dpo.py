@@ -56,6 +56,10 @@ class DiffusionDpo(Offline):
     """Diffusion-DPO on pairs of files; see the module docstring."""
 
     Config = DpoConfig
+    name = "diffusion-dpo"
+    title = "Diffusion-DPO (Wallace et al. 2023)"
+    paper, medium = "arXiv:2311.12908", "any"
+    summary = "Pairs of a preferred and a rejected file are told apart by a contrast of denoising errors."
 
     def __init__(
         self, task: PromptTask, reward: Reward | SetReward, config: DpoConfig, *, roles: Roles, seed: int

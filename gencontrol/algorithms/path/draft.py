@@ -106,9 +106,9 @@ class DraftMicro:
 
 def differentiable_rewards() -> list[str]:
     """Return the names of the item rewards in the registry that have a gradient."""
-    from gencontrol.registry import REWARDS, resolve
+    from gencontrol.registry import REWARDS, find
 
-    kinds = {name: vars(resolve(REWARDS, name, "reward")) for name in REWARDS}
+    kinds = {name: vars(find(REWARDS, name, "reward")) for name in REWARDS}
     return sorted(name for name, own in kinds.items() if own.get("differentiable") is True)
 
 
@@ -116,6 +116,10 @@ class Draft(RewardTuning):
     """DRaFT-K; see the module docstring."""
 
     Config = DraftConfig
+    name = "draft"
+    title = "DRaFT, direct reward fine-tuning (Clark et al. 2023)"
+    paper, medium = "arXiv:2309.17400", "any"
+    summary = "The reward's own gradient is taken back through the last sampler steps."
 
     def __init__(
         self, task: PromptTask, reward: Reward | SetReward, config: DraftConfig, *, roles: Roles, seed: int

@@ -54,6 +54,12 @@ class FlowGrpo(PathGradient):
     """Flow-GRPO; see the module docstring."""
 
     Config = FlowGrpoConfig
+    name = "flow-grpo"
+    title = "Flow-GRPO (Liu et al. 2025)"
+    paper, medium = "arXiv:2505.05470", "any"
+    summary = (
+        "A clipped policy gradient on the steps of a stochastic sampler, with advantages inside each prompt's group."
+    )
 
     def __init__(
         self, task: PromptTask, reward: Reward | SetReward, config: FlowGrpoConfig, *, roles: Roles, seed: int
@@ -130,6 +136,10 @@ class Ddpo(PathGradient):
     """DDPO; see the module docstring.  `collect` moves the record of rewards, which `state_dict` holds."""
 
     Config = DdpoConfig
+    name = "ddpo"
+    title = "DDPO (Black et al. 2023)"
+    paper, medium = "arXiv:2305.13301", "any"
+    summary = "A clipped policy gradient on the steps of DDIM, with rewards normalised by a record of each prompt."
 
     def __init__(
         self, task: PromptTask, reward: Reward | SetReward, config: DdpoConfig, *, roles: Roles, seed: int

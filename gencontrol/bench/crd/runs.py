@@ -17,7 +17,7 @@ from gencontrol.bench.base import Loop, kept, run_in_memory
 from gencontrol.errors import NumericsError
 from gencontrol.models.denoiser import Denoiser
 from gencontrol.models.roles import LoraConfig, Roles
-from gencontrol.registry import ALGORITHMS, resolve
+from gencontrol.registry import ALGORITHMS, find
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Calls:
 
 def build(method: Method, plan: Plan, task: PromptTask, reward: Any, seed: int) -> Any:
     """Return the method's algorithm on this task."""
-    kind = resolve(ALGORITHMS, method.algorithm, "algorithm")
+    kind = find(ALGORITHMS, method.algorithm, "algorithm")
     shared = {
         "prompts_per_round": plan.groups,
         "generations": plan.generations,

@@ -108,13 +108,13 @@ def _check_names(source: SourceConfig, config: SearchConfig) -> None:
 
 def _check_kinds(source: SourceConfig, config: SearchConfig) -> None:
     """Refuse set rewards, and rewards without a gradient where one is needed; user code is looked at when loaded."""
-    from gencontrol.registry import REWARDS, resolve
+    from gencontrol.registry import REWARDS, find
     from gencontrol.rewards.loading import parse_spec
 
     for spec in source.reward:
         name, _ = parse_spec(spec)
         if name in REWARDS:
-            kind = resolve(REWARDS, name, "reward")
+            kind = find(REWARDS, name, "reward")
             check_reward_kind(name, kind.kind, config, differentiable=kind.differentiable)
 
 
