@@ -11,14 +11,18 @@ import runpy
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from gencontrol.config import build
 from gencontrol.errors import UsageError
-from gencontrol.robotics.envs.types import EnvSpec, Timeouts
-from gencontrol.robotics.envs.vector import Envs, Isolation, make_envs
+from gencontrol.robotics.demos.experts import Flaws, expert_for
+from gencontrol.robotics.envs.make import env_name
+from gencontrol.robotics.envs.types import EnvSource, EnvSpec
+from gencontrol.robotics.envs.vector import Envs
 from gencontrol.robotics.evaluation.files import EvaluationFolder, content_of
+from gencontrol.robotics.evaluation.page import write_results
 from gencontrol.robotics.evaluation.report import (
     Comparison,
     EpisodeResult,
@@ -27,9 +31,12 @@ from gencontrol.robotics.evaluation.report import (
     result_of,
 )
 from gencontrol.robotics.evaluation.rollout import Actor, Rollouts
+from gencontrol.robotics.evaluation.settings import Settings
+from gencontrol.robotics.evaluation.videos import film
 from gencontrol.robotics.policies.baselines import Baseline
 from gencontrol.robotics.policies.chunked import ChunkedPolicy
 from gencontrol.robotics.policies.denoising import DenoisingPolicy
+from gencontrol.robotics.policies.loading import load_policy
 
 __all__ = ["Comparison", "EpisodeResult", "EvaluationReport", "Settings", "evaluate", "evaluate_all"]
 
@@ -37,53 +44,6 @@ __all__ = ["Comparison", "EpisodeResult", "EvaluationReport", "Settings", "evalu
 HOPELESS = 10
 #: names that are no files
 NAMED = ("random", "zero", "expert")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How policies are evaluated; see `evaluate`.
-
-    Raises:
-        UsageError: a value out of range.
-    """
-
-    env_ids: tuple[str, ...]
-    seeds: tuple[int, ...]
-    num_envs: int = 1
-    env_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    time_limit: int | None = None
-    success: str = "auto"
-    success_at: Literal["any", "end"] | None = None
-    isolation: Isolation = "process"
-    timeouts: Timeouts = field(default_factory=Timeouts)
-    rows_at_once: int = 1
-    videos: int = 0
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        if not self.env_ids or len(set(self.env_ids)) != len(self.env_ids):
-            raise UsageError(f"environments {list(self.env_ids)}: give at least one, none twice.")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
-            raise UsageError(f"{len(self.seeds)} seeds: give at least one, none twice, all at least 0.")
-        if self.success_at not in (None, "any", "end"):
-            raise UsageError(f"success_at '{self.success_at}': give any or end.")
-        if self.num_envs < 1 or min(self.rows_at_once, self.videos) < 0:
-            raise UsageError("num_envs of at least 1, rows_at_once and videos of at least 0 are needed.")
-        if self.time_limit is not None and self.time_limit < 1:
-            raise UsageError(f"time_limit {self.time_limit}: give at least 1 step.")
-
-    def envs(self, env_id: str, num_envs: int, *, render: bool = False) -> Envs:
-        """Make the rows of one environment."""
-        return make_envs(
-            env_id,
-            num_envs,
-            kwargs=self.env_kwargs,
-            time_limit=self.time_limit,
-            success=self.success,
-            isolation="process" if render else self.isolation,  # a broken renderer may end its process
-            timeouts=self.timeouts,
-            render=render,
-        )
 
 
 @dataclass(frozen=True)
@@ -100,57 +60,32 @@ class Tick:
 
 def evaluate(
     policy: Actor | str | Path,
-    env_id: str | Sequence[str],
+    env: EnvSource | Sequence[EnvSource],
     *,
     seeds: Sequence[int],
-    num_envs: int = 1,
     paired_with: Actor | str | Path | None = None,
-    env_kwargs: Mapping[str, Any] | None = None,
-    time_limit: int | None = None,
-    success: str = "auto",
-    success_at: Literal["any", "end"] | None = None,
-    isolation: Isolation = "process",
-    timeouts: Timeouts | None = None,
-    rows_at_once: int = 1,
-    videos: int = 0,
     output: str | Path | None = None,
+    **options: Any,
 ) -> EvaluationReport:
-    """Run a policy on seeds and return what came of it; results do not depend on `num_envs`.
+    """Run a policy on seeds and return what came of it.
 
     Args:
         policy: an object with `reset(rows, seeds)` and `select_action(observation, rows)`, or a path or name for
             `load_policy`; "random", "zero" and "expert" are known too.
-        env_id: see `make_env`; several are reported one by one and pooled.
+        env: see `make_env`; several are reported one by one and pooled.
         seeds: one per episode; they decide initial state and noise of actions.
         paired_with: another policy, run on the same seeds; `report.compared` then has the difference to it.
-        time_limit: steps of an episode; None: the environment's own, or 1000 where it names none.
-        success: how success is read; "auto" is the environment's own flag.
-        success_at: "any" step or the "end"; None: the convention of the environment (Fetch: end, others: any).
-        isolation: "process" survives crashes and hangs of the simulator, "inline" catches exceptions only.
-        rows_at_once: rows in one call of a network; more than 1 pads to this size and is faster, but the last bits of
-            an action then depend on its place in the batch, and 0 takes all rows that ask, whatever their number.
-        videos: most videos per policy and environment, failures first; they need `output`.
         output: a folder; the same call goes on after an interruption.
+        options: fields of `Settings`.
 
     Raises:
         UsageError: policy and environment do not fit (before the first episode), or the folder holds something else.
         EnvironmentMissing: a package is not installed.
     """
-    settings = Settings(
-        env_ids=(env_id,) if isinstance(env_id, str) else tuple(env_id),
-        seeds=tuple(int(seed) for seed in seeds),
-        num_envs=num_envs,
-        env_kwargs=dict(env_kwargs or {}),
-        time_limit=time_limit,
-        success=success,
-        success_at=success_at,
-        isolation=isolation,
-        timeouts=timeouts or Timeouts(),
-        rows_at_once=rows_at_once,
-        videos=videos,
-    )
     given = [policy] if paired_with is None else [paired_with, policy]
-    return evaluate_all(named(given), settings, output=output, paired=paired_with is not None)[-1]
+    envs = [env] if isinstance(env, str) or callable(env) else list(env)
+    settings = build(Settings, options, "evaluate")
+    return evaluate_all(named(given), envs, seeds, settings, output=output, paired=paired_with is not None)[-1]
 
 
 def named(policies: Sequence[Actor | str | Path]) -> dict[str, Actor | str]:
@@ -166,7 +101,9 @@ def named(policies: Sequence[Actor | str | Path]) -> dict[str, Actor | str]:
 
 def evaluate_all(
     policies: Mapping[str, Actor | str],
-    settings: Settings,
+    envs: Sequence[EnvSource],
+    seeds: Sequence[int],
+    settings: Settings | None = None,
     *,
     sources: Mapping[str, Actor | str] | None = None,
     output: str | Path | None = None,
@@ -185,13 +122,11 @@ def evaluate_all(
     Raises:
         UsageError, EnvironmentMissing: see `evaluate`.
     """
-    run = _Run(policies, settings, sources or policies, output, say, poll)
+    run = _Run(policies, envs, seeds, settings or Settings(), sources or policies, output, say, poll)
     reports = run.reports()
     if paired:
         reports = [reports[0], *(replace(other, compared=compare(reports[0], other)) for other in reports[1:])]
     if run.folder is not None:
-        from gencontrol.robotics.evaluation.page import write_results
-
         write_results(run.folder, reports)
     return reports
 
@@ -202,20 +137,26 @@ class _Run:
     def __init__(
         self,
         policies: Mapping[str, Actor | str],
+        envs: Sequence[EnvSource],
+        seeds: Sequence[int],
         settings: Settings,
         sources: Mapping[str, Actor | str],
         output: str | Path | None,
         say: Callable[[Tick], None] | None,
         poll: Callable[[], None] | None,
     ) -> None:
+        self.envs, self.seeds = {env_name(env): env for env in envs}, [int(seed) for seed in seeds]
+        if not envs or len(self.envs) != len(envs):
+            raise UsageError(f"environments {[env_name(env) for env in envs]}: give at least one, none twice.")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise UsageError(f"{len(self.seeds)} seeds: give at least one, none twice, all at least 0.")
         if settings.videos and output is None:
             raise UsageError("videos are files; give an output folder.")
         self.settings, self._say, self._poll = settings, say, poll
-        self._given = dict(policies)
-        self._loaded = {name: load(given) for name, given in policies.items()}
-        contents = {name: content_of(given) if isinstance(given, str) else None for name, given in sources.items()}
-        self._contents = contents
-        self.folder = None if output is None else EvaluationFolder(output, asdict(settings), contents)
+        self._policies = {name: load(given) for name, given in policies.items()}
+        self._contents = {name: content_of(one) if isinstance(one, str) else None for name, one in sources.items()}
+        self._asked = {"env_ids": list(self.envs), "seeds": self.seeds, **asdict(settings)}
+        self.folder = None if output is None else EvaluationFolder(output, self._asked, self._contents)
         self._results: dict[tuple[str, str, int], EpisodeResult] = dict(self.folder.done) if self.folder else {}
         self._specs: list[EnvSpec] = []
         self._videos: dict[str, dict[tuple[int, str], str]] = {name: {} for name in policies}
@@ -224,51 +165,54 @@ class _Run:
     def reports(self) -> list[EvaluationReport]:
         """Run what is missing and return one report per policy."""
         if self._results:
-            self._tick(next(iter(self._given)), self.settings.env_ids[0])  # how many were there before
-        for env_id in self.settings.env_ids:
-            self._environment(env_id)
-        shown = {key: value for key, value in asdict(self.settings).items() if key != "seeds"}
-        protocol = {**shown, "seeds": list(self.settings.seeds), "autoreset": "disabled, masked reset"}
-        protocol["latency"] = (
-            "of a call with one row" if self.settings.rows_at_once == 1 else "of a call, other rows with it"
-        )
-        protocol["success"] = {spec.env_id: f"{spec.success}, {self._at(spec)}" for spec in self._specs}
-        protocol["time_limit"] = {spec.env_id: f"{spec.time_limit} ({spec.limit_from})" for spec in self._specs}
-        return [self._report(name, protocol) for name in self._given]
-
-    def _report(self, name: str, protocol: Mapping[str, Any]) -> EvaluationReport:
-        keys = [(name, env_id, seed) for env_id in self.settings.env_ids for seed in self.settings.seeds]
-        facts = {"content": self._contents[name], **_facts(self._loaded[name])}
-        return EvaluationReport(
-            policy=name,
-            episodes=tuple(self._results[key] for key in keys),
-            specs=tuple(self._specs),
-            protocol=protocol,
-            facts=facts,
-            videos=self._videos[name],
-            notes=tuple(self._notes[name]),
-        )
+            self._tick(next(iter(self._policies)), next(iter(self.envs)))  # how many were there before
+        for env_id, env in self.envs.items():
+            self._environment(env_id, env)
+        one = self.settings.rows_at_once == 1
+        protocol = {
+            **self._asked,
+            "autoreset": "disabled, masked reset",
+            "latency": "of a call with one row" if one else "of a call, other rows with it",
+            "success": {spec.env_id: f"{spec.success}, {self._at(spec)}" for spec in self._specs},
+            "time_limit": {spec.env_id: f"{spec.time_limit} ({spec.limit_from})" for spec in self._specs},
+        }
+        return [
+            EvaluationReport(
+                policy=name,
+                episodes=tuple(self._results[name, env_id, seed] for env_id in self.envs for seed in self.seeds),
+                specs=tuple(self._specs),
+                protocol=protocol,
+                facts={"content": self._contents[name], **_facts(policy)},
+                videos=self._videos[name],
+                notes=tuple(self._notes[name]),
+            )
+            for name, policy in self._policies.items()
+        ]
 
     def _at(self, spec: EnvSpec) -> str:
         return self.settings.success_at or spec.success_at
 
-    def _environment(self, env_id: str) -> None:
-        """Run all policies in one environment."""
-        missing = {name: self._missing(name, env_id) for name in self._given}
+    def _environment(self, env_id: str, env: EnvSource) -> None:
+        """Run all policies in one environment; first what counts, then, drawing as well, the videos."""
+        missing = {
+            name: [seed for seed in self.seeds if (name, env_id, seed) not in self._results] for name in self._policies
+        }
         rows = min(self.settings.num_envs, max(1, max(map(len, missing.values()))))
-        with self.settings.envs(env_id, rows) as envs:
+        with self.settings.envs(env, rows) as envs:
             self._specs.append(envs.spec)
-            ready = {name: bound(policy, envs.spec) for name, policy in self._loaded.items()}
+            ready = {name: bound(policy, envs.spec) for name, policy in self._policies.items()}
             for name, policy in ready.items():
                 check_fit(name, policy, envs.spec)
             for name, policy in ready.items():
                 self._episodes(name, policy, envs, missing[name])
         if self.settings.videos:
+            assert self.folder is not None  # checked before anything ran
             for name, policy in ready.items():
-                self._film(name, policy, env_id)
-
-    def _missing(self, name: str, env_id: str) -> list[int]:
-        return [seed for seed in self.settings.seeds if (name, env_id, seed) not in self._results]
+                results = [self._results[name, env_id, seed] for seed in self.seeds]
+                with asked_in(policy, self.settings.rows_at_once) as together:
+                    made = film(policy, self.settings, env, results, self.folder.path, name, together=together)
+                self._videos[name].update(made.paths)
+                self._notes[name].extend(made.notes)
 
     def _episodes(self, name: str, policy: Actor, envs: Envs, seeds: Sequence[int]) -> None:
         """Run the seeds and keep their results."""
@@ -290,33 +234,15 @@ class _Run:
     def _tick(self, name: str, env_id: str) -> None:
         if self._say is None:
             return
-        rows = [self._results.get((name, env_id, seed)) for seed in self.settings.seeds]
-        found = [row for row in rows if row is not None]
-        total = len(self._given) * len(self.settings.env_ids) * len(self.settings.seeds)
-        wanted = set(self.settings.seeds)
-        done = sum(key[0] in self._given and key[2] in wanted for key in self._results)
-        valid = [row for row in found if row.valid]
-        self._say(Tick(name, env_id, done, total, sum(row.success for row in valid), len(valid)))
-
-    def _film(self, name: str, policy: Actor, env_id: str) -> None:
-        """Render some episodes again; nothing that goes wrong here touches the results."""
-        from gencontrol.robotics.evaluation.videos import film
-
-        assert self.folder is not None  # checked before anything ran
-        results = [self._results[name, env_id, seed] for seed in self.settings.seeds]
-        with asked_in(policy, self.settings.rows_at_once) as together:
-            made = film(policy, self.settings, env_id, results, self.folder.path, name, together=together)
-        self._videos[name].update(made.paths)
-        self._notes[name].extend(made.notes)
+        keys = [(policy, one, seed) for policy in self._policies for one in self.envs for seed in self.seeds]
+        done = [key for key in keys if key in self._results]
+        valid = [self._results[key] for key in done if key[:2] == (name, env_id) and self._results[key].valid]
+        self._say(Tick(name, env_id, len(done), len(keys), sum(row.success for row in valid), len(valid)))
 
 
 def load(given: Actor | str) -> Actor | str:
     """Return the policy behind a path; a policy, and the names that need an environment first, as they are."""
-    if not isinstance(given, str) or given in NAMED:
-        return given
-    from gencontrol.robotics.policies.loading import load_policy
-
-    loaded: Actor = load_policy(given)
+    loaded: Actor | str = load_policy(given) if isinstance(given, str) and given not in NAMED else given
     return loaded
 
 
@@ -325,8 +251,6 @@ def bound(policy: Actor | str, spec: EnvSpec) -> Actor:
     if policy == "random" or policy == "zero":
         return Baseline("random" if policy == "random" else "zero", spec)
     if isinstance(policy, str):
-        from gencontrol.robotics.demos.experts import Flaws, expert_for
-
         return expert_for(spec.env_id, Flaws(0.0), spec.kwargs)
     return policy
 

@@ -97,7 +97,7 @@ def latency(policy: DiffusionPolicy, *, runs: int) -> Latency:
         "ours": lambda: policy.draw(policy.encode(history), noise),
         "diffusers": lambda: theirs(policy.network),
         "equal": lambda: theirs(planned),
-        "loop": lambda: run(table, lambda k, x: zero, zero.clone()),
+        "loop": lambda: run(table, lambda x, entry: zero, table.times, zero.clone()),
         "scheduler": lambda: theirs(lambda x, t, cond: zero),
     }
     with torch.inference_mode():

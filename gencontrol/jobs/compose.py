@@ -51,7 +51,7 @@ def command(request: Request) -> None:
     if request.fit_env and request.operator != "convex":
         raise UsageError(f"--fit-env fits convex weights; the operator '{request.operator}' makes its own.")
     from gencontrol.robotics.compose import ComposedPolicy
-    from gencontrol.robotics.composition.files import write_composition
+    from gencontrol.robotics.composition.policy import write_composition
     from gencontrol.robotics.evaluate import named
     from gencontrol.robotics.policies.loading import load_policy
 

@@ -54,7 +54,7 @@ def command(request: Request) -> None:
 
     settings = _settings(request)
     policies = {name: _placed(load(given), device) for name, given in named(request.policies).items()}
-    total = len(policies) * len(settings.env_ids) * len(settings.seeds)
+    total = len(policies) * len(request.envs) * request.episodes
     progress = Progress(total, visible=True, unit="episode", describe=lambda record: str(record["text"]))
     begun = False
 
@@ -70,6 +70,8 @@ def command(request: Request) -> None:
         try:
             reports = evaluate_all(
                 policies,
+                request.envs,
+                range(request.seed_start, request.seed_start + request.episodes),
                 settings,
                 sources=named(request.policies),
                 output=request.output,
@@ -87,23 +89,13 @@ def command(request: Request) -> None:
 
 
 def _settings(request: Request) -> Settings:
+    from gencontrol.config import build
     from gencontrol.robotics.envs.options import parse_kwargs
-    from gencontrol.robotics.envs.types import Timeouts
     from gencontrol.robotics.evaluate import Settings
 
-    return Settings(
-        env_ids=request.envs,
-        seeds=tuple(range(request.seed_start, request.seed_start + request.episodes)),
-        num_envs=request.num_envs,
-        env_kwargs=parse_kwargs(request.env_kwargs),
-        time_limit=request.time_limit,
-        success=request.success,
-        success_at=request.success_at,  # type: ignore[arg-type]  # checked there
-        isolation=request.isolation,  # type: ignore[arg-type]  # same
-        timeouts=Timeouts(step_s=request.step_timeout),
-        rows_at_once=request.rows_at_once,
-        videos=request.videos,
-    )
+    names = "num_envs time_limit success success_at isolation step_timeout rows_at_once videos".split()
+    table = {name: getattr(request, name) for name in names}
+    return build(Settings, {**table, "env_kwargs": parse_kwargs(request.env_kwargs)}, "evaluate")
 
 
 def _placed(policy: Any, device: str) -> Any:

@@ -139,7 +139,7 @@ def _policy(kind: Any, table: Mapping[str, Any]) -> tuple[Any, Any]:
     Raises:
         UsageError: an option that neither has.
     """
-    from gencontrol.robotics.policies.cloning import ChunkSizes
+    from gencontrol.robotics.policies.config import ChunkSizes
 
     sizes, options = ([field.name for field in dataclasses.fields(part)] for part in (ChunkSizes, kind.Config))
     if unknown := [key for key in table if key not in sizes and key not in options]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -51,27 +52,28 @@ class StepTable:
 
 
 def step_table(
-    process: GaussianProcess,
-    prediction: Prediction,
-    grid: Sequence[float],
-    step: Ddim | Euler,
-    *,
-    limit: float = float("inf"),
-    t_max: float = 1.0,
+    denoiser: Denoiser, grid: Sequence[float], step: Ddim | Euler, *, limit: float = float("inf")
 ) -> StepTable:
     """Compute the table of a grid of decreasing times that ends at 0.
 
     Args:
-        prediction: what the network outputs; X0 makes `run` take clean predictions (a composition).
+        denoiser: its process and prediction type are used, its network is not called.
         step: `Ddim(eta)` or `Euler()`.
         limit: of the clean prediction.
-        t_max: of the Denoiser.
+
+    Raises:
+        ValueError: a masked model, or an EDM network (its input is scaled).
     """
+    process, prediction = denoiser.process, denoiser.prediction
+    if not isinstance(process, GaussianProcess) or prediction in (None, Prediction.EDM):
+        raise ValueError("the fast sampler needs a Gaussian denoiser of a prediction type other than EDM")
+    assert prediction is not None
+    asked = [min(t, denoiser.t_max) for t in grid]
+    process.schedule.prepare([*grid, *asked])
     like = torch.empty(0)
     rows: list[tuple[float, ...]] = []
-    for t, t_next in zip(grid, grid[1:]):
-        asked = min(t, t_max)
-        at = process.schedule.at(asked)
+    for t, t_asked, t_next in zip(grid, asked, grid[1:]):
+        at = process.schedule.at(t_asked)
         p, q = (float(value) for value in convert_weights(prediction, Prediction.X0, at))
         if t_next == 0.0:
             keep, move, std = 0.0, 1.0, 0.0
@@ -81,21 +83,23 @@ def step_table(
         else:
             w0, w1, std = (float(value) for value in process.step_weights(t, t_next, step.eta, like))
             keep, move = w1 / at.s, w0 - w1 * at.a / at.s
-        rows.append((asked, p, q, keep, move, std))
+        rows.append((t_asked, p, q, keep, move, std))
     times, ps, qs, keeps, moves, stds = zip(*rows, strict=True)
     return StepTable(times, ps, qs, keeps, moves, stds, limit)
 
 
 def run(
     table: StepTable,
-    output: Callable[[int, Tensor], Tensor],
+    network: Callable[[Tensor, Any], Tensor],
+    plan: Sequence[Any],
     x: Float[Tensor, "b *d"],
     noise: Sequence[Tensor] | None = None,
 ) -> Float[Tensor, "b *d"]:
     """Take all steps.
 
     Args:
-        output: (index of the step, x) → the network's output there, which may share no memory with x.
+        network: (x, entry of the plan) → the network's output there, which may share no memory with x.
+        plan: one entry per step: what the network needs beside x, e.g. the time, or all that follows from it.
         x: the state at the first time; overwritten.
         noise: one [b *d] for each step but the last; needed where the table has a deviation.
 
@@ -103,8 +107,8 @@ def run(
         The clean sample; before the last clipping it is not kept.
     """
     x0, clip = torch.empty_like(x), table.limit != float("inf")
-    for k in range(len(table.times)):
-        raw = output(k, x)
+    for k, entry in enumerate(plan):
+        raw = network(x, entry)
         torch.mul(x, table.p[k], out=x0).add_(raw, alpha=table.q[k])
         if clip:
             x0.clamp_(-table.limit, table.limit)
@@ -129,17 +133,3 @@ def step_noise(
     count = len(table.times) - 1
     draws = noise.draws(range(1, count + 1)).normal((count * shape[0], *shape[1:]), device)
     return draws.view(count, *shape).unbind(0)
-
-
-def table_of(
-    denoiser: Denoiser, grid: Sequence[float], step: Ddim | Euler, *, limit: float = float("inf")
-) -> StepTable:
-    """Return the table of a denoiser's own prediction type.
-
-    Raises:
-        ValueError: a masked model, or an EDM network (its input is scaled).
-    """
-    if not isinstance(denoiser.process, GaussianProcess) or denoiser.prediction in (None, Prediction.EDM):
-        raise ValueError("the fast sampler needs a Gaussian denoiser of a prediction type other than EDM")
-    assert denoiser.prediction is not None
-    return step_table(denoiser.process, denoiser.prediction, grid, step, limit=limit, t_max=denoiser.t_max)

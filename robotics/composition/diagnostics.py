@@ -20,9 +20,9 @@ from gencontrol.errors import UsageError
 from gencontrol.models.denoiser import Pred, TokenPred
 from gencontrol.process.gaussian import GaussianProcess, Time
 from gencontrol.rng import Keyed
-from gencontrol.robotics.compose import ComposedPolicy
 from gencontrol.robotics.composition.mixing import ByLogSnr, best_weights
 from gencontrol.robotics.composition.operators import Superposed
+from gencontrol.robotics.composition.policy import ComposedPolicy
 from gencontrol.robotics.policies.denoising import History
 from gencontrol.sampling.guidance import Composed, Control
 from gencontrol.types import Cond
@@ -70,7 +70,7 @@ class _Watched(Control):
         """Return the models' predictions, remembered."""
         found = self.inner.predictions(xt, t, cond, weights)
         said = iter(found)
-        self.eps.append([None if _zero(w) else _eps(next(said)[0]) for w in weights])
+        self.eps.append([None if isinstance(w, float) and w == 0.0 else _eps(next(said)[0]) for w in weights])
         self.weights.append([float(w.mean()) if isinstance(w, Tensor) else w for w in weights])
         self.logsnr.append(2 * float(self.process.at(t, xt).half_logsnr))
         return found
@@ -213,7 +213,3 @@ def _eps(pred: Pred | TokenPred) -> Tensor:
     """The predicted noise; parents are Gaussian."""
     assert isinstance(pred, Pred)
     return pred.eps
-
-
-def _zero(weight: float | Tensor) -> bool:
-    return isinstance(weight, float) and weight == 0.0

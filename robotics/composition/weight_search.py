@@ -13,16 +13,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from gencontrol.errors import UsageError
+from gencontrol.robotics.composition.policy import ComposedPolicy
+from gencontrol.robotics.evaluate import evaluate
 from gencontrol.robotics.evaluation.statistics import bootstrap_mean
 from gencontrol.stats import Estimate, wilson
-
-if TYPE_CHECKING:
-    from gencontrol.robotics.compose import ComposedPolicy
 
 #: (policy, seeds) → success of each episode, in the order of the seeds
 Rollouts = Callable[[Any, Sequence[int]], Sequence[bool]]
@@ -183,7 +182,17 @@ def fit_weights(
             raise UsageError("fit_weights needs an environment: give env_id, or rollouts.")
         # a search makes dozens of short evaluations: one environment needs no process of its own to start each time
         isolation = "inline" if num_envs == 1 else "process"
-        rollouts = _evaluated(env_id, {"num_envs": num_envs, "isolation": isolation, **(evaluation or {})})
+        given: dict[str, Any] = {"num_envs": num_envs, "isolation": isolation, **(evaluation or {})}
+
+        def rollouts(policy: Any, seeds: Sequence[int]) -> Sequence[bool]:
+            report = evaluate(policy, env_id, seeds=seeds, **given)
+            for episode in report.episodes:
+                if not episode.valid:  # arms must meet equal seeds
+                    raise UsageError(
+                        f"seed {episode.seed} of {episode.env_id} could not be run ({episode.invalid}); leave it out."
+                    )
+            return [episode.success for episode in report.episodes]
+
     table = _Table(policy, rollouts, validation)
     best = SEARCHES[method](table, simplex_grid(len(policy.parents), step))
     rows = {"composed": tuple(map(bool, rollouts(policy.with_weights(best), test)))}
@@ -287,20 +296,6 @@ def _seeds(seeds: Sequence[int], what: str) -> tuple[int, ...]:
     if not values or len(set(values)) != len(values):
         raise UsageError(f"{len(values)} {what} seeds, {len(set(values))} different; give at least one, none twice.")
     return values
-
-
-def _evaluated(env_id: str, arguments: Mapping[str, Any]) -> Rollouts:
-    """Rollouts by the evaluator; an episode that could not be run ends the search: arms must meet equal seeds."""
-    from gencontrol.robotics.evaluate import evaluate
-
-    def run(policy: Any, seeds: Sequence[int]) -> Sequence[bool]:
-        report = evaluate(policy, env_id, seeds=seeds, **arguments)
-        for episode in report.episodes:
-            if not episode.valid:
-                raise UsageError(f"seed {episode.seed} of {env_id} could not be run ({episode.invalid}); leave it out.")
-        return [episode.success for episode in report.episodes]
-
-    return run
 
 
 def _cells(rate: Estimate) -> tuple[str, str]:

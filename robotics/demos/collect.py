@@ -9,7 +9,8 @@ from typing import Any
 
 from gencontrol.errors import UsageError
 from gencontrol.robotics.datasets.episodes import Episode, Episodes
-from gencontrol.robotics.envs.vector import Envs, EnvSpec
+from gencontrol.robotics.envs.types import EnvSpec
+from gencontrol.robotics.envs.vector import Envs
 from gencontrol.robotics.evaluation.rollout import Actor, Rollouts
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from gencontrol.errors import EnvironmentMissing, UsageError, nearest
 from gencontrol.registry import resolve_dotted
 from gencontrol.robotics.envs.gymnasium import GymnasiumEnv, SuccessRule
-from gencontrol.robotics.envs.types import RobotEnv
+from gencontrol.robotics.envs.types import EnvSource, RobotEnv
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,21 @@ def family_of(env_id: str) -> Family:
     return next(family for family in FAMILIES if re.match(family.pattern, env_id))
 
 
+def env_name(env: EnvSource) -> str:
+    """Return the id of an environment; that of a function is package.module:make_fn."""
+    if isinstance(env, str):
+        return env
+    return f"{env.__module__}:{getattr(env, '__qualname__', type(env).__qualname__)}"
+
+
+def importable(env: EnvSource) -> bool:
+    """Whether another process can make this environment by its name: no lambda, no function of a script."""
+    module, _, name = env_name(env).partition(":")
+    return isinstance(env, str) or (module != "__main__" and getattr(sys.modules[module], name, None) is env)
+
+
 def make_env(
-    env_id: str,
+    env: EnvSource,
     *,
     kwargs: Mapping[str, Any] | None = None,
     time_limit: int | None = None,
@@ -95,8 +108,8 @@ def make_env(
     """Make one environment in this process.
 
     Args:
-        env_id: of Gymnasium ("FetchPush-v4"), "robosuite/Lift", "libero/libero_spatial/3", or "package.module:make_fn",
-            a function of `kwargs` that returns a Gymnasium environment.
+        env: an id of Gymnasium ("FetchPush-v4"), "robosuite/Lift", "libero/libero_spatial/3", or a function of `kwargs`
+            that returns a Gymnasium environment, itself or by its name package.module:make_fn.
         time_limit: steps of an episode; None: the environment's own, or 1000 where it names none.
         success: "auto" (the environment's own flag), "info:KEY", "terminated", or "reward>=0.9".
 
@@ -108,8 +121,9 @@ def make_env(
     rule = SuccessRule.parse(success)
     if render:
         _draw_without_screen()
+    env_id = env_name(env)
     if ":" in env_id:
-        made = _user_env(env_id, given, render)
+        made = _user_env(env, given, render)
         return GymnasiumEnv(made, env_id, kwargs=given, rule=rule, time_limit=time_limit)
     family = family_of(env_id)
     if family.name in ("robosuite", "LIBERO"):
@@ -127,8 +141,7 @@ def make_env(
 
         return LiberoEnv(env_id, kwargs=given, time_limit=time_limit)
     made = _gymnasium_env(env_id, family, given, time_limit, "rgb_array" if render else None)
-    env = GymnasiumEnv(made, env_id, kwargs=given, rule=rule, time_limit=time_limit, success_at=family.success_at)
-    return env
+    return GymnasiumEnv(made, env_id, kwargs=given, rule=rule, time_limit=time_limit, success_at=family.success_at)
 
 
 def require(family: Family) -> None:
@@ -167,13 +180,13 @@ def _gymnasium_env(env_id: str, family: Family, kwargs: Mapping[str, Any], limit
         raise UsageError(f"environment '{env_id}' cannot be made with {dict(kwargs)}: {error}.") from error
 
 
-def _user_env(env_id: str, kwargs: Mapping[str, Any], render: bool) -> Any:
+def _user_env(env: EnvSource, kwargs: Mapping[str, Any], render: bool) -> Any:
     """Call the user's function; for videos it is asked for frames if it can be."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # as `python -m` does
-    make = resolve_dotted(env_id, "environment")
+    make = resolve_dotted(env, "environment") if isinstance(env, str) else env
     wishes = {"render_mode": "rgb_array"} if render and "render_mode" in inspect.signature(make).parameters else {}
     try:
         return make(**{**wishes, **kwargs})
     except TypeError as error:
-        raise UsageError(f"environment '{env_id}' cannot be made with {dict(kwargs)}: {error}.") from error
+        raise UsageError(f"environment '{env_name(env)}' cannot be made with {dict(kwargs)}: {error}.") from error

@@ -51,7 +51,7 @@ def probe() -> Iterator[Finding]:
 
 
 def _row(env_id: str, *, render: bool) -> ProcessRow:
-    request: dict[str, Any] = {"env_id": env_id, "kwargs": {}, "time_limit": None, "success": "auto", "render": render}
+    request: dict[str, Any] = {"env": env_id, "kwargs": {}, "time_limit": None, "success": "auto", "render": render}
     return ProcessRow(request, _TIMEOUTS)
 
 

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from gencontrol.errors import EnvironmentMissing, UsageError
-from gencontrol.robotics.envs.make import make_env
+from gencontrol.robotics.envs.make import env_name, make_env
 from gencontrol.robotics.envs.types import Array, EnvSpec, RobotEnv, Timeouts, Transition
 from gencontrol.robotics.envs.wire import pack, spec_from_json, unpack, unpack_transition
 from gencontrol.robotics.envs.worker import describe
@@ -86,7 +86,7 @@ class InlineRow:
             try:
                 env.close()
             except Exception as error:
-                print(f"closing {self._request['env_id']}: {describe(error)}", file=sys.stderr)
+                print(f"closing {env_name(self._request['env'])}: {describe(error)}", file=sys.stderr)
 
 
 class ProcessRow:
@@ -230,4 +230,4 @@ class ProcessRow:
 
 
 def _not_made(request: dict[str, Any], reason: str) -> str:
-    return f"environment '{request['env_id']}' cannot be made: {reason}."
+    return f"environment '{env_name(request['env'])}' cannot be made: {reason}."

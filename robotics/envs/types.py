@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from gencontrol.errors import UsageError
 
 Array = NDArray[Any]
+#: what makes an environment: an id, package.module:make_fn, or such a function itself
+EnvSource = str | Callable[..., Any]
 
 
 @dataclass(frozen=True)

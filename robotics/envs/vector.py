@@ -15,10 +15,9 @@ from typing import Any, Literal
 import numpy as np
 
 from gencontrol.errors import UsageError
-from gencontrol.robotics.envs.make import make_env
-from gencontrol.robotics.envs.types import Array, EnvSpec, RobotEnv, Timeouts, Transition
-
-__all__ = ["Batch", "EnvSpec", "Envs", "Isolation", "RobotEnv", "Timeouts", "Transition", "make_env", "make_envs"]
+from gencontrol.robotics.envs.make import env_name, importable
+from gencontrol.robotics.envs.rows import InlineRow, ProcessRow
+from gencontrol.robotics.envs.types import Array, EnvSource, EnvSpec, Timeouts, Transition
 
 Isolation = Literal["process", "inline"]
 
@@ -159,7 +158,7 @@ def fault_of(answer: Transition, spec: EnvSpec) -> str | None:
 
 
 def make_envs(
-    env_id: str,
+    env: EnvSource,
     num_envs: int = 1,
     *,
     kwargs: Mapping[str, Any] | None = None,
@@ -172,6 +171,7 @@ def make_envs(
     """Make rows of one environment.
 
     Args:
+        env: see `make_env`.
         isolation: "process" gives each row a process, so that a crash or a hang costs one episode; "inline" runs all
             rows here: faster to start, catches exceptions only.
         timeouts: of isolated rows.
@@ -181,14 +181,19 @@ def make_envs(
         EnvironmentMissing: its package is not installed; the message has the install line.
         UsageError: no such environment, or it cannot be made; the message says why.
     """
-    from gencontrol.robotics.envs.rows import InlineRow, ProcessRow
-
     if num_envs < 1:
         raise UsageError(f"num_envs {num_envs}: give at least 1.")
     if isolation not in ("process", "inline"):
         raise UsageError(f"isolation '{isolation}': give process or inline.")
+    if isolation == "process":
+        if not importable(env):
+            raise UsageError(
+                f"environment '{env_name(env)}' cannot be imported by its name, so no other process can make it; "
+                "define the function in a module, or pass isolation='inline'."
+            )
+        env = env_name(env)
     request = {
-        "env_id": env_id,
+        "env": env,
         "kwargs": dict(kwargs or {}),
         "time_limit": time_limit,
         "success": success,

@@ -30,7 +30,7 @@ def main(descriptor: int, request: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     link = Connection(descriptor)
     asked = json.loads(request)
-    if not asked["render"] and ":" not in asked["env_id"] and not family_of(asked["env_id"]).draws:
+    if not asked["render"] and ":" not in asked["env"] and not family_of(asked["env"]).draws:
         os.environ["MUJOCO_GL"] = "disable"  # states are computed even where nothing can be drawn
     try:
         env = make_env(**asked)

@@ -20,7 +20,7 @@ from gencontrol.robotics.evaluation.report import SCHEMA_VERSION, EpisodeResult
 
 SETTINGS, EPISODES = "evaluation.json", "episodes.jsonl"
 #: settings that may differ when an evaluation goes on, because episodes do not depend on them
-_FREE = ("seeds", "num_envs", "isolation", "timeouts", "videos")
+_FREE = ("seeds", "num_envs", "isolation", "make_timeout", "reset_timeout", "step_timeout", "videos")
 
 
 def content_of(path: str) -> str | None:

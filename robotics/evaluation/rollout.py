@@ -16,7 +16,8 @@ import numpy as np
 
 from gencontrol.errors import UsageError
 from gencontrol.robotics.datasets.episodes import Array, Episode
-from gencontrol.robotics.envs.vector import Batch, Envs, EnvSpec
+from gencontrol.robotics.envs.types import EnvSpec
+from gencontrol.robotics.envs.vector import Batch, Envs
 from gencontrol.robotics.policies.chunked import ChunkedPolicy
 
 

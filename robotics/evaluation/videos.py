@@ -10,19 +10,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gencontrol.errors import GencontrolError
 from gencontrol.robotics.datasets.lerobot_video import FrameWriter
-from gencontrol.robotics.envs.types import Array
-from gencontrol.robotics.envs.vector import Envs
+from gencontrol.robotics.envs.make import env_name
+from gencontrol.robotics.envs.types import Array, EnvSource
 from gencontrol.robotics.evaluation.report import EpisodeResult, result_of
 from gencontrol.robotics.evaluation.rollout import Actor, Rollout, Rollouts
-
-if TYPE_CHECKING:
-    from gencontrol.robotics.evaluate import Settings
+from gencontrol.robotics.evaluation.settings import Settings
 
 #: longest side of a picture; larger frames are averaged over blocks
 SIDE = 360
@@ -51,7 +48,7 @@ class Filmed:
 def film(
     policy: Actor,
     settings: Settings,
-    env_id: str,
+    env: EnvSource,
     results: Sequence[EpisodeResult],
     output: Path,
     name: str,
@@ -64,60 +61,44 @@ def film(
         results: of this policy in this environment; invalid ones are not filmed.
         name: of the policy.
     """
+    env_id = env_name(env)
     folder = Path("videos", safe(name), safe(env_id))
-    paths = {result.seed: folder / f"{_word(result.success)}_seed{result.seed}.mp4" for result in results}
     chosen = choose(results, settings.videos)
-    made = {(r.seed, env_id): paths[r.seed].as_posix() for r in chosen if (output / paths[r.seed]).is_file()}
+    paths = {(r.seed, env_id): folder / f"{_word(r.success)}_seed{r.seed}.mp4" for r in chosen}
+    made = {key: path.as_posix() for key, path in paths.items() if (output / path).is_file()}
     missing = {r.seed: r for r in chosen if (r.seed, env_id) not in made}
     notes: list[str] = []
-    if missing:
-        try:
-            with settings.envs(env_id, 1, render=True) as envs:
-                _film(envs, policy, settings, missing, output, paths, made, notes, together=together)
-        except (GencontrolError, OSError, ValueError, RuntimeError, ImportError) as error:
-            notes.append(f"no further videos of '{name}' in {env_id}: {' '.join(str(error).split())[:300]}")
+    if not missing:
+        return Filmed(made)
+    try:
+        with settings.envs(env, 1, render=True) as envs:
+            spec, every = envs.spec, max(1, round(envs.spec.fps / FPS))
+            envs.reset([0], [next(iter(missing))])
+            if isinstance(frame := envs.render([0])[0], str):  # before whole episodes are run for nothing
+                return Filmed(made, (f"no videos, {env_id} cannot be rendered here: {frame}",))
+            for rollout in Rollouts(policy, envs, together=together, render_every=every).run(list(missing)):
+                first, path = missing[rollout.seed], paths[rollout.seed, env_id]
+                if rollout.fault is not None or rollout.render_fault is not None:
+                    notes.append(f"no video of seed {rollout.seed}: {rollout.fault or rollout.render_fault}")
+                    continue
+                again = result_of(rollout, spec, settings.success_at or spec.success_at)
+                if again.success != first.success:
+                    notes.append(
+                        f"seed {rollout.seed} went differently when it was filmed ({_word(again.success)}; what counts "
+                        f"is {_word(first.success)}): drawing changes the simulator, or something is not a function of "
+                        "the seed"
+                    )
+                elif again.actions != first.actions:
+                    notes.append(_DIFFERENT)
+                try:
+                    write_video(output / path, rollout, spec.fps / every)
+                except (GencontrolError, OSError, ValueError) as error:
+                    notes.append(f"the video of seed {rollout.seed} could not be written: {error}")
+                    continue
+                made[rollout.seed, env_id] = path.as_posix()
+    except (GencontrolError, OSError, ValueError, RuntimeError, ImportError) as error:
+        notes.append(f"no further videos of '{name}' in {env_id}: {' '.join(str(error).split())[:300]}")
     return Filmed(made, tuple(dict.fromkeys(notes)))
-
-
-def _film(
-    envs: Envs,
-    policy: Actor,
-    settings: Settings,
-    missing: Mapping[int, EpisodeResult],
-    output: Path,
-    paths: Mapping[int, Path],
-    made: dict[tuple[int, str], str],
-    notes: list[str],
-    *,
-    together: bool,
-) -> None:
-    spec = envs.spec
-    seeds = list(missing)
-    envs.reset([0], seeds[:1])
-    frame = envs.render([0])[0]
-    if isinstance(frame, str):  # before whole episodes are run for nothing
-        notes.append(f"no videos, {spec.env_id} cannot be rendered here: {frame}")
-        return
-    every = max(1, round(spec.fps / FPS))
-    for rollout in Rollouts(policy, envs, together=together, render_every=every).run(seeds):
-        first = missing[rollout.seed]
-        if rollout.fault is not None or rollout.render_fault is not None:
-            notes.append(f"no video of seed {rollout.seed}: {rollout.fault or rollout.render_fault}")
-            continue
-        again = result_of(rollout, spec, settings.success_at or spec.success_at)
-        if again.success != first.success:
-            notes.append(
-                f"seed {rollout.seed} went differently when it was filmed ({_word(again.success)}; what counts is "
-                f"{_word(first.success)}): drawing changes the simulator, or something is not a function of the seed"
-            )
-        elif again.actions != first.actions:
-            notes.append(_DIFFERENT)
-        try:
-            write_video(output / paths[rollout.seed], rollout, spec.fps / every)
-        except (GencontrolError, OSError, ValueError) as error:
-            notes.append(f"the video of seed {rollout.seed} could not be written: {error}")
-            continue
-        made[rollout.seed, spec.env_id] = paths[rollout.seed].as_posix()
 
 
 def choose(results: Sequence[EpisodeResult], most: int) -> list[EpisodeResult]:

@@ -68,7 +68,7 @@ class _Row:
 
     seed: int
     decisions: int = 0
-    history: deque[dict[str, np.ndarray]] = field(default_factory=deque)
+    history: list[dict[str, np.ndarray]] = field(default_factory=list)
     queue: deque[np.ndarray] = field(default_factory=deque)
 
 
@@ -119,42 +119,30 @@ class ChunkedPolicy(ABC):
             UsageError: a key is missing, has another shape or a value that is not finite; the message names it.
         """
         batch, single = self._batch(observation)
-        count = len(next(iter(batch.values())))
+        count, n_obs = len(next(iter(batch.values()))), self.spec.n_obs
         numbers = list(range(count)) if rows is None else [int(row) for row in rows]
         if len(numbers) != count:
             raise UsageError(f"{count} observations for {len(numbers)} rows; give one each.")
         states = [self._rows.setdefault(number, _Row(number)) for number in numbers]
         for index, state in enumerate(states):
-            state.history.append({key: value[index] for key, value in batch.items()})
-            while len(state.history) < self.spec.n_obs:
-                state.history.appendleft(state.history[0])
-            while len(state.history) > self.spec.n_obs:
-                state.history.popleft()
-        self._refill([state for state in states if not state.queue])
+            seen = {key: value[index] for key, value in batch.items()}
+            # an episode's history begins as its first observation repeated, as in Diffusion Policy
+            state.history = [*(state.history or [seen] * (n_obs - 1)), seen][-n_obs:]
+        asking = [state for state in states if not state.queue]
+        size = self.rows_at_once or len(asking)
+        for begin in range(0, len(asking), size or 1):
+            group = asking[begin : begin + size]
+            full = [*group, *[group[-1]] * (size - len(group))]  # the batch has exactly this size: see the class
+            history = {key: np.stack([np.stack([step[key] for step in row.history]) for row in full]) for key in batch}
+            seeds = torch.tensor([row.seed for row in full], dtype=torch.int64)
+            noise = Keyed(row_keys(0, "policy", seeds, torch.tensor([row.decisions for row in full])))
+            with torch.inference_mode():
+                chunks = self.sample_chunk(history, noise)[: len(group)].float().cpu().numpy()
+            for row, chunk in zip(group, chunks, strict=True):
+                row.queue.extend(chunk[n_obs - 1 : n_obs - 1 + self.spec.n_action])
+                row.decisions += 1
         actions = np.stack([state.queue.popleft() for state in states])
         return actions[0] if single else actions
-
-    def _refill(self, states: list[_Row]) -> None:
-        """Sample one chunk for every row that has run out of actions."""
-        if not states:
-            return
-        size = self.rows_at_once or len(states)
-        for begin in range(0, len(states), size):
-            self._sample(states[begin : begin + size], size)
-
-    def _sample(self, states: list[_Row], size: int) -> None:
-        """Sample one chunk for each of at most `size` rows in a batch of exactly that size."""
-        asked = [*states, *[states[-1]] * (size - len(states))]
-        keys = states[0].history[0].keys()
-        history = {key: np.stack([np.stack([step[key] for step in row.history]) for row in asked]) for key in keys}
-        seeds = torch.tensor([row.seed for row in asked], dtype=torch.int64)
-        noise = Keyed(row_keys(0, "policy", seeds, torch.tensor([row.decisions for row in asked])))
-        with torch.inference_mode():
-            chunks = self.sample_chunk(history, noise)[: len(states)].float().cpu().numpy()
-        first = self.spec.n_obs - 1
-        for row, chunk in zip(states, chunks, strict=True):
-            row.queue.extend(chunk[first : first + self.spec.n_action])
-            row.decisions += 1
 
     def _batch(self, observation: Observation) -> tuple[dict[str, np.ndarray], bool]:
         """Return the declared keys as arrays with the row axis, and whether it was added."""

@@ -16,17 +16,8 @@ from gencontrol.rng import stream
 from gencontrol.robotics.datasets.episodes import Episodes, shapes_of
 from gencontrol.robotics.datasets.windows import Windows
 from gencontrol.robotics.policies.chunked import PolicySpec
-from gencontrol.robotics.policies.config import PolicyConfig
+from gencontrol.robotics.policies.config import ChunkSizes, PolicyConfig
 from gencontrol.robotics.policies.diffusion import GenerativePolicy
-
-
-@dataclass(frozen=True)
-class ChunkSizes:
-    """Sizes of history and chunk, see `PolicySpec`."""
-
-    horizon: int = 16
-    n_obs: int = 2
-    n_action: int = 8
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-import math
-from typing import Literal
+from typing import Annotated, Literal
 
-from gencontrol.config import options
-from gencontrol.errors import UsageError
+from annotated_types import Ge, Gt, Le
 
+from gencontrol.config import Count, Natural, NonNegative, options
+
+Norm = Literal["min_max", "quantiles", "mean_std", "identity"]
 #: backbone → (width, depth) where the option is 0
 SIZES = {"unet": (64, 3), "transformer": (128, 4), "mlp": (256, 3)}
+
+
+@options
+class ChunkSizes:
+    """Sizes of history and chunk, see `PolicySpec`.
+
+    Args:
+        horizon: actions in a chunk, counted from the oldest observation in the history.
+        n_obs: observations in the history.
+        n_action: actions executed of a chunk, at most horizon − n_obs + 1.
+    """
+
+    horizon: Count = 16
+    n_obs: Count = 2
+    n_action: Count = 8
 
 
 @options
@@ -30,26 +46,15 @@ class PolicyConfig:
     """
 
     backbone: Literal["unet", "transformer", "mlp"] = "unet"
-    width: int = 0
-    depth: int = 0
-    inference_steps: int = 10
-    clip: float = 1.0
+    width: Natural = 0
+    depth: Natural = 0
+    inference_steps: Count = 10
+    clip: NonNegative = 1.0
     limits: Literal["data", "none"] = "data"
-    action_norm: str = "min_max"
-    state_norm: str = "min_max"
-    crop: float = 0.9
-    image_features: int = 64
-
-    def __post_init__(self) -> None:
-        """Refuse what no network could have."""
-        if self.backbone not in SIZES:
-            raise UsageError(f"backbone '{self.backbone}' is unknown; choose from {', '.join(SIZES)}.")
-        if self.limits not in ("data", "none"):
-            raise UsageError(f"limits '{self.limits}' is unknown; choose data or none.")
-        if min(self.width, self.depth) < 0 or min(self.inference_steps, self.image_features) < 1:
-            raise UsageError("width and depth of at least 0, inference_steps and image_features of at least 1 needed.")
-        if not (0.0 <= self.clip < math.inf and 0.0 < self.crop <= 1.0):
-            raise UsageError(f"clip {self.clip} and crop {self.crop}: clip ≥ 0 and crop in (0, 1] are needed.")
+    action_norm: Norm = "min_max"
+    state_norm: Norm = "min_max"
+    crop: Annotated[float, Gt(0), Le(1)] = 0.9
+    image_features: Count = 64
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -71,23 +76,14 @@ class DiffusionPolicyConfig(PolicyConfig):
     """
 
     prediction: Literal["eps", "v", "x0"] = "eps"
-    train_steps: int = 100
+    train_steps: Annotated[int, Ge(2)] = 100
     sampler: Literal["ddim", "ddpm"] = "ddim"
     spacing: Literal["leading", "trailing"] = "leading"
 
     def __post_init__(self) -> None:
-        """Check the further options."""
-        super().__post_init__()
-        for name, known in (
-            ("prediction", ("eps", "v", "x0")),
-            ("sampler", ("ddim", "ddpm")),
-            ("spacing", ("leading", "trailing")),
-        ):
-            if getattr(self, name) not in known:
-                raise UsageError(f"{name} '{getattr(self, name)}' is unknown; choose from {', '.join(known)}.")
-        if self.train_steps < 2 or self.inference_steps > self.train_steps:
-            raise UsageError(
-                f"{self.inference_steps} inference steps of {self.train_steps} noise levels; give at most as many."
+        if self.inference_steps > self.train_steps:
+            raise ValueError(
+                f"{self.inference_steps} inference steps of {self.train_steps} noise levels; give at most as many"
             )
 
 
@@ -95,4 +91,4 @@ class DiffusionPolicyConfig(PolicyConfig):
 class FlowPolicyConfig(PolicyConfig):
     """Options of `FlowPolicy`: rectified flow, velocity, Euler; the clean prediction is not clipped by default."""
 
-    clip: float = 0.0
+    clip: NonNegative = 0.0

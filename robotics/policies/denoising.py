@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -135,16 +136,19 @@ class DenoisingPolicy(ChunkedPolicy):
     def encode(self, history: History) -> Cond:
         """Return the denoiser's condition for observations key → [b n_obs ...]."""
 
+    @torch.inference_mode()
     def sample_chunk(self, observation: History, noise: Keyed) -> Float[Tensor, "b horizon action"]:
         """Return chunks in the environment's units.
 
         Args:
             observation: key → [b n_obs ...].
-            noise: one stream per row.
+            noise: one stream per row; draw 0 is the start, draw k + 1 the noise of step k.
         """
-        shape = (len(noise), self.spec.horizon, self.spec.action_dim)
-        chunk = self.sampler.draw(self.denoiser, shape, noise, self.encode(observation))
-        return self.finish(chunk)
+        return self.finish(self.draw(self.encode(observation), noise))
+
+    def draw(self, cond: Cond, noise: Keyed) -> Float[Tensor, "b horizon action"]:
+        """Return normalised chunks for encoded observations, by `self.sampler`."""
+        return self.sampler.draw(self.denoiser, (len(noise), self.spec.horizon, self.spec.action_dim), noise, cond)
 
     def finish(self, chunk: Float[Tensor, "b h a"]) -> Float[Tensor, "b h a"]:
         """Return a normalised chunk, of any horizon, in the environment's units."""

@@ -7,19 +7,22 @@ the noise levels of the other (gpc.md §3.2).  Chunks are normalised; x0 is clip
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gencontrol.data.normalize import Normalizer
+from gencontrol.config import build
+from gencontrol.data.normalize import Normalizer, pack, unpack
 from gencontrol.errors import UsageError
 from gencontrol.models.denoiser import Denoiser
+from gencontrol.models.folders import read_config, read_weights, write_model
 from gencontrol.models.networks.chunk_networks import ChunkMlp, ChunkNetwork, ChunkTransformer
 from gencontrol.models.networks.unet1d import ChunkUnet
 from gencontrol.process import GaussianProcess, GridProcess, Linear, Table
@@ -28,9 +31,12 @@ from gencontrol.robotics.policies.chunked import PolicySpec
 from gencontrol.robotics.policies.config import DiffusionPolicyConfig, FlowPolicyConfig, PolicyConfig
 from gencontrol.robotics.policies.denoising import ChunkSampler, DenoisingPolicy, History
 from gencontrol.robotics.policies.observation_encoder import ObservationEncoder
-from gencontrol.sampling.fast import StepTable, run, step_noise, table_of
+from gencontrol.sampling.fast import StepTable, run, step_noise, step_table
 from gencontrol.sampling.grids import make_grid
 from gencontrol.sampling.steps import Ddim, Euler
+
+#: the one schedule of flow policies: models that share their schedule object are composed without conversion
+LINE = Linear()
 
 __all__ = ["DiffusionPolicy", "DiffusionPolicyConfig", "FlowPolicy", "FlowPolicyConfig", "GenerativePolicy"]
 
@@ -77,7 +83,16 @@ class GenerativePolicy(DenoisingPolicy):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(seed, "policy/weights"))
             self.encoder = ObservationEncoder(spec, normalizers, config.crop, config.image_features)
-            network = _network(spec, config, self.encoder.channels, process)
+            width, depth = config.sizes
+            shape = (spec.horizon, spec.action_dim, self.encoder.channels)
+            try:
+                network: ChunkNetwork
+                if config.backbone == "mlp":
+                    network = ChunkMlp(*shape, process.schedule, width, depth)
+                else:
+                    network = (ChunkUnet if config.backbone == "unet" else ChunkTransformer)(*shape, width, depth)
+            except ValueError as error:
+                raise UsageError(f"{error}; change horizon, width or depth.") from error
         self.networks = nn.ModuleDict({"network": network, "encoder": self.encoder}).eval()
         self.network = network
         floor = -math.inf if config.clip else -14.0
@@ -106,19 +121,10 @@ class GenerativePolicy(DenoisingPolicy):
     def encode(self, history: History) -> Float[Tensor, "b c"]:
         """Return the denoiser's condition of observations key → [b n_obs ...]."""
         device = self.device
-        tensors = {key: torch.as_tensor(history[key], device=device) for key in self.spec.observations}
-        found: Tensor = self.encoder(tensors)
+        found: Tensor = self.encoder(
+            {key: torch.as_tensor(history[key], device=device) for key in self.spec.observations}
+        )
         return found
-
-    def sample_chunk(self, observation: History, noise: Keyed) -> Float[Tensor, "b horizon action"]:
-        """Return chunks in the environment's units; the final clipping to the data's limits is counted.
-
-        Args:
-            observation: key → [b n_obs ...].
-            noise: one stream per row; draw 0 is the start, draw k + 1 the noise of step k.
-        """
-        with torch.inference_mode():
-            return self.finish(self.draw(self.encode(observation), noise))
 
     @torch.no_grad()
     def draw(self, cond: Float[Tensor, "b c"], noise: Keyed) -> Float[Tensor, "b horizon action"]:
@@ -126,31 +132,27 @@ class GenerativePolicy(DenoisingPolicy):
 
         DDIM and Euler on the process's own grid go through the fast loop, anything else through `sample`.
         """
-        shape = (len(cond), self.spec.horizon, self.spec.action_dim)
         if self.sampler.times is not None or not isinstance(self.sampler.step, (Ddim, Euler)):
-            return self.sampler.draw(self.denoiser, shape, noise, cond)
+            return super().draw(cond, noise)
+        shape = (len(cond), self.spec.horizon, self.spec.action_dim)
         table, times = self.plan(self.sampler, cond.device)
         x = self.denoiser.process.prior(shape, noise, cond.device)
+        # what follows from time and condition alone is computed for all steps at once
         entries = self.network.plan(times, cond)
-        draws = step_noise(table, shape, noise, cond.device)
-        return run(table, lambda k, state: self.network.planned(state, entries[k]), x, draws)
+        return run(table, self.network.planned, entries, x, step_noise(table, shape, noise, cond.device))
 
     def plan(self, sampler: ChunkSampler, device: torch.device) -> tuple[StepTable, Tensor]:
         """Return table and times [k] of a sampler of DDIM or Euler steps, computed once."""
         found = self._plans.get((sampler, device))
         if found is None:
-            step = sampler.step
+            step, process = sampler.step, self.denoiser.process
             assert isinstance(step, (Ddim, Euler))  # `draw` asked
-            grid = make_grid(self.denoiser.process.schedule, *self._grid(sampler.steps))
-            table = table_of(self.denoiser, grid, step, limit=sampler.clip or math.inf)
+            own = process.times(sampler.steps)  # the levels that were trained; None where every time was
+            grid = make_grid(process.schedule, sampler.steps if own is None else len(own) - 1, own)
+            table = step_table(self.denoiser, grid, step, limit=sampler.clip or math.inf)
             found = table, torch.tensor(table.times, dtype=torch.float32, device=device)
             self._plans[sampler, device] = found
         return found
-
-    def _grid(self, steps: int) -> tuple[int, Sequence[float] | None]:
-        """Return the number of steps and the process's own times, None for equal ones."""
-        times = self.denoiser.process.times(steps)
-        return (steps, None) if times is None else (len(times) - 1, times)
 
     def finish(self, chunk: Float[Tensor, "b horizon action"]) -> Float[Tensor, "b horizon action"]:
         """Return a normalised chunk in the environment's units, clipped to the data's limits (counted)."""
@@ -168,10 +170,25 @@ class GenerativePolicy(DenoisingPolicy):
     # ---- files ------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors (weights, normalisers, limits)."""
-        from gencontrol.robotics.policies.files import write_policy
+        """Write config.json (class, spec, options) and model.safetensors; the weights appear whole or not at all.
 
-        write_policy(self, Path(folder))
+        The tensors are "network.*" and "encoder.*", "normalizer.<key>.shift" and ".scale" in the environment's units,
+        and "limits.low", "limits.high" where they are known.
+
+        Raises:
+            UsageError: a file is in the way.
+        """
+        if Path(folder).is_file():
+            raise UsageError(f"'{folder}' is a file; save_pretrained writes a folder: give another path.")
+        spec = dataclasses.asdict(self.spec)
+        spec["observations"] = {key: list(shape) for key, shape in self.spec.observations.items()}
+        weights: dict[str, Tensor] = dict(self.networks.state_dict())
+        # copies: keys that share one normaliser share its tensors, which safetensors refuses
+        weights |= {f"normalizer.{name}": value.clone() for name, value in pack(self.normalizers).items()}
+        if self.limits is not None:
+            weights |= {"limits.low": self.limits[0], "limits.high": self.limits[1]}
+        table = {"spec": spec, "policy": dataclasses.asdict(self.config)}
+        write_model(folder, type(self).__name__, table, weights)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
@@ -180,9 +197,31 @@ class GenerativePolicy(DenoisingPolicy):
         Raises:
             UsageError: no such folder, a damaged file, or a policy of another class; one line names it.
         """
-        from gencontrol.robotics.policies.files import read_policy
-
-        return read_policy(cls, Path(folder))
+        table, weights = _read(cls.__name__, Path(folder))
+        try:
+            given = dict(table["spec"])
+            given["observations"] = {key: tuple(shape) for key, shape in given["observations"].items()}
+            spec = PolicySpec(**given)
+            config = build(cls.Config, table["policy"], "policy")
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise UsageError(f"'{folder}/config.json' does not describe a {cls.__name__}: {error}") from error
+        parts: dict[str, dict[str, Tensor]] = {"normalizer": {}, "limits": {}, "": {}}
+        for name, value in weights.items():
+            first, _, rest = name.partition(".")
+            parts[first if first in parts else ""][rest if first in parts else name] = value
+        theirs, ends = parts[""], parts["limits"]
+        limits = (ends["low"], ends["high"]) if {"low", "high"} <= set(ends) else None
+        policy = cls(spec, config, unpack(parts["normalizer"]), limits)
+        mine = policy.networks.state_dict()
+        missing, unknown = sorted(mine.keys() - theirs.keys()), sorted(theirs.keys() - mine.keys())
+        wrong = sorted(key for key in mine.keys() & theirs.keys() if mine[key].shape != theirs[key].shape)
+        if missing or unknown or wrong:
+            raise UsageError(
+                f"'{folder}/model.safetensors' does not fit its config.json: missing {missing[:3]}, unknown "
+                f"{unknown[:3]}, other shape {wrong[:3]}; save the policy again."
+            )
+        policy.networks.load_state_dict(theirs)
+        return policy
 
 
 class DiffusionPolicy(GenerativePolicy):
@@ -207,7 +246,7 @@ class FlowPolicy(GenerativePolicy):
     def _noise(self, config: PolicyConfig) -> tuple[GaussianProcess, str, Ddim | Euler]:
         if not isinstance(config, FlowPolicyConfig):
             raise UsageError(f"a FlowPolicy takes a FlowPolicyConfig, not a {type(config).__name__}.")
-        return GaussianProcess(_line()), "velocity", Euler()
+        return GaussianProcess(LINE), "velocity", Euler()
 
 
 @functools.cache
@@ -222,12 +261,6 @@ def squaredcos(levels: int) -> Table:
         product *= 1.0 - min(1.0 - after / before, 0.999)
         found.append(product)
     return Table.from_alphas_cumprod(found)
-
-
-@functools.cache
-def _line() -> Linear:
-    """The one schedule of flow policies."""
-    return Linear()
 
 
 def diffusion_grid(levels: int, steps: int, *, trailing: bool) -> Sequence[float]:
@@ -248,19 +281,18 @@ def diffusion_grid(levels: int, steps: int, *, trailing: bool) -> Sequence[float
     return [(k + 1) / levels for k in visited] + [0.0]
 
 
-def _network(spec: PolicySpec, config: PolicyConfig, channels: int, process: GaussianProcess) -> ChunkNetwork:
-    """Return a fresh network.
-
-    Raises:
-        UsageError: it cannot have these sizes.
-    """
-    width, depth = config.sizes
-    shape = (spec.horizon, spec.action_dim, channels)
+def _read(name: str, folder: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+    """Return the config and the tensors of a folder of the class `name`."""
     try:
-        if config.backbone == "unet":
-            return ChunkUnet(*shape, width, depth)
-        if config.backbone == "transformer":
-            return ChunkTransformer(*shape, width, depth)
-        return ChunkMlp(*shape, process.schedule, width, depth)
-    except ValueError as error:
-        raise UsageError(f"{error}; change horizon, width or depth.") from error
+        table = read_config(folder, name)
+    except UsageError:
+        raise
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(f"'{folder}/config.json' is damaged ({error}); copy or save the policy again.") from error
+    path = folder / "model.safetensors"
+    if not path.exists():
+        raise UsageError(f"'{folder}' has no model.safetensors; copy or save the policy again.")
+    try:
+        return table, read_weights(folder)
+    except Exception as error:  # safetensors raises an exception class of its own
+        raise UsageError(f"'{path}' is damaged ({error}); copy or save the policy again.") from error

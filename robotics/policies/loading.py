@@ -7,8 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from gencontrol.errors import UsageError
-from gencontrol.registry import resolve_dotted
+from gencontrol.registry import resolve, resolve_dotted
 
+#: `_class_name` in config.json → the class, whose `from_pretrained` takes the folder; imported when it is met, because
+#: a composition is built from loaded policies and so lives above this room
+POLICIES = {
+    "DiffusionPolicy": "gencontrol.robotics.policies.diffusion:DiffusionPolicy",
+    "FlowPolicy": "gencontrol.robotics.policies.diffusion:FlowPolicy",
+    "ComposedPolicy": "gencontrol.robotics.composition.policy:ComposedPolicy",
+}
 _EXPECTED = "give a folder that save_pretrained or gencontrol train wrote, or package.module:make_policy"
 
 
@@ -25,56 +32,36 @@ def load_policy(path: str | Path) -> Any:
     text = str(path)
     place = Path(text).expanduser()
     if not place.exists():
-        if ":" in text and "/" not in text.partition(":")[0]:
-            return _user_policy(text)
-        raise UsageError(f"there is no policy at '{text}'; {_EXPECTED}.")
+        if ":" not in text or "/" in text.partition(":")[0]:
+            raise UsageError(f"there is no policy at '{text}'; {_EXPECTED}.")
+        policy = resolve_dotted(text, "policy")()
+        for method in ("reset", "select_action"):
+            if not callable(getattr(policy, method, None)):
+                raise UsageError(
+                    f"'{text}' returned a {type(policy).__name__} without {method}(); a policy needs both."
+                )
+        return policy
     if place.is_file():
-        return _file(place)
+        if place.suffix not in (".pth", ".pt", ".ckpt"):
+            raise UsageError(f"'{place}' is neither a folder nor a robomimic checkpoint (.pth); {_EXPECTED}.")
+        from gencontrol.robotics.policies.robomimic import load_robomimic
+
+        return load_robomimic(place)
     if not (place / "config.json").exists() and (place / "final" / "config.json").exists():
         place = place / "final"
-    return _folder(place)
-
-
-def _user_policy(name: str) -> Any:
-    """Call the user's function and check what it returns."""
-    policy = resolve_dotted(name, "policy")()
-    for method in ("reset", "select_action"):
-        if not callable(getattr(policy, method, None)):
-            raise UsageError(f"'{name}' returned a {type(policy).__name__} without {method}(); a policy needs both.")
-    return policy
-
-
-def _folder(folder: Path) -> Any:
-    """Load a folder by what its config.json says."""
-    file = folder / "config.json"
+    file = place / "config.json"
     if not file.exists():
-        unfinished = " (its training is not finished: run the same command again)" * (folder / "metrics.jsonl").exists()
-        raise UsageError(f"'{folder}' holds no policy{unfinished}; {_EXPECTED}.")
+        unfinished = " (its training is not finished: run the same command again)" * (place / "metrics.jsonl").exists()
+        raise UsageError(f"'{place}' holds no policy{unfinished}; {_EXPECTED}.")
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
         name, kind = table.get("_class_name"), table.get("type")
     except (OSError, ValueError, AttributeError) as error:
         raise UsageError(f"'{file}' is damaged ({error}); copy or save the policy again.") from error
-    from gencontrol.robotics.policies.diffusion import DiffusionPolicy, FlowPolicy
-
-    ours = {policy.__name__: policy for policy in (DiffusionPolicy, FlowPolicy)}
-    if name in ours:
-        return ours[name].from_pretrained(folder)
-    if name == "ComposedPolicy":
-        from gencontrol.robotics.composition.files import read_composition
-
-        return read_composition(folder)
+    if name in POLICIES:
+        return resolve(POLICIES, name, "policy").from_pretrained(place)
     if name is None and kind is not None and "input_features" in table:
         from gencontrol.robotics.policies.lerobot import load_lerobot
 
-        return load_lerobot(folder)
+        return load_lerobot(place)
     raise UsageError(f"'{file}' describes a {name or kind or 'model without a class'}, not a policy; {_EXPECTED}.")
-
-
-def _file(path: Path) -> Any:
-    """Load a checkpoint by its ending."""
-    if path.suffix not in (".pth", ".pt", ".ckpt"):
-        raise UsageError(f"'{path}' is neither a folder nor a robomimic checkpoint (.pth); {_EXPECTED}.")
-    from gencontrol.robotics.policies.robomimic import load_robomimic
-
-    return load_robomimic(path)

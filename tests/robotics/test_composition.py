@@ -13,7 +13,7 @@ from gencontrol.cli import main
 from gencontrol.data.normalize import Normalizer
 from gencontrol.errors import UsageError
 from gencontrol.robotics.compose import ComposedPolicy
-from gencontrol.robotics.composition.files import read_composition, write_composition
+from gencontrol.robotics.composition.policy import write_composition
 from gencontrol.robotics.policies.chunked import PolicySpec
 from gencontrol.robotics.policies.diffusion import DiffusionPolicy, DiffusionPolicyConfig, FlowPolicy, FlowPolicyConfig
 from gencontrol.robotics.policies.loading import load_policy
@@ -63,16 +63,16 @@ def test_damage_and_overwriting(parents: dict[str, Path], tmp_path: Path) -> Non
     for broken in (text[:-20], "[]", text.replace("ComposedPolicy", "Other"), text.replace('"weights"', '"wights"')):
         file.write_text(broken)
         with pytest.raises(UsageError, match=r"config\.json"):
-            read_composition(target)
+            ComposedPolicy.from_pretrained(target)
     file.write_text(
         text.replace('"n_action": null', '"colour": 1').replace('"options": {}', '"options": {"colour": 1}')
     )
     with pytest.raises(UsageError, match="colour"):
-        read_composition(target)
+        ComposedPolicy.from_pretrained(target)
     (target / "parents" / "1" / "model.safetensors").unlink()
     file.write_text(text)
     with pytest.raises(UsageError, match="parents/1"):
-        read_composition(target)
+        ComposedPolicy.from_pretrained(target)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".ab")]
 
 

@@ -13,10 +13,10 @@ import pytest
 from gencontrol.errors import EnvironmentMissing, UsageError
 from gencontrol.robotics.envs import probe
 from gencontrol.robotics.envs.gymnasium import SuccessRule, flatten
-from gencontrol.robotics.envs.make import FAMILIES, family_of, require
+from gencontrol.robotics.envs.make import FAMILIES, family_of, make_env, require
 from gencontrol.robotics.envs.options import parse_kwargs
 from gencontrol.robotics.envs.types import EnvSpec, Timeouts, Transition
-from gencontrol.robotics.envs.vector import Envs, make_env, make_envs
+from gencontrol.robotics.envs.vector import Envs, make_envs
 from gencontrol.robotics.envs.wire import (
     pack_transition,
     spec_from_json,

@@ -15,7 +15,6 @@ from gencontrol.cli import main
 from gencontrol.errors import EnvironmentMissing, UsageError
 from gencontrol.rng import Keyed, row_keys
 from gencontrol.robotics import evaluate as module
-from gencontrol.robotics.envs.types import Timeouts
 from gencontrol.robotics.envs.vector import make_envs
 from gencontrol.robotics.evaluate import Settings, evaluate, evaluate_all, named
 from gencontrol.robotics.evaluation.report import compare, percentiles
@@ -166,7 +165,7 @@ def test_a_hanging_process_costs_one_episode() -> None:
         seeds=range(4),
         env_kwargs={"trouble": "hang", "ends": False},
         num_envs=2,
-        timeouts=Timeouts(step_s=1.0),
+        step_timeout=1.0,
     )
     assert [e.valid for e in report.episodes] == [True, False, True, True]
     assert report.episodes[1].invalid == "hang: it took longer than 1 s (at step 3)"
@@ -230,21 +229,21 @@ def test_an_interrupted_evaluation_goes_on(tmp_path: Path) -> None:
         if next(steps) == 12:
             raise Stop
 
-    settings = Settings((POINT,), tuple(SEEDS), num_envs=3, isolation="inline")
+    settings = Settings(num_envs=3, isolation="inline")
     with pytest.raises(Stop):
-        evaluate_all({"homing": Homing()}, settings, output=out, poll=poll)
+        evaluate_all({"homing": Homing()}, [POINT], SEEDS, settings, output=out, poll=poll)
     lines = (out / "episodes.jsonl").read_bytes().splitlines()
     assert 2 < len(lines) < 20
     with open(out / "episodes.jsonl", "ab") as file:
         file.write(lines[0] + b"\n" + lines[1][:30])  # a doubled line and a half one, as a crash leaves it
     calls = Homing()
-    (report,) = evaluate_all({"homing": calls}, replace(settings, num_envs=1), output=out)
+    (report,) = evaluate_all({"homing": calls}, [POINT], SEEDS, replace(settings, num_envs=1), output=out)
     assert report.episodes == run(Homing()).episodes
     begun = {json.loads(line)["seed"] for line in lines}
     assert len((out / "episodes.jsonl").read_bytes().splitlines()) == 20
     assert begun < set(SEEDS)
-    more = Settings((POINT,), tuple(range(25)), isolation="inline")  # more episodes may follow
-    (longer,) = evaluate_all({"homing": Homing()}, more, output=out)
+    inline = Settings(isolation="inline")
+    (longer,) = evaluate_all({"homing": Homing()}, [POINT], range(25), inline, output=out)  # more may follow
     assert longer.episodes[:20] == report.episodes and len(longer.episodes) == 25
     with pytest.raises(UsageError, match="env_kwargs = {}, not {'drift': 0.5}"):
         run(Homing(), output=out, env_kwargs={"drift": 0.5})
@@ -363,7 +362,7 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
         (["nowhere", "--env", POINT], "there is no policy at 'nowhere'"),
         (["zero", "--env", POINT, "--success", "sometimes"], "give auto"),
         (["zero", "--env", POINT, "--env-kwarg", "nonsense"], "key=value"),
-        (["zero", "--env", POINT, "--time-limit", "0"], "time_limit 0"),
+        (["zero", "--env", POINT, "--time-limit", "0"], "time_limit = 0"),
     ):
         assert _command(*arguments, *out) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]

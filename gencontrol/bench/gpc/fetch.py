@@ -33,7 +33,8 @@ from gencontrol.robotics.envs.vector import Envs, make_envs
 from gencontrol.robotics.evaluation.rollout import Rollouts
 from gencontrol.robotics.evaluation.statistics import bootstrap_mean
 from gencontrol.robotics.policies.chunked import ChunkedPolicy
-from gencontrol.robotics.policies.cloning import ChunkSizes, prepare
+from gencontrol.robotics.policies.cloning import prepare
+from gencontrol.robotics.policies.config import ChunkSizes
 from gencontrol.robotics.policies.diffusion import (
     DiffusionPolicy,
     DiffusionPolicyConfig,
