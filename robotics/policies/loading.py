@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gencontrol.errors import UsageError
-from gencontrol.registry import resolve, resolve_dotted
+from gencontrol.registry import find, resolve_dotted
 
 #: `_class_name` in config.json → the class, whose `from_pretrained` takes the folder; imported when it is met, because
 #: a composition is built from loaded policies and so lives above this room
@@ -59,7 +59,7 @@ def load_policy(path: str | Path) -> Any:
     except (OSError, ValueError, AttributeError) as error:
         raise UsageError(f"'{file}' is damaged ({error}); copy or save the policy again.") from error
     if name in POLICIES:
-        return resolve(POLICIES, name, "policy").from_pretrained(place)
+        return find(POLICIES, name, "policy").from_pretrained(place)
     if name is None and kind is not None and "input_features" in table:
         from gencontrol.robotics.policies.lerobot import load_lerobot
 

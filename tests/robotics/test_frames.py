@@ -43,7 +43,7 @@ def _deepest(call: Any) -> list[str]:
 @pytest.mark.parametrize(("backbone", "most"), [("unet", 9), ("mlp", 9), ("transformer", 11)])
 @pytest.mark.parametrize(("kind", "options"), [("diffusion", {}), ("diffusion", {"sampler": "ddpm"}), ("flow", {})])
 def test_observation_to_action_is_a_short_way(kind: str, options: dict[str, str], backbone: str, most: int) -> None:
-    """At most nine frames (the network is called in the fifth), both where the first chunk makes the table of steps and afterwards."""
+    """At most nine frames, the network in the fifth; the first chunk, which makes the table of steps, included."""
     policy = small_policy(kind, backbone, **options)
     for _ in range(2):
         policy.reset(seeds=[0, 1])
