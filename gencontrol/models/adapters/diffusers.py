@@ -137,7 +137,8 @@ def scheduler_times(
         UsageError: the scheduler shifts dynamically and no `sequence_length` is given, or has no adapter.
     """
     own = copy.deepcopy(scheduler)
-    name, config, schedule = type(own).__name__, own.config, _schedule_of(denoiser)
+    assert isinstance(denoiser.process, GaussianProcess)
+    name, config, schedule = type(own).__name__, own.config, denoiser.process.schedule
     if name in _BY_INDEX:
         assert isinstance(schedule, Table)
         own.set_timesteps(steps)
@@ -164,11 +165,6 @@ def scheduler_times(
         return _decreasing(sigmas.atan() * (2 / math.pi))
     times = schedule.time_of(-2 * sigmas.clamp_min(1e-30).log())
     return _decreasing(torch.where(sigmas == 0, torch.zeros_like(times), times))
-
-
-def _schedule_of(denoiser: Denoiser) -> Schedule:
-    assert isinstance(denoiser.process, GaussianProcess)
-    return denoiser.process.schedule
 
 
 def _shift_of(config: Any, sequence_length: int | None) -> float:

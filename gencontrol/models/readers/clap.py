@@ -33,17 +33,13 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary: int = 800) -> PreTraine
 
     trainer = ByteLevelBPETokenizer(lowercase=False)
     trainer.train_from_iterator(texts, vocab_size=vocabulary, special_tokens=list(SPECIAL), show_progress=False)
-    vocab, merges = _vocabulary_of(trainer)
-    return RobertaTokenizerFast(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
-
-
-def _vocabulary_of(trainer: object) -> tuple[dict[str, int], list[Any]]:
-    """Token table and merges of a trained byte-level tokenizer."""
+    # Token table and merges of a trained byte-level tokenizer.
     import json
 
     model = json.loads(trainer.to_str())["model"]  # type: ignore[attr-defined]  # tokenizers ships no type for it
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
-    return model["vocab"], [(left, right) for left, right in pairs]
+    vocab, merges = model["vocab"], [(left, right) for left, right in pairs]
+    return RobertaTokenizerFast(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
 
 
 def small_extractor() -> ClapFeatureExtractor:

@@ -83,7 +83,16 @@ def prepare_sound_latents(
 
     data = SoundDataset.load(dataset_folder, split)
     target = Path(cache_folder) / f"{split}.safetensors"
-    print_ = _fingerprint(Path(dataset_folder), split, len(data), codec, text_encoder)
+    # Hash of the data recipe and of the weights of both networks.
+    size = len(data)
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(f"{split} {size} ".encode() + (Path(dataset_folder) / "recipe.json").read_bytes())
+    for network in (codec, text_encoder):
+        for name, value in sorted(network.state_dict().items()):
+            digest.update(
+                name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            )
+    print_ = digest.hexdigest()
     if _recorded(target) != print_:
         texts = sorted({text for captions in data.captions for text in captions})
         place = {text: row for row, text in enumerate(texts)}
@@ -121,18 +130,6 @@ def _conditions(texts: Sequence[str], text_encoder: nn.Module, tokenizer: Any, c
     parts = [encode_text(text_encoder, tokenizer, texts[i : i + chunk]) for i in range(0, len(texts), chunk)]
     tables = {key: torch.cat([part[key].cpu() for part in parts]) for key in ("pooled", "tokens", "mask")}
     return {key: table if table.dtype is torch.bool else table.half() for key, table in tables.items()}
-
-
-def _fingerprint(folder: Path, split: str, size: int, codec: nn.Module, text_encoder: nn.Module) -> str:
-    """Hash of the data recipe and of the weights of both networks."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(f"{split} {size} ".encode() + (folder / "recipe.json").read_bytes())
-    for network in (codec, text_encoder):
-        for name, value in sorted(network.state_dict().items()):
-            digest.update(
-                name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-            )
-    return digest.hexdigest()
 
 
 def _recorded(target: Path) -> str | None:

@@ -95,15 +95,6 @@ def _grid() -> tuple[np.ndarray, np.ndarray]:
 _SCALES, _SHIFTS = _grid()
 
 
-def _soften(masks: Float[np.ndarray, "k w w"]) -> Float[np.ndarray, "k w w"]:
-    """Blur by a Gaussian of 0.8 pixels, for images that are not sharp."""
-    for axis in (1, 2):
-        near = np.roll(masks, 1, axis) + np.roll(masks, -1, axis)
-        far = np.roll(masks, 2, axis) + np.roll(masks, -2, axis)
-        masks = _KERNEL[0] * masks + _KERNEL[1] * near + _KERNEL[2] * far
-    return masks
-
-
 def _fit(crop: Float[np.ndarray, "w w"]) -> tuple[int, float, float, float, float]:
     """Best (shape, x, y, half-width, overlap) of one part's coverage in its window."""
     area = float(crop.sum())
@@ -115,7 +106,13 @@ def _fit(crop: Float[np.ndarray, "w w"]) -> tuple[int, float, float, float, floa
     centres = np.array([x, y]) + np.tile(_SHIFTS, (len(SHAPES), 1))
     centres[:, 1] -= _DROP[shapes] * radii
     sharp = coverage(shapes, centres, radii, len(crop))
-    templates = np.concatenate([sharp, _soften(sharp)])
+    # Blur by a Gaussian of 0.8 pixels, for images that are not sharp.
+    masks = sharp
+    for axis in (1, 2):
+        near = np.roll(masks, 1, axis) + np.roll(masks, -1, axis)
+        far = np.roll(masks, 2, axis) + np.roll(masks, -2, axis)
+        masks = _KERNEL[0] * masks + _KERNEL[1] * near + _KERNEL[2] * far
+    templates = np.concatenate([sharp, masks])
     overlap = np.minimum(templates, crop).sum((1, 2)) / np.maximum(templates, crop).sum((1, 2))
     weight = float(overlap.max())
     best = int(overlap.argmax()) % len(shapes)

@@ -126,7 +126,13 @@ def parse(text: str) -> SceneSpec:
     """
     line = " ".join(text.split()).removesuffix(".").rstrip()
     if line.startswith("the word "):
-        return _parse_word(line)
+        match = _WORD.fullmatch(line)
+        if match is None:
+            raise CaptionError(f"'{line}' is no word caption; write 'the word CAT' or 'the word CAT in red'.")
+        word = match["word"]
+        if not re.fullmatch(rf"[A-Z]{{1,{MAX_LETTERS}}}", word):
+            raise CaptionError(f"'{line}': a word has one to {MAX_LETTERS} capital letters A-Z, not '{word}'.")
+        return SceneSpec(word=word, word_colour=match["colour"])
     halves = _RELATION.split(line)
     if len(halves) == 3:
         spec = SceneSpec((_parse_thing(halves[0], line), _parse_thing(halves[2], line)), halves[1])
@@ -140,16 +146,6 @@ def parse(text: str) -> SceneSpec:
         spec = SceneSpec(tuple(_parse_thing(name, line) for name in names))
     _check(spec, text)
     return spec
-
-
-def _parse_word(line: str) -> SceneSpec:
-    match = _WORD.fullmatch(line)
-    if match is None:
-        raise CaptionError(f"'{line}' is no word caption; write 'the word CAT' or 'the word CAT in red'.")
-    word = match["word"]
-    if not re.fullmatch(rf"[A-Z]{{1,{MAX_LETTERS}}}", word):
-        raise CaptionError(f"'{line}': a word has one to {MAX_LETTERS} capital letters A-Z, not '{word}'.")
-    return SceneSpec(word=word, word_colour=match["colour"])
 
 
 def _parse_thing(part: str, line: str) -> Thing:

@@ -46,7 +46,11 @@ def build_sound_dataset(
     sizes = {"train": train, "val": val, "test": test}
     recipe = {"version": RECIPE_VERSION, "seed": seed, "sizes": sizes, "sampling_rate": SAMPLE_RATE}
     recipe |= {"samples": CLIP_SAMPLES, "captions": CAPTIONS, "shard": SHARD}
-    _check_recipe(folder / "recipe.json", recipe)
+    # Refuse to mix two recipes in one folder.
+    path = folder / "recipe.json"
+    if path.exists() and json.loads(path.read_text()) != recipe:
+        raise ValueError(f"{path} records another recipe than {recipe}: choose an empty folder or repeat its settings")
+    _replace(path, json.dumps(recipe, indent=1).encode())
     jobs = [
         (folder, split, start, min(start + SHARD, size), seed)
         for split, size in sizes.items()
@@ -60,13 +64,6 @@ def build_sound_dataset(
         _write_rows(folder / f"{split}.jsonl", split, size, seed)
         _join_shards(folder, split, size)
     return folder
-
-
-def _check_recipe(path: Path, recipe: dict[str, object]) -> None:
-    """Refuse to mix two recipes in one folder."""
-    if path.exists() and json.loads(path.read_text()) != recipe:
-        raise ValueError(f"{path} records another recipe than {recipe}: choose an empty folder or repeat its settings")
-    _replace(path, json.dumps(recipe, indent=1).encode())
 
 
 def _shard_path(folder: Path, split: str, start: int) -> Path:

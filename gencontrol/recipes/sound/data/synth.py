@@ -12,7 +12,7 @@ import numpy as np
 from scipy.signal import lfilter
 
 from gencontrol.recipes.sound.data.grammar import SoundSpec
-from gencontrol.recipes.sound.data.score import ONSET_INTERVAL_S, Note, write_score
+from gencontrol.recipes.sound.data.score import ONSET_INTERVAL_S, write_score
 
 SAMPLE_RATE = 16000
 CLIP_SAMPLES = 32768
@@ -25,14 +25,10 @@ def render_synth(spec: SoundSpec) -> np.ndarray:
     rng = np.random.default_rng([spec.seed, 2])
     if spec.instrument == "wind":
         return _wind(spec, rng)
-    return _mix(write_score(spec), VOICES[spec.instrument], rng)
-
-
-def _mix(notes: list[Note], voice: Voice, rng: np.random.Generator) -> np.ndarray:
     clip = np.zeros(CLIP_SAMPLES)
-    for note in notes:
+    for note in write_score(spec):
         frequency = 440.0 * 2.0 ** ((note.pitch - 69) / 12)
-        sound = voice(frequency, note.duration_s, note.velocity / 127, rng)
+        sound = VOICES[spec.instrument](frequency, note.duration_s, note.velocity / 127, rng)
         start = int(note.start_s * SAMPLE_RATE)
         stop = min(start + len(sound), CLIP_SAMPLES)
         clip[start:stop] += sound[: stop - start] * (note.velocity / 127)
