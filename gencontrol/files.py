@@ -1,4 +1,4 @@
-"""The file layer: every durable change on disk passes here, so that tests can fail or kill at each call.
+"""The file layer: every durable change on disk passes here, so that tests can fail or kill at each call; and digests.
 
 Write protocol (reliability.md §4): files are written into a `.tmp_…` folder and synced, the folder is synced and
 renamed, its parent is synced; deletion renames to `.del_…` first.  A crash anywhere leaves the old or new state.
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from gencontrol.errors import DiskError
 
@@ -110,6 +112,58 @@ class FileLayer:
             self.rename(successor, path)
         self.sync_folder(path.parent)
         self.remove_tree(doomed)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a new sibling to write a file or folder to; it takes the name `path` when the block ends well, else it goes.
+
+    The sibling keeps the suffix of `path`, by which some libraries choose what they write.  Text and bytes that are in
+    memory are written by `FileLayer().replace_file`.
+    """
+    files = FileLayer()
+    staged = path.with_name(f".tmp_{path.stem}_{os.getpid()}{path.suffix}")
+    files.make_folder(path.parent)
+    try:
+        yield staged
+        if staged.is_dir():
+            files.sync_tree(staged)
+            if path.is_file():
+                path.unlink()
+            files.replace_folder(staged, path)
+        else:
+            with open(staged, "rb") as file:
+                os.fsync(file.fileno())
+            if path.is_dir():
+                files.discard(path)
+            files.rename(staged, path)
+            files.sync_folder(path.parent)
+    finally:
+        if staged.is_dir():
+            shutil.rmtree(staged, ignore_errors=True)
+        else:
+            staged.unlink(missing_ok=True)
+
+
+def digest(value: Any, digits: int = 64) -> str:
+    """Hexadecimal digits that change with a JSON value (of anything else its `str` counts), not with the order of keys.
+
+    Run folders, caches and checkpoints store such digests: what this returns for a value must never change.
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:digits]
+
+
+def feed(state: Any, arrays: Mapping[str, Any]) -> Any:
+    """Update a hash of `hashlib` with the names and bytes of tensors or arrays, sorted by name; returns the hash."""
+    import numpy as np
+    import torch
+
+    for name, value in sorted(arrays.items()):
+        state.update(name.encode())
+        if isinstance(value, torch.Tensor):  # bytes by a view: numpy does not know bfloat16
+            value = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        state.update(np.ascontiguousarray(value).tobytes())
+    return state
 
 
 def disk_error(error: OSError, what: str, where: Path) -> DiskError:

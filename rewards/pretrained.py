@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gencontrol.errors import UsageError
+from gencontrol.files import feed
 
 #: tokens; fewer mean that the tokenizer came up empty
 SMALLEST_VOCABULARY = 32
@@ -25,11 +26,7 @@ def pick_device(device: str | torch.device | None) -> str:
 
 def weights_digest(module: torch.nn.Module) -> str:
     """Eight hexadecimal digits that change with any weight: the fingerprint of a model, wherever its folder lies."""
-    digest = hashlib.blake2b(digest_size=4)
-    for key, value in sorted(module.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return str(feed(hashlib.blake2b(digest_size=4), module.state_dict()).hexdigest())
 
 
 def embedding_of(output: Any) -> Tensor:

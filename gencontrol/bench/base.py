@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +16,7 @@ import torch
 
 from gencontrol.algorithms.base import Algorithm, StepContext
 from gencontrol.errors import NumericsError
+from gencontrol.files import FileLayer, digest
 from gencontrol.stats import Estimate, student_t
 
 T = TypeVar("T")
@@ -94,16 +93,14 @@ def kept(folder: Path | None, name: str, settings: Mapping[str, Any], make: Call
     """
     if folder is None:
         return make()
-    mark = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    path = folder / f"{name}_{mark}.json"
+    path = folder / f"{name}_{digest(settings, 16)}.json"
     if path.exists():
         found: T = json.loads(path.read_text(encoding="utf-8"))["result"]
         return found
     made = make()
     folder.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps({"settings": settings, "result": made}, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    text = json.dumps({"settings": settings, "result": made}, indent=1) + "\n"
+    FileLayer().replace_file(path, text.encode())
     return made
 
 

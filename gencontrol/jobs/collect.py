@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from gencontrol.errors import UsageError
+from gencontrol.files import FileLayer
 from gencontrol.jobs.setup.environment import prepare
 
 
@@ -70,7 +70,7 @@ def command(request: Request) -> None:
     write_episodes(found.episodes, target, format=name)
     facts = {"command": sys.argv, "policy": request.policy, "environment": spec, **found.summary()}
     beside = target.with_name(f"{target.name}.collection.json")
-    _replace(beside, json.dumps(facts, indent=1, default=str))
+    FileLayer().replace_file(beside, json.dumps(facts, indent=1, default=str).encode())
     print(f"{target}: {len(found.episodes)} episodes, {found.episodes.frames} frames ({name})")
     print(f"attempted {found.attempted}, succeeded {found.succeeded}; counts and seeds: {beside}")
     if len(found.episodes) < request.episodes:
@@ -96,9 +96,3 @@ def _policy(request: Request) -> Any:
     from gencontrol.robotics.policies.loading import load_policy
 
     return load_policy(request.policy)
-
-
-def _replace(path: Path, text: str) -> None:
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    staged.write_text(text, encoding="utf-8")
-    os.replace(staged, path)

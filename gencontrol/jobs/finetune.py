@@ -6,14 +6,13 @@ The loss is two calls away: `Trainer.fit` → `algorithm.loss`.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from gencontrol.config import build
 from gencontrol.errors import UsageError
+from gencontrol.files import digest
 from gencontrol.jobs.setup.checks import check_names, download_hint, load_prompts
 from gencontrol.jobs.setup.environment import choose_device, launched_precision, prepare, processes
 from gencontrol.jobs.setup.models import load_pipeline
@@ -138,7 +137,7 @@ def _name_batch(algorithm: str, given: Mapping[str, Any], fields: set[str]) -> d
 
 def _with_fingerprint(run: RunConfig, prompts: list[str], eval_prompts: list[str]) -> RunConfig:
     """Put a hash of the prompts into the configuration, so that an edited file does not pass as the same run."""
-    mark = hashlib.sha256(json.dumps([prompts, eval_prompts]).encode()).hexdigest()[:12]
+    mark = digest([prompts, eval_prompts], 12)
     if run.prompts_hash not in (None, mark):
         raise UsageError(
             "the prompts differ from those that this configuration was made with; remove run.prompts_hash from the "

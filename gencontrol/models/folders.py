@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gencontrol.errors import UsageError
+from gencontrol.files import replacing
 
 
 def write_model(folder: str | Path, name: str, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
@@ -24,9 +24,8 @@ def write_model(folder: str | Path, name: str, config: Mapping[str, Any], weight
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"_class_name": name, **config}, indent=1) + "\n")
-    temporary = folder / "model.safetensors.tmp"
-    save_file({key: value.contiguous().cpu() for key, value in weights.items()}, temporary)
-    os.replace(temporary, folder / "model.safetensors")
+    with replacing(folder / "model.safetensors") as staged:
+        save_file({key: value.contiguous().cpu() for key, value in weights.items()}, staged)
 
 
 def read_config(folder: str | Path, name: str) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gencontrol.files import FileLayer
 from gencontrol.reports.data import RunData, read_run
 
 _METHODS = {
@@ -54,9 +54,7 @@ def write_card(run_dir: str | Path) -> Path | None:
     if not run.final:
         return None
     path = run.path / "final" / "README.md"
-    temporary = path.with_name(f".README.{os.getpid()}.tmp")
-    temporary.write_text(render_card(run), encoding="utf-8")
-    os.replace(temporary, path)
+    FileLayer().replace_file(path, render_card(run).encode())
     return path
 
 

@@ -6,10 +6,10 @@ was killed, or that came from another machine.
 
 from __future__ import annotations
 
-import os
 from html import escape
 from pathlib import Path
 
+from gencontrol.files import FileLayer
 from gencontrol.reports.data import RunData, read_run
 from gencontrol.reports.page import page
 from gencontrol.reports.parts import tables
@@ -26,9 +26,7 @@ def write_report(run_dir: str | Path) -> Path:
     """
     run = read_run(run_dir)
     path = run.path / "report.html"
-    temporary = path.with_name(f".report.{os.getpid()}.tmp")
-    temporary.write_text(render(run), encoding="utf-8")
-    os.replace(temporary, path)
+    FileLayer().replace_file(path, render(run).encode())
     return path
 
 

@@ -27,7 +27,7 @@ import safetensors.torch
 from torch import Tensor
 
 from gencontrol.errors import CheckpointError, DiskError
-from gencontrol.files import FileLayer, disk_error
+from gencontrol.files import FileLayer, digest, disk_error
 from gencontrol.train.optim import strip_prefix
 
 FORMAT = 1
@@ -171,10 +171,6 @@ def decode(contents: Mapping[str, bytes]) -> TrainState:
     return TrainState(meta["step"], roles, optimizer, join_tensors(packed["tree"], tensors), meta)
 
 
-def _digest(table: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
-
-
 def read_verified(folder: Path) -> dict[str, bytes]:
     """Return the files of a checkpoint folder after checking each against the manifest.
 
@@ -188,12 +184,12 @@ def read_verified(folder: Path) -> dict[str, bytes]:
         manifest = json.loads((folder / "manifest.json").read_bytes())
         table = manifest["files"]
         entries = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in table.items()}
-        if manifest.get("digest", _digest(table)) != _digest(table):
+        if manifest.get("digest", digest(table)) != digest(table):
             raise ValueError("its own digest differs")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"'{folder / 'manifest.json'}' is missing or unreadable") from error
     contents: dict[str, bytes] = {}
-    for name, (size, digest) in entries.items():
+    for name, (size, expected) in entries.items():
         path = folder / name
         if "/" in name or "\\" in name or name.startswith("."):
             raise Damaged(f"'{folder / 'manifest.json'}' lists the path '{name}'")
@@ -202,7 +198,7 @@ def read_verified(folder: Path) -> dict[str, bytes]:
         if path.stat().st_size != size:
             raise Damaged(f"'{path}' has {path.stat().st_size} bytes instead of {size}")
         contents[name] = path.read_bytes()
-        if hashlib.sha256(contents[name]).hexdigest() != digest:
+        if hashlib.sha256(contents[name]).hexdigest() != expected:
             raise Damaged(f"'{path}' has another sha256 than its manifest says")
     return contents
 
@@ -265,7 +261,7 @@ class Checkpoints:
         manifest = {}
         for name, data in contents.items():
             manifest[name] = {"size": len(data), "sha256": self.files.write(staged / name, data)}
-        table = {"format": FORMAT, "files": manifest, "digest": _digest(manifest)}
+        table = {"format": FORMAT, "files": manifest, "digest": digest(manifest)}
         self.files.write(staged / "manifest.json", json.dumps(table, indent=1).encode())
 
     def _drop(self, staged: Path) -> None:

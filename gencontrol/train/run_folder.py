@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import math
 import os
@@ -15,9 +13,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from gencontrol.config import dump_toml, load_toml
 from gencontrol.errors import UsageError
-from gencontrol.files import FileLayer, disk_errors
+from gencontrol.files import FileLayer, digest, disk_errors
 from gencontrol.train.config import differences, flatten, is_harmless
 
 #: A lock of another machine counts as dead when it was not touched for this long.
@@ -30,37 +30,55 @@ def is_wall_clock(key: str) -> bool:
 
 
 class Lock:
-    """One run per folder: `.lock` holds pid, start time and host; the lock of a dead process is taken over."""
+    """One run per folder: a lock of the system on `.lock`, which ends with its process however that dies.
+
+    Inside stand pid and host of the holder.  They name it in messages, and they count where a network file system keeps
+    locks of the system to one machine: a file of another host that was touched lately is respected.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / ".lock"
+        self._lock = FileLock(self.path)
         self._touched = 0.0
 
-    def _exchange(self, content: str) -> None:
-        """Write `content` unless a living process holds the lock; a short flock makes this atomic."""
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            holder = os.read(descriptor, 4096).decode(errors="replace")
-            if holder != _identity() and _alive(holder, self.path):
-                pid, _, host = (holder.split() + ["?", "?"])[:3]
-                raise UsageError(
-                    f"'{self.path.parent}' is in use by process {pid} on {host}; wait for it, stop it, or choose "
-                    "another --output folder."
-                )
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, content.encode(), 0)
-        finally:
-            os.close(descriptor)
-
     def __enter__(self) -> Lock:
+        """Take the lock.
+
+        Raises:
+            UsageError: another process holds it.
+            DiskError: the folder is not writable.
+        """
         with disk_errors("the lock file", self.path.parent):
-            self._exchange(_identity())
+            try:
+                self._lock.acquire(blocking=False)
+            except Timeout:
+                raise self._taken() from None
+            holder = self._holder()
+            if len(holder) == 3 and holder[2] != socket.gethostname():
+                if time.time() - self.path.stat().st_mtime < FOREIGN_LOCK_S:
+                    self._lock.release()
+                    raise self._taken()
+            self.path.write_text(f"{os.getpid()} - {socket.gethostname()}")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self.path.exists():
-            self._exchange("")
+            self.path.write_text("")
+        self._lock.release()
+
+    def _holder(self) -> list[str]:
+        """Pid, "-" (older versions wrote a start time) and host; empty where nobody stands in the file."""
+        try:
+            return self.path.read_text(errors="replace").split()
+        except OSError:  # Windows shows nobody a locked file
+            return []
+
+    def _taken(self) -> UsageError:
+        pid, _, host = (self._holder() + ["?", "?", "?"])[:3]
+        return UsageError(
+            f"'{self.path.parent}' is in use by process {pid} on {host}; wait for it, stop it, or choose "
+            "another --output folder."
+        )
 
     def touch(self) -> None:
         """Show other machines that this run lives; at most every 20 s."""
@@ -68,33 +86,6 @@ class Lock:
         if now - self._touched > 20 and self.path.exists():
             os.utime(self.path)
             self._touched = now
-
-
-def _start_time(pid: int) -> str:
-    """Kernel start time of a process, so that a reused pid is told apart; empty where /proc is absent."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
-
-
-def _identity() -> str:
-    return f"{os.getpid()} {_start_time(os.getpid()) or '-'} {socket.gethostname()}"
-
-
-def _alive(holder: str, path: Path) -> bool:
-    parts = holder.split()
-    if len(parts) != 3:
-        return False
-    if parts[2] != socket.gethostname():
-        return time.time() - path.stat().st_mtime < FOREIGN_LOCK_S
-    try:
-        os.kill(int(parts[0]), 0)
-    except PermissionError:
-        return True
-    except (ProcessLookupError, ValueError):
-        return False
-    return _start_time(int(parts[0])) in ("", parts[1])
 
 
 def check_settings(run_dir: Path, settings: Mapping[str, Any], allow: Sequence[str], files: FileLayer) -> list[str]:
@@ -128,7 +119,7 @@ def _without_none(table: Mapping[str, Any]) -> dict[str, Any]:
 
 def settings_hash(settings: Mapping[str, Any]) -> str:
     """Return a hex digest of all settings, independent of their order."""
-    return hashlib.sha256(json.dumps(flatten(settings), sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return digest(flatten(settings), 16)
 
 
 def finite_json(record: Mapping[str, Any]) -> str:

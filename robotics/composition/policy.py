@@ -10,9 +10,7 @@ chunk is clipped instead of each parent's, and normalisers are compared instead 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gencontrol.errors import UsageError, nearest
+from gencontrol.files import replacing
 from gencontrol.models.denoiser import Pred, TokenPred
 from gencontrol.process.gaussian import GaussianProcess, GridProcess, Time
 from gencontrol.process.schedule import Scalar, Table
@@ -360,9 +359,8 @@ def write_composition(
     target = Path(folder)
     if target.exists() and (target.is_file() or any(target.iterdir())):
         raise UsageError(f"'{target}' exists; a composition is never written over something: choose another folder.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with replacing(target) as staged:
+        staged.mkdir()
         parents = {}
         for index, (name, source) in enumerate(sources.items()):
             parents[name] = _put(name, source, staged / "parents", index)
@@ -375,12 +373,6 @@ def write_composition(
             "fit": dict(facts or {}),
         }
         (staged / "config.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-        if target.exists():
-            target.rmdir()
-        os.replace(staged, target)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
     return target
 
 

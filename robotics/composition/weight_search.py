@@ -20,8 +20,7 @@ import numpy as np
 from gencontrol.errors import UsageError
 from gencontrol.robotics.composition.policy import ComposedPolicy
 from gencontrol.robotics.evaluate import evaluate
-from gencontrol.robotics.evaluation.statistics import bootstrap_mean
-from gencontrol.stats import Estimate, wilson
+from gencontrol.stats import Estimate, bootstrap_mean, wilson
 
 #: (policy, seeds) → success of each episode, in the order of the seeds
 Rollouts = Callable[[Any, Sequence[int]], Sequence[bool]]

@@ -9,8 +9,6 @@ from __future__ import annotations
 import importlib
 import io
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gencontrol.errors import EnvironmentMissing, UsageError, nearest
-from gencontrol.files import FileLayer, disk_errors
+from gencontrol.files import disk_errors, replacing
 from gencontrol.robotics.datasets.episodes import Episode
 
 Array = NDArray[Any]
@@ -113,27 +111,8 @@ def staged(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """
     if path.exists() and not overwrite:
         raise UsageError(f"'{path}' exists; choose another path, delete it, or pass overwrite=True.")
-    files = FileLayer()
-    sibling = path.with_name(f".tmp_{path.name}_{os.getpid()}")
-    with disk_errors("the data set", path.parent):
-        files.make_folder(path.parent)
-        try:
-            yield sibling
-            if sibling.is_dir():
-                files.sync_tree(sibling)
-                if path.is_file():
-                    path.unlink()
-                files.replace_folder(sibling, path)
-            else:
-                if path.is_dir():
-                    files.discard(path)
-                files.rename(sibling, path)
-                files.sync_folder(path.parent)
-        finally:
-            if sibling.is_dir():
-                shutil.rmtree(sibling, ignore_errors=True)
-            else:
-                sibling.unlink(missing_ok=True)
+    with disk_errors("the data set", path.parent), replacing(path) as sibling:
+        yield sibling
 
 
 def observation_array(value: Array) -> Array:

@@ -17,8 +17,8 @@ from gencontrol.robotics.evaluation.report import (
     EvaluationReport,
     percentiles,
 )
-from gencontrol.robotics.evaluation.statistics import Estimate
 from gencontrol.robotics.evaluation.videos import safe
+from gencontrol.stats import Estimate
 
 #: bytes of video inside the page; further ones are linked
 EMBEDDED = 24 << 20

@@ -14,7 +14,7 @@ from typing import Any
 from gencontrol.errors import UsageError
 from gencontrol.robotics.envs.types import EnvSpec
 from gencontrol.robotics.evaluation.rollout import Rollout, digest
-from gencontrol.robotics.evaluation.statistics import Estimate, Interval, Pairs, bootstrap_mean, pair, wilson
+from gencontrol.stats import Estimate, Interval, Pairs, bootstrap_mean, pair, wilson
 
 SCHEMA_VERSION = 1
 #: latencies are counted in bins of this ratio, so that episodes of an interrupted evaluation can be added up

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gencontrol.errors import UsageError
+from gencontrol.files import feed
 from gencontrol.robotics.datasets.episodes import Array, Episode
 from gencontrol.robotics.envs.types import EnvSpec
 from gencontrol.robotics.envs.vector import Batch, Envs
@@ -108,10 +109,7 @@ def _episode(opened: _Open, spec: EnvSpec) -> Episode:
 
 def digest(arrays: Mapping[str, Array]) -> str:
     """Return 16 hexadecimal digits that name these arrays."""
-    hashed = hashlib.blake2b(digest_size=8)
-    for key in sorted(arrays):
-        hashed.update(key.encode() + np.ascontiguousarray(arrays[key]).tobytes())
-    return hashed.hexdigest()
+    return str(feed(hashlib.blake2b(digest_size=8), arrays).hexdigest())
 
 
 class Rollouts:

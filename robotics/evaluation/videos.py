@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from gencontrol.errors import GencontrolError
+from gencontrol.files import replacing
 from gencontrol.robotics.datasets.lerobot_video import FrameWriter
 from gencontrol.robotics.envs.make import env_name
 from gencontrol.robotics.envs.types import Array, EnvSource
@@ -117,14 +118,13 @@ def write_video(path: Path, rollout: Rollout, fps: float) -> None:
     if not rollout.frames:
         raise ValueError("nothing was rendered")
     frames = [shrink(frame) for frame in rollout.frames]
-    staged = path.with_name(f".tmp_{path.name}")
     height, width = frames[0].shape[:2]
-    writer = FrameWriter(staged, fps, height, width, _OPTIONS)
-    try:
-        writer.write(np.stack(frames))
-    finally:
-        writer.close()
-    staged.replace(path)
+    with replacing(path) as staged:
+        writer = FrameWriter(staged, fps, height, width, _OPTIONS)
+        try:
+            writer.write(np.stack(frames))
+        finally:
+            writer.close()
 
 
 def shrink(frame: Array) -> Array:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from gencontrol.errors import DiskError, EnvironmentMissing, UsageError
-from gencontrol.robotics.datasets import storage
+from gencontrol.files import FileLayer
 from gencontrol.robotics.datasets.convert import read_episodes, write_episodes
 from gencontrol.robotics.datasets.episodes import Episode, Episodes
 from tests.helpers.episode_samples import sample_episode, sample_episodes
@@ -196,7 +196,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     def full(self: object, path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storage.FileLayer, "sync_tree", full)
+    monkeypatch.setattr(FileLayer, "sync_tree", full)
     with pytest.raises(DiskError, match="the disk is full"):
         write_episodes(good, tmp_path / "set", format="lerobot")
     assert [child.name for child in tmp_path.iterdir()] == ["demo.hdf5"]

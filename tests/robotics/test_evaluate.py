@@ -19,9 +19,9 @@ from gencontrol.robotics.envs.vector import make_envs
 from gencontrol.robotics.evaluate import Settings, evaluate, evaluate_all, named
 from gencontrol.robotics.evaluation.report import compare, percentiles
 from gencontrol.robotics.evaluation.rollout import Rollouts
-from gencontrol.robotics.evaluation.statistics import wilson
 from gencontrol.robotics.evaluation.videos import choose, shrink
 from gencontrol.robotics.policies.baselines import Baseline
+from gencontrol.stats import wilson
 from tests.helpers.chunk_toys import Network
 from tests.helpers.toy_envs import Homing, Point
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from gencontrol.robotics.evaluation.statistics import bootstrap_mean, mcnemar, newcombe, pair, wilson
+from gencontrol.stats import bootstrap_mean, mcnemar, newcombe, pair, wilson
 
 
 @pytest.mark.parametrize(
@@ -25,14 +25,20 @@ def test_wilson_at_the_ends() -> None:
     assert math.isnan(wilson(0, 0).value)
 
 
-def test_mcnemar_is_the_binomial_test() -> None:
+def test_wilson_equals_scipy() -> None:
     from scipy.stats import binomtest
 
-    for first, second in ((0, 0), (1, 0), (3, 9), (10, 10), (0, 15), (40, 61)):
-        n = first + second
-        expected = binomtest(first, n).pvalue if n else 1.0
-        assert mcnemar(first, second) == pytest.approx(expected, rel=1e-12)
-    assert mcnemar(2000, 2100) == pytest.approx(binomtest(2000, 4100).pvalue, rel=1e-9)
+    for k, n in ((0, 5), (3, 9), (70, 100), (1, 1)):
+        expected = binomtest(k, n).proportion_ci(0.95, "wilson")
+        assert (wilson(k, n).low, wilson(k, n).high) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_mcnemar_is_the_binomial_test() -> None:
+    """2·P(Binomial(n, 1/2) ≤ min), at most 1, worked out in whole numbers."""
+    for first, second in ((0, 0), (1, 0), (3, 9), (10, 10), (0, 15), (40, 61), (450, 520)):
+        tail = sum(math.comb(first + second, k) for k in range(min(first, second) + 1))
+        assert mcnemar(first, second) == pytest.approx(min(1.0, 2 * tail / 2 ** (first + second)), rel=1e-12)
+    assert mcnemar(2000, 2100) == pytest.approx(0.12206498, abs=5e-9)
     with pytest.raises(ValueError, match="negative"):
         mcnemar(-1, 2)
 

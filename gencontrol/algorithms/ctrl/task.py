@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +11,7 @@ from torch import Tensor
 from gencontrol.algorithms.online.task import PromptTask
 from gencontrol.config import options
 from gencontrol.errors import UsageError
+from gencontrol.files import digest
 from gencontrol.models.conditions.base import Conditioned, add_condition, with_labels
 from gencontrol.models.conditions.labels import Labels, join_prompt, split_prompt
 from gencontrol.models.roles import Roles
@@ -127,4 +126,4 @@ def labelled(task: PromptTask, labels: Labels, texts: Sequence[str]) -> PromptTa
 def reward_hash(reward: Reward | SetReward) -> str:
     """Return a digest of the weights of the reward's classifiers, "" where it has none."""
     marks = fingerprint(reward)
-    return hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:16] if marks else ""
+    return digest(marks, 16) if marks else ""

@@ -31,7 +31,6 @@ from gencontrol.robotics.demos.collect import collect
 from gencontrol.robotics.demos.experts import FetchPickAndPlaceExpert, Flaws
 from gencontrol.robotics.envs.vector import Envs, make_envs
 from gencontrol.robotics.evaluation.rollout import Rollouts
-from gencontrol.robotics.evaluation.statistics import bootstrap_mean
 from gencontrol.robotics.policies.chunked import ChunkedPolicy
 from gencontrol.robotics.policies.cloning import prepare
 from gencontrol.robotics.policies.config import ChunkSizes
@@ -42,7 +41,7 @@ from gencontrol.robotics.policies.diffusion import (
     FlowPolicyConfig,
     GenerativePolicy,
 )
-from gencontrol.stats import Estimate, wilson
+from gencontrol.stats import Estimate, bootstrap_mean, wilson
 
 ENV = "gencontrol.robotics.envs.sensed:make_two_cameras"
 SIZES = ChunkSizes(horizon=8, n_obs=1, n_action=4)

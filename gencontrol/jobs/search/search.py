@@ -7,8 +7,6 @@ are drawn prompt by prompt and kept as they are finished.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from typing import Any
 
 from gencontrol.config import build
 from gencontrol.errors import UsageError
-from gencontrol.files import FileLayer, disk_errors
+from gencontrol.files import FileLayer, digest, disk_errors
 from gencontrol.jobs.search.model import Law, check_gradient, load_model, read_law
 from gencontrol.jobs.search.settings import (
     FREE,
@@ -147,7 +145,7 @@ def check_budget(config: SearchConfig, steps: int) -> None:
 
 def _with_fingerprint(source: SourceConfig, prompts: list[str]) -> SourceConfig:
     """Put a hash of the prompts into the configuration, so that an edited file does not pass as the same search."""
-    mark = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:12]
+    mark = digest(prompts, 12)
     if source.prompts_hash not in (None, mark):
         raise UsageError(
             "the prompts differ from those that this configuration was made with; remove run.prompts_hash from the "

@@ -17,6 +17,7 @@ from typing import Any
 import gencontrol
 from gencontrol.config import load_toml
 from gencontrol.errors import CheckpointError, DiskError, Preempted, UsageError
+from gencontrol.files import FileLayer
 from gencontrol.jobs.setup.settings import check_output
 
 CONFIG, RECORD = "config.toml", "run.json"
@@ -113,7 +114,8 @@ def record(run: RunFolder, extra: Mapping[str, Any]) -> None:
     run.path.mkdir(parents=True, exist_ok=True)
     file = run.path / RECORD
     start = {"step": max(Checkpoints(run.path / "checkpoints", keep=1).steps(), default=0), **environment()}
-    _replace(file, json.dumps({**extra, "starts": [*_read_starts(file), start]}, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps({**extra, "starts": [*_read_starts(file), start]}, indent=1, ensure_ascii=False) + "\n"
+    FileLayer().replace_file(file, text.encode())
 
 
 def _read_starts(file: Path) -> list[Any]:
@@ -121,12 +123,6 @@ def _read_starts(file: Path) -> list[Any]:
         return list(json.loads(file.read_text(encoding="utf-8"))["starts"])
     except (OSError, ValueError, KeyError, TypeError):
         return []  # absent or damaged: the record starts anew; nothing depends on it
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def environment() -> dict[str, Any]:

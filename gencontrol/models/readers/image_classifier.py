@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gencontrol.errors import UsageError
+from gencontrol.files import replacing
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,9 @@ class ImageClassifier(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         table = {"_class_name": "ImageClassifier", **asdict(self.config)}
         (folder / "config.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-        temporary = folder / f".model.{os.getpid()}.tmp"
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        save_file(weights, str(temporary), metadata={"format": "pt"})
-        os.replace(temporary, folder / "model.safetensors")
+        with replacing(folder / "model.safetensors") as staged:
+            save_file(weights, str(staged), metadata={"format": "pt"})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> ImageClassifier:

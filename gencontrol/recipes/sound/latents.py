@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from gencontrol.files import FileLayer, feed, replacing
 from gencontrol.types import Cond
 
 
@@ -88,10 +88,7 @@ def prepare_sound_latents(
     digest = hashlib.blake2b(digest_size=16)
     digest.update(f"{split} {size} ".encode() + (Path(dataset_folder) / "recipe.json").read_bytes())
     for network in (codec, text_encoder):
-        for name, value in sorted(network.state_dict().items()):
-            digest.update(
-                name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-            )
+        feed(digest, network.state_dict())
     print_ = digest.hexdigest()
     if _recorded(target) != print_:
         texts = sorted({text for captions in data.captions for text in captions})
@@ -150,8 +147,6 @@ def _write(target: Path, tensors: dict[str, Tensor], texts: Sequence[str], finge
 
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)  # a cut between the two renames leaves no mixed pair
-    captions, temporary = target.with_suffix(".json"), target.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(list(texts), ensure_ascii=False), encoding="utf-8")
-    os.replace(temporary, captions)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, str(temporary), metadata={"fingerprint": fingerprint})
-    os.replace(temporary, target)
+    FileLayer().replace_file(target.with_suffix(".json"), json.dumps(list(texts), ensure_ascii=False).encode())
+    with replacing(target) as staged:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, str(staged), metadata={"fingerprint": fingerprint})

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gencontrol.errors import UsageError
+from gencontrol.files import replacing
 
 if TYPE_CHECKING:
     from gencontrol.jobs.pretrain import PretrainRun
@@ -84,15 +85,12 @@ def _save(audio: Any, folder: Path) -> None:
 
 def half_precision(folder: Path) -> None:
     """Store the floating weights of the transformer and the text encoder of a pipeline folder as float16."""
-    import os
-
     from safetensors.torch import load_file, save_file
 
     for path in (folder / "transformer" / "model.safetensors", folder / "text_encoder" / "model.safetensors"):
         weights = {k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}
-        temporary = path.with_suffix(".tmp")
-        save_file(weights, temporary, metadata={"format": "pt"})
-        os.replace(temporary, path)
+        with replacing(path) as staged:
+            save_file(weights, staged, metadata={"format": "pt"})
 
 
 def _text_encoder(name: str) -> tuple[Any, Any]:

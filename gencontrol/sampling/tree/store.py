@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gencontrol.errors import UsageError
-from gencontrol.files import FileLayer, disk_errors
+from gencontrol.files import FileLayer, disk_errors, feed
 from gencontrol.sampling.chain import cond_leaves, make_chain
 from gencontrol.sampling.loop import STEPS
 from gencontrol.sampling.scoring import Scorer
@@ -292,11 +292,7 @@ def _few(tensor: Tensor) -> list[Any]:
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
     """Digest of the bytes of all tensors and their names."""
-    state = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(tensors.items()):
-        state.update(name.encode())
-        state.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return state.hexdigest()
+    return str(feed(hashlib.blake2b(digest_size=16), tensors).hexdigest())
 
 
 def _digest(parts: list[Any]) -> str:

@@ -7,7 +7,6 @@ workers, and again after a cut: run the same command and finished shards are kep
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gencontrol.files import FileLayer, replacing
 from gencontrol.recipes.sound.data.grammar import ATTRIBUTES, INSTRUMENTS, SoundSpec, caption, spec_of_item
 from gencontrol.recipes.sound.data.synth import CLIP_SAMPLES, SAMPLE_RATE, render_synth
 
@@ -50,7 +50,7 @@ def build_sound_dataset(
     path = folder / "recipe.json"
     if path.exists() and json.loads(path.read_text()) != recipe:
         raise ValueError(f"{path} records another recipe than {recipe}: choose an empty folder or repeat its settings")
-    _replace(path, json.dumps(recipe, indent=1).encode())
+    FileLayer().replace_file(path, json.dumps(recipe, indent=1).encode())
     jobs = [
         (folder, split, start, min(start + SHARD, size), seed)
         for split, size in sizes.items()
@@ -76,10 +76,8 @@ def _render_shard(job: tuple[Path, str, int, int, int]) -> None:
     if path.exists():
         return
     clips = render([spec_of_item(split, index, seed)[0] for index in range(start, stop)])
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        np.save(file, np.round(clips * 32767).astype(np.int16))
-    os.replace(temporary, path)
+    with replacing(path) as staged:
+        np.save(staged, np.round(clips * 32767).astype(np.int16))
 
 
 def _join_shards(folder: Path, split: str, size: int) -> None:
@@ -87,15 +85,14 @@ def _join_shards(folder: Path, split: str, size: int) -> None:
     target = folder / f"{split}.npy"
     if target.exists():
         return
-    temporary = target.with_suffix(".tmp")
-    whole = np.lib.format.open_memmap(temporary, "w+", np.int16, (size, CLIP_SAMPLES))
     starts = range(0, size, SHARD)
-    for start in starts:
-        shard = np.load(_shard_path(folder, split, start), mmap_mode="r")
-        whole[start : start + len(shard)] = shard
-    whole.flush()
-    del whole
-    os.replace(temporary, target)
+    with replacing(target) as staged:
+        whole = np.lib.format.open_memmap(staged, "w+", np.int16, (size, CLIP_SAMPLES))
+        for start in starts:
+            shard = np.load(_shard_path(folder, split, start), mmap_mode="r")
+            whole[start : start + len(shard)] = shard
+        whole.flush()
+        del whole
     for start in starts:
         _shard_path(folder, split, start).unlink()
 
@@ -106,13 +103,7 @@ def _write_rows(path: Path, split: str, size: int, seed: int) -> None:
         spec, rng = spec_of_item(split, index, seed)
         captions = [caption(spec, rng) for _ in range(CAPTIONS)]
         lines.append(json.dumps({"captions": captions, **asdict(spec)}))
-    _replace(path, ("\n".join(lines) + "\n").encode())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    FileLayer().replace_file(path, ("\n".join(lines) + "\n").encode())
 
 
 @dataclass(frozen=True)

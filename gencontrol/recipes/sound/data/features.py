@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gencontrol.errors import UsageError
+from gencontrol.files import feed, replacing
 from gencontrol.recipes.sound.data.dataset import SoundDataset
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ def cached_features(
     digest = hashlib.sha256(f"{settings}|{count}".encode()).hexdigest()[:10]
     path = Path(folder) / "cache" / f"{name}_{digest}.npy"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         _fill(dataset, path, compute, count, poll)
     return np.load(path, mmap_mode="r")
 
@@ -55,19 +54,18 @@ def _fill(
     count: int,
     poll: Callable[[], None] | None,
 ) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     whole: np.ndarray | None = None
-    for start in range(0, count, CHUNK):
-        if poll is not None:
-            poll()
-        part = compute(dataset.waveforms(np.arange(start, min(start + CHUNK, count)))).half().numpy()
+    with replacing(path) as staged:
+        for start in range(0, count, CHUNK):
+            if poll is not None:
+                poll()
+            part = compute(dataset.waveforms(np.arange(start, min(start + CHUNK, count)))).half().numpy()
+            if whole is None:
+                whole = np.lib.format.open_memmap(staged, "w+", np.float16, (count, *part.shape[1:]))
+            whole[start : start + len(part)] = part
         if whole is None:
-            whole = np.lib.format.open_memmap(temporary, "w+", np.float16, (count, *part.shape[1:]))
-        whole[start : start + len(part)] = part
-    if whole is None:
-        raise ValueError(f"no clips to compute features of for {path}")
-    del whole
-    os.replace(temporary, path)
+            raise ValueError(f"no clips to compute features of for {path}")
+        del whole
 
 
 def gather(features: np.ndarray, items: Tensor) -> Float[Tensor, "b *d"]:
@@ -147,7 +145,4 @@ class SplitFeatures:
 
 def _digest(codec: MelCodec) -> str:
     """What the codec's sound depends on: its settings and its fitted tensors."""
-    digest = hashlib.sha256(repr(codec.config).encode())
-    for name, tensor in sorted(codec.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()
+    return str(feed(hashlib.sha256(repr(codec.config).encode()), codec.state_dict()).hexdigest())
