@@ -5,7 +5,6 @@ sampling, on the result, or in value functions.  Importing this package loads ne
 """
 
 from gencontrol._compat import guard_torchvision as _guard_torchvision
-
-__version__ = "0.1.0"
+from gencontrol._version import __version__ as __version__
 
 _guard_torchvision()

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "gencontrol"
 
 #: the ground: imported by all, imports nothing of ours
-GROUND = {"types", "errors", "files", "stats", "rng", "config", "registry", "_compat", "__version__", "__file__"}
+GROUND = {"types", "errors", "files", "stats", "rng", "config", "registry", "weights", "_compat", "_version"}
 BELOW = {*GROUND, "process", "kernels", "models", "data"}
 METHODS = {*BELOW, "sampling", "rewards", "algorithms"}
 #: room → rooms that it may import at the top of a file

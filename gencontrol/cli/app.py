@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-import gencontrol
+from gencontrol._version import __version__
 from gencontrol.cli import commands, robot_commands, train_commands
 from gencontrol.cli.options import NormalisedCommand
 from gencontrol.errors import GencontrolError, is_out_of_memory
@@ -30,7 +30,7 @@ _LESS_MEMORY = "lower --micro-batch, or add --gradient-checkpointing or --precis
 
 def _version(value: bool | None) -> None:
     if value:
-        print(f"gencontrol {gencontrol.__version__}")
+        print(f"gencontrol {__version__}")
         raise typer.Exit
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from gencontrol.jobs.setup.bundled import BUNDLED, check_manifest
+from gencontrol.weights import BUNDLED, check_manifest
 
 #: (distribution, extra or "" for the core, what its absence disables)
 PACKAGES = (

@@ -206,7 +206,7 @@ def _fit(
 
 def load_codec(name: str) -> Any:
     """Load the MelCodec of a folder, or the bundled one."""
-    from gencontrol.jobs.setup.bundled import BUNDLED
     from gencontrol.models.networks.codec import MelCodec
+    from gencontrol.weights import BUNDLED
 
     return MelCodec.from_pretrained(BUNDLED / "text_to_audio" / "codec" if name == "bundled" else name)

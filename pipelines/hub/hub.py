@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-import gencontrol
+from gencontrol import weights
 from gencontrol._compat import quiet
 from gencontrol.errors import EnvironmentMissing, UsageError, nearest
 
@@ -88,7 +88,7 @@ def bundled_folder(name: str) -> Path:
     Raises:
         EnvironmentMissing: this installation has none.
     """
-    folder = Path(gencontrol.__file__).parent / "bundled" / name
+    folder = weights.BUNDLED / name
     if not (folder / INDEX).is_file():
         raise EnvironmentMissing(
             f"the bundled model '{name}' is not in this installation ({folder}); install gencontrol from its wheel or "

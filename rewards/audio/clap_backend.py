@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from gencontrol.errors import EnvironmentMissing, UsageError
 from gencontrol.rewards.audio.clap_features import ClapLogMel, LogMelConfig, LongClips
-from gencontrol.rewards.bundled import bundled_path
 from gencontrol.rewards.pretrained import (
     SMALLEST_VOCABULARY,
     check_vocabulary,
@@ -32,6 +31,7 @@ from gencontrol.rewards.pretrained import (
     pick_device,
     weights_digest,
 )
+from gencontrol.weights import bundled_path
 
 _NO_ROBERTA = (
     "laion-clap could not load its text model 'roberta-base' (offline?); download it once, or put a folder "

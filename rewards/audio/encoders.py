@@ -20,8 +20,8 @@ from torch import Tensor
 from gencontrol.errors import UsageError, nearest
 from gencontrol.rewards.audio.clap import ClapReward
 from gencontrol.rewards.audio.clap_features import ClapLogMel, LogMelConfig
-from gencontrol.rewards.bundled import bundled_path
 from gencontrol.rewards.pretrained import pick_device, weights_digest
+from gencontrol.weights import bundled_path
 
 #: Names of the encoders that `make_encoder` knows.
 ENCODERS = ("clap", "attributes", "mel")

@@ -23,6 +23,7 @@ from gencontrol.rewards.compose import WeightedItems
 from gencontrol.rewards.inputs import image_batch
 from gencontrol.rewards.pretrained import pick_device, weights_digest
 from gencontrol.types import RewardContext, RewardOut
+from gencontrol.weights import BUNDLED
 
 #: names for several digits at once
 GROUPS = {"even": tuple("02468"), "odd": tuple("13579")}
@@ -34,9 +35,7 @@ def _classifier(reward_model: str, device: str) -> Any:
     from gencontrol.models.readers.image_classifier import ImageClassifier
 
     if reward_model == "bundled":
-        import gencontrol
-
-        folder = Path(gencontrol.__file__).parent / "bundled" / "digits" / "classifier"
+        folder = BUNDLED / "digits" / "classifier"
         if not (folder / "config.json").is_file():
             raise EnvironmentMissing(
                 f"the bundled digit classifier is not in this installation ({folder}); install gencontrol from its "

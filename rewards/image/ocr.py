@@ -21,9 +21,9 @@ from torch.nn import functional as F
 
 from gencontrol.errors import EnvironmentMissing, UsageError
 from gencontrol.rewards.base import checked, guarded
-from gencontrol.rewards.bundled import bundled_path
 from gencontrol.rewards.inputs import image_batch
 from gencontrol.types import RewardContext, RewardOut
+from gencontrol.weights import bundled_path
 
 #: smallest side of an image that an engine is given, pixels
 ENGINE_SIDE = 320

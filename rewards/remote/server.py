@@ -25,7 +25,7 @@ from urllib.parse import unquote
 import torch
 from torch import Tensor
 
-import gencontrol
+from gencontrol._version import __version__
 from gencontrol.errors import UsageError
 from gencontrol.rewards.base import Reward
 from gencontrol.rewards.remote.queue import Limits, ScoreQueue
@@ -76,12 +76,12 @@ class RewardServer(ThreadingHTTPServer):
                 "per-clip 'fad' instead of 'fad-set')."
             )
         self.reward_name, self.limits, self.token = name, limits or Limits(), token
-        facts = {"reward": reward.name, "version": gencontrol.__version__, **(made_from or {})}
+        facts = {"reward": reward.name, "version": __version__, **(made_from or {})}
         self.facts = {
             "protocol": PROTOCOL,
             "reward": name,
             "kind": reward.kind,
-            "version": gencontrol.__version__,
+            "version": __version__,
             "identity": identity_of(facts),
             "max_bytes": self.limits.max_bytes,
         }

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from gencontrol.errors import UsageError
 from gencontrol.rewards.audio.encoders import Encoder
-from gencontrol.rewards.bundled import bundled_path
 from gencontrol.rewards.sets.gaussian import Gaussian
+from gencontrol.weights import bundled_path
 
 _LONGEST_S = 600.0
 

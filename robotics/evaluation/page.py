@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import gencontrol
+from gencontrol._version import __version__
 from gencontrol.reports.page import data_uri, number, page, signed, table, tile
 from gencontrol.robotics.evaluation.files import EvaluationFolder
 from gencontrol.robotics.evaluation.report import (
@@ -35,7 +35,7 @@ def write_results(folder: EvaluationFolder, reports: Sequence[EvaluationReport])
         "report.json",
         {
             "schema_version": SCHEMA_VERSION,
-            "gencontrol": gencontrol.__version__,
+            "gencontrol": __version__,
             "protocol": first.protocol,
             "environments": [_environment(report_spec) for report_spec in first.specs],
             "policies": [report.to_json() for report in reports],
@@ -69,7 +69,7 @@ def render(folder: Path, reports: Sequence[EvaluationReport]) -> str:
     body += [_episodes(report) for report in reports]
     body.append(_protocol(reports[0]))
     footer = (
-        f"Made by gencontrol {escape(gencontrol.__version__)}. Rates carry 95 % Wilson intervals over episodes, means "
+        f"Made by gencontrol {escape(__version__)}. Rates carry 95 % Wilson intervals over episodes, means "
         "of returns percentile bootstrap intervals. Intervals are over episodes of these policies, not over trainings."
     )
     return page(f"{folder.resolve().name}: {names}", head, "\n".join(part for part in body if part), footer)
@@ -199,7 +199,7 @@ def _protocol(report: EvaluationReport) -> str:
     span = f"{len(seeds)} from {min(seeds)} to {max(seeds)}"
     shown = {key: value for key, value in report.protocol.items() if key not in ("seeds", "timeouts")}
     tables = table("Protocol", {"seeds": span, **{key: str(value) for key, value in shown.items()}})
-    versions = table("Versions", {"gencontrol": gencontrol.__version__, **dict(report.specs[0].versions)})
+    versions = table("Versions", {"gencontrol": __version__, **dict(report.specs[0].versions)})
     facts = table(report.policy, {key: str(value) for key, value in report.facts.items()})
     return f'<h2>How it was measured</h2><div class="tables">{tables}{facts}{versions}</div>'
 

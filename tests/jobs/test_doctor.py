@@ -10,7 +10,7 @@ import pytest
 
 from gencontrol.cli import main
 from gencontrol.jobs import doctor
-from gencontrol.jobs.setup.bundled import BUNDLED, check_manifest, write_manifest
+from gencontrol.weights import BUNDLED, check_manifest, write_manifest
 
 BUNDLES = ("attributes", "clap", "digits", "scene_judge", "scene_reader", "text_to_audio", "text_to_image")
 
@@ -97,5 +97,5 @@ def test_manifest_covers_every_file(tmp_path: Path) -> None:
 
 
 def test_the_weights_of_this_checkout_are_those_of_the_manifest() -> None:
-    remedy = 'after a change on purpose: python -c "from gencontrol.jobs.setup.bundled import write_manifest as w; w()"'
+    remedy = 'after a change on purpose: python -c "from gencontrol.weights import write_manifest as w; w()"'
     assert check_manifest() == [], remedy

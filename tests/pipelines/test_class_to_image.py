@@ -145,7 +145,7 @@ def test_wrong_folders(pipe: ClassToImagePipeline, tmp_path: Path, monkeypatch: 
     (tmp_path / "classifier" / "model.safetensors").unlink()
     with pytest.raises(UsageError, match="ImageClassifier"):
         ClassToImagePipeline.from_pretrained(tmp_path)
-    monkeypatch.setattr(gencontrol, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr("gencontrol.weights.BUNDLED", tmp_path / "bundled")
     with pytest.raises(EnvironmentMissing, match="'digits' is not in this installation"):
         ClassToImagePipeline.from_pretrained("bundled-digits")
 

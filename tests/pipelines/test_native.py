@@ -187,9 +187,8 @@ class TestWhere:
         assert not any(p.endswith((".bin", ".py", ".pkl", "*")) for p in asked[1][1])
 
     def test_bundled_says_when_it_is_missing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        import gencontrol
 
-        monkeypatch.setattr(gencontrol, "__file__", str(tmp_path / "__init__.py"))
+        monkeypatch.setattr("gencontrol.weights.BUNDLED", tmp_path / "bundled")
         with pytest.raises(EnvironmentMissing, match="not in this installation"):
             TextToAudioPipeline.from_pretrained("bundled")
 

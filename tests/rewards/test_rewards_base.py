@@ -278,9 +278,8 @@ def test_failures_of_user_code_carry_its_name(user_module: str) -> None:
 
 
 def test_missing_bundled_files_say_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import gencontrol
 
-    monkeypatch.setattr(gencontrol, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr("gencontrol.weights.BUNDLED", tmp_path / "bundled")
     from gencontrol.rewards.audio.clap_backend import bundled_clap
 
     with pytest.raises(EnvironmentMissing, match="reward_model"):

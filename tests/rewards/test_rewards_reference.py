@@ -98,9 +98,8 @@ def test_statistics_files_remember_their_encoder(sounds: Path, tmp_path: Path) -
 def test_bundled_statistics_are_found_by_the_encoders_kind(
     sounds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import gencontrol
 
-    monkeypatch.setattr(gencontrol, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr("gencontrol.weights.BUNDLED", tmp_path / "bundled")
     with pytest.raises(EnvironmentMissing, match="no bundled reference"):
         FadReward(encoder="mel")
     (tmp_path / "bundled" / "reference").mkdir(parents=True)

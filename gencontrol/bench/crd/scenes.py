@@ -14,7 +14,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +33,7 @@ from gencontrol.rewards.sets.gaussian import Gaussian
 from gencontrol.rng import item_generators, stream_seed
 from gencontrol.sampling import cfg, sample
 from gencontrol.types import Cond, RewardContext, index_cond
+from gencontrol.weights import BUNDLED
 
 #: categories of each part
 KINDS = {"scenes": tuple(kind for kind in CATEGORIES if kind != "word"), "words": ("word",)}
@@ -122,10 +122,9 @@ def rendered(prompts: Sequence[str], seed: int) -> Float[Tensor, "b 3 32 32"]:
 
 @lru_cache(maxsize=1)
 def _bundled() -> tuple[Any, SceneJudge, str]:
-    import gencontrol
     from gencontrol.pipelines import TextToImagePipeline
 
-    folder = Path(gencontrol.__file__).parent / "bundled"
+    folder = BUNDLED
     weights = sorted((folder / "text_to_image").rglob("*.safetensors"))
     if not weights or not (folder / "scene_judge").is_dir():
         raise EnvironmentMissing(

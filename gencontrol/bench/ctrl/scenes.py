@@ -32,6 +32,7 @@ from gencontrol.models.roles import Roles
 from gencontrol.rewards.image.classifier import ClassifierReward
 from gencontrol.rng import item_generators, stream_seed
 from gencontrol.sampling.control.controlled import sample_controlled
+from gencontrol.weights import BUNDLED
 
 PROMPT, SHAPE_NAME = "a circle", "circle"
 COLOUR, SIZE = ("red", "green", "blue", "yellow"), ("small", "large")
@@ -97,11 +98,10 @@ def _bundled() -> tuple[Any, Any]:
     Raises:
         EnvironmentMissing: they are not in this installation.
     """
-    import gencontrol
     from gencontrol.pipelines import TextToImagePipeline
     from gencontrol.recipes.scenes.networks import SceneJudge
 
-    folder = Path(gencontrol.__file__).parent / "bundled"
+    folder = BUNDLED
     for part in ("text_to_image", "scene_judge"):
         if not (folder / part).is_dir():
             raise EnvironmentMissing(

@@ -14,11 +14,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import gencontrol
+from gencontrol._version import __version__
 from gencontrol.config import load_toml
 from gencontrol.errors import CheckpointError, DiskError, Preempted, UsageError
 from gencontrol.files import FileLayer
 from gencontrol.jobs.setup.settings import check_output
+from gencontrol.weights import BUNDLED
 
 CONFIG, RECORD = "config.toml", "run.json"
 
@@ -127,7 +128,7 @@ def _read_starts(file: Path) -> list[Any]:
 
 def environment() -> dict[str, Any]:
     """Return the command line, versions, git commit and devices of this process."""
-    versions = {"gencontrol": gencontrol.__version__, "python": platform.python_version()}
+    versions = {"gencontrol": __version__, "python": platform.python_version()}
     for name in ("torch", "numpy", "diffusers", "transformers", "peft", "safetensors"):
         try:
             versions[name] = metadata.version(name)
@@ -153,7 +154,7 @@ def _device_name() -> str:
 
 def _commit() -> str | None:
     """Commit of the source checkout that runs, or None for an installed package."""
-    root = Path(gencontrol.__file__).resolve().parent.parent
+    root = BUNDLED.parents[1]
     if not (root / ".git").exists():
         return None
     try:

@@ -17,12 +17,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-import gencontrol
 from gencontrol.recipes.sound.data.dataset import SAMPLE_RATE, SoundDataset
 from gencontrol.recipes.sound.data.grammar import ATTRIBUTES
 from gencontrol.rng import stream
+from gencontrol.weights import BUNDLED
 
-BUNDLED = Path(gencontrol.__file__).resolve().parent / "bundled"
 CHUNK = 50
 ENCODERS = ("clap", "attributes")
 JUDGED = ("instrument", "tempo", "register", "dynamics", "effect")

@@ -98,7 +98,7 @@ def _text_encoder(name: str) -> tuple[Any, Any]:
     from transformers import AutoTokenizer, ClapTextModelWithProjection
 
     from gencontrol._compat import quiet
-    from gencontrol.jobs.setup.bundled import BUNDLED
+    from gencontrol.weights import BUNDLED
 
     folder = BUNDLED / "clap" if name == "bundled" else Path(name)
     if not (folder / "config.json").exists():

@@ -7,10 +7,27 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import gencontrol
+from gencontrol.errors import EnvironmentMissing
 
-BUNDLED = Path(gencontrol.__file__).resolve().parent / "bundled"
+BUNDLED = Path(__file__).resolve().parent / "bundled"
 MANIFEST = "manifest.json"
+
+
+def bundled_path(name: str, what: str, remedy: str) -> Path:
+    """Path of a file below gencontrol/bundled.
+
+    Args:
+        name: of the file, e.g. "clap/config.json".
+        what: what it is, for the message.
+        remedy: what to do without it, for the message.
+
+    Raises:
+        EnvironmentMissing: this installation does not hold it.
+    """
+    path = BUNDLED / name
+    if not path.is_file():
+        raise EnvironmentMissing(f"there is no {what} at {path}; {remedy}.")
+    return path
 
 
 def sha256(path: Path) -> str:
