@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gencontrol import __version__
+from gencontrol._version import __version__
 from gencontrol.algorithms.base import Algorithm
 from gencontrol.errors import DiskError, EnvironmentMissing, UsageError
 from gencontrol.train.checkpoint import Checkpoints, TrainState, join_tensors, restore_names, split_tensors

@@ -325,7 +325,7 @@ class NativeAudio(NativeText):
 
 def write_index(folder: Path, class_name: str, components: Mapping[str, Sequence[str]]) -> None:
     """Write `model_index.json`, the file that makes a folder a pipeline."""
-    from gencontrol import __version__
+    from gencontrol._version import __version__
 
     index = {"_class_name": class_name, "_gencontrol_version": __version__, **components}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -36,7 +36,7 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary: int = 800) -> PreTraine
     # Token table and merges of a trained byte-level tokenizer.
     import json
 
-    model = json.loads(trainer.to_str())["model"]  # type: ignore[attr-defined]  # tokenizers ships no type for it
+    model = json.loads(trainer.to_str())["model"]
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
     vocab, merges = model["vocab"], [(left, right) for left, right in pairs]
     return RobertaTokenizerFast(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
