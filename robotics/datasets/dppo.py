@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from gencontrol.errors import UsageError
-from gencontrol.robotics.datasets.episodes import Episode, Episodes
-from gencontrol.robotics.datasets.storage import Array, Request, flags, is_image, naming, observation_array, reading
+from gencontrol.robotics.datasets import storage
+from gencontrol.robotics.datasets.episodes import Array, Episodes
 
 FILE, SCALES = "train.npz", "normalization.npz"
 
 
-def read(path: Path, request: Request) -> Episodes:
+def read(path: Path, request: storage.Request) -> Episodes:
     """Read a folder or its train.npz; observations are named "state" and "image" ("image_0", … for several)."""
     request.no_split("dppo")
     file = path / FILE if path.is_dir() else path
@@ -35,16 +35,24 @@ def read(path: Path, request: Request) -> Episodes:
         for name, short in (("states", "obs"), ("actions", "action")):
             low, high = known[f"{short}_min"], known[f"{short}_max"]
             arrays[name] = (arrays[name].astype(np.float64) / 2 + 0.5) * (high - low + 1e-6) + low
-    have = {"state": arrays["states"], **_cameras(arrays.get("images"))}
-    chosen = {key: observation_array(have[key]) for key in request.chosen(have)}
-    arrays["actions"] = arrays["actions"].astype(np.float32)
+    have = {"state": arrays["states"]}
+    if (images := arrays.get("images")) is not None:  # the cameras' channels are joined: [rows, 3·cameras, h, w]
+        if images.ndim != 4 or images.shape[1] % 3:
+            raise UsageError(f"'images' have shape {images.shape}; expected [rows, 3·cameras, h, w].")
+        parts = np.split(images.astype(np.uint8), images.shape[1] // 3, axis=1)
+        names = ["image"] if len(parts) == 1 else [f"image_{index}" for index in range(len(parts))]
+        have |= {name: np.ascontiguousarray(part.transpose(0, 2, 3, 1)) for name, part in zip(names, parts)}
+    chosen = {key: storage.observation_array(have[key]) for key in request.chosen(have)}
     ends = np.cumsum(lengths)[: request.limit]
     items = []
     for index, (count, end) in enumerate(zip(lengths, ends)):
-        with naming(f"episode {index}"):
+        with storage.naming(f"episode {index}"):
             if count < 1:
                 raise UsageError("it has no step; leave it out.")
-            items.append(_episode(chosen, arrays, slice(end - count, end)))
+            rows = slice(end - count, end)
+            found = {"rewards": arrays["rewards"][rows] if "rewards" in arrays else None}
+            seen = {key: value[rows] for key, value in chosen.items()}
+            items.append(storage.episode(seen, arrays["actions"][rows], found))
     return Episodes(tuple(items))
 
 
@@ -52,29 +60,8 @@ def _load(file: Path) -> dict[str, Array]:
     """Read all arrays of an npz."""
     from zipfile import BadZipFile
 
-    with reading(file, ValueError, BadZipFile), np.load(file, allow_pickle=False) as stored:
+    with storage.reading(file, ValueError, BadZipFile), np.load(file, allow_pickle=False) as stored:
         return {name: stored[name] for name in stored.files}
-
-
-def _cameras(images: Array | None) -> dict[str, Array]:
-    """Split joined channels into pictures [n h w 3]."""
-    if images is None:
-        return {}
-    if images.ndim != 4 or images.shape[1] % 3:
-        raise UsageError(f"'images' have shape {images.shape}; expected [rows, 3·cameras, h, w].")
-    parts = np.split(images.astype(np.uint8), images.shape[1] // 3, axis=1)
-    names = ["image"] if len(parts) == 1 else [f"image_{index}" for index in range(len(parts))]
-    return {name: np.ascontiguousarray(part.transpose(0, 2, 3, 1)) for name, part in zip(names, parts)}
-
-
-def _episode(observations: dict[str, Array], arrays: dict[str, Array], rows: slice) -> Episode:
-    """Cut one episode."""
-    actions = arrays["actions"][rows]
-    return Episode(
-        {key: value[rows] for key, value in observations.items()},
-        actions,
-        **flags(len(actions), {"rewards": arrays["rewards"][rows] if "rewards" in arrays else None}),
-    )
 
 
 def write(episodes: Episodes, target: Path) -> None:
@@ -84,7 +71,7 @@ def write(episodes: Episodes, target: Path) -> None:
         UsageError: an observation is neither a vector nor a picture.
     """
     first = episodes[0].observations
-    pictures = [key for key, rows in first.items() if is_image(rows.shape[1:], rows.dtype)]
+    pictures = [key for key, rows in first.items() if storage.is_image(rows.shape[1:], rows.dtype)]
     vectors = [key for key in first if key not in pictures]
     for key in vectors:
         if first[key].ndim != 2:

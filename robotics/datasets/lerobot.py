@@ -14,19 +14,9 @@ from typing import Any
 import numpy as np
 
 from gencontrol.errors import UsageError
-from gencontrol.robotics.datasets.episodes import Episode, Episodes
+from gencontrol.robotics.datasets import storage
+from gencontrol.robotics.datasets.episodes import Array, Episode, Episodes
 from gencontrol.robotics.datasets.lerobot_video import read_frames
-from gencontrol.robotics.datasets.storage import (
-    Array,
-    Extras,
-    Request,
-    flags,
-    naming,
-    picture,
-    read_json,
-    reading,
-    require,
-)
 
 VERSION = "v3.0"
 DATA = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
@@ -44,14 +34,20 @@ NEXT = {
 }
 
 
-def read(path: Path, request: Request) -> Episodes:
+def read(path: Path, request: storage.Request) -> Episodes:
     """Read a folder; `split` names one of info.json's splits."""
-    info = read_json(path / "meta" / "info.json")
+    info = storage.read_json(path / "meta" / "info.json")
     check_version(info, path)
     if "action" not in info.get("features", {}):
         raise UsageError("there is no feature 'action'; policies need one.")
     rows = _episode_rows(path)
-    rows = rows[_split(info, request.split)][: request.limit]
+    if request.split is not None:
+        known = info.get("splits", {})
+        if request.split not in known:
+            raise UsageError(f"there is no split '{request.split}'; there is {', '.join(known) or 'none'}.")
+        first, _, last = str(known[request.split]).partition(":")  # half open
+        rows = rows[int(first) : int(last)]
+    rows = rows[: request.limit]
     if not rows:
         raise UsageError("there is no episode.")
     mine = info.get("gencontrol", {})
@@ -79,26 +75,15 @@ def check_version(info: Mapping[str, Any], path: Path) -> None:
     raise UsageError(f"'{path}' is a LeRobot data set of version {version}; this reader knows {VERSION}.")
 
 
-def _split(info: Mapping[str, Any], split: str | None) -> slice:
-    """Return the episodes of a split "first:last" (half open)."""
-    if split is None:
-        return slice(None)
-    known = info.get("splits", {})
-    if split not in known:
-        raise UsageError(f"there is no split '{split}'; there is {', '.join(known) or 'none'}.")
-    first, _, last = str(known[split]).partition(":")
-    return slice(int(first), int(last))
-
-
 def _episode_rows(path: Path) -> list[dict[str, Any]]:
     """Return meta/episodes in order, without the statistics."""
-    pq = require("pyarrow.parquet")
+    pq = storage.require("pyarrow.parquet")
     files = sorted((path / "meta" / "episodes").glob("*/*.parquet"))
     if not files:
         raise UsageError("meta/episodes holds no parquet file; the data set was not finalized: record it again.")
     rows: list[dict[str, Any]] = []
     for file in files:
-        with reading(file, ValueError):
+        with storage.reading(file, ValueError):
             names = [n for n in pq.read_schema(file).names if not n.startswith("stats/")]
             rows += pq.read_table(file, columns=names).to_pylist()
     return sorted(rows, key=lambda row: row["episode_index"])
@@ -106,9 +91,9 @@ def _episode_rows(path: Path) -> list[dict[str, Any]]:
 
 def _tasks(path: Path) -> dict[int, str]:
     """Return task_index → sentence; pandas stores the sentence as an index column of any name."""
-    pq = require("pyarrow.parquet")
+    pq = storage.require("pyarrow.parquet")
     file = path / TASKS
-    with reading(file, ValueError):
+    with storage.reading(file, ValueError):
         table = pq.read_table(file)
         names = [name for name in table.column_names if name != "task_index"]
         if "task_index" not in table.column_names or not names:
@@ -120,7 +105,12 @@ class _Reader:
     """Reads episodes file by file."""
 
     def __init__(
-        self, path: Path, info: Mapping[str, Any], mine: Mapping[str, Any], request: Request, tasks: dict[int, str]
+        self,
+        path: Path,
+        info: Mapping[str, Any],
+        mine: Mapping[str, Any],
+        request: storage.Request,
+        tasks: dict[int, str],
     ) -> None:
         self.path, self.info, self.tasks, self.mine = path, info, tasks, mine
         self.features: dict[str, Any] = info["features"]
@@ -142,14 +132,16 @@ class _Reader:
             videos = {key: self._videos(name, group) for key, name in self.keys.items() if self._is_video(name)}
             for place, row in enumerate(group):
                 index = int(row["episode_index"])
-                with naming(f"episode {index}"):
+                with storage.naming(f"episode {index}"):
                     found = np.flatnonzero(owner == index)
                     if len(found) != row["length"]:
                         raise UsageError(
                             f"'{file.name}' has {len(found)} rows of it, meta/episodes says {row['length']}; the data "
                             "set is incomplete or was not finalized."
                         )
-                    part = table.take(found) if len(found) and not _adjacent(found) else _cut(table, found)
+                    # consecutive rows are cut out without a copy
+                    whole = len(found) and found[-1] - found[0] == len(found) - 1
+                    part = table.slice(int(found[0]), len(found)) if whole else table.take(found)
                     yield self._episode(part, row, {key: frames[place] for key, frames in videos.items()})
 
     def _is_video(self, name: str) -> bool:
@@ -157,8 +149,8 @@ class _Reader:
 
     def _table(self, file: Path) -> Any:
         """Read the columns that are needed of one data file."""
-        pq = require("pyarrow.parquet")
-        with reading(file, ValueError):
+        pq = storage.require("pyarrow.parquet")
+        with storage.reading(file, ValueError):
             have = pq.read_schema(file).names
             wanted = [name for name in self.keys.values() if not self._is_video(name)]
             wanted += ["action", "episode_index", "frame_index"]
@@ -196,16 +188,17 @@ class _Reader:
         numbers = table["task_index"].to_pylist() if "task_index" in table.column_names else []
         tasks = [self.tasks.get(number, "") for number in dict.fromkeys(numbers)]
         meta = {"tasks": tasks} if len(tasks) > 1 else {}
-        extras = Extras.parse(row.get("gencontrol"), Extras(tasks[0] if tasks else "", None, self.fps, meta))
-        states = _array(table[STATES]) if STATES in table.column_names else None
+        extras = storage.Extras.parse(
+            row.get("gencontrol"), storage.Extras(tasks[0] if tasks else "", None, self.fps, meta)
+        )
         actions = self._column(table, "action")
         if actions.ndim == 1:
             actions = actions[:, None]
-        return Episode(observations, actions, **flags(len(actions), found), **vars(extras), states=states)
+        return storage.episode(observations, actions, found, extras, _numbers(table, STATES))
 
     def _column(self, table: Any, name: str) -> Array:
         """Return one feature of all rows, images decoded."""
-        with naming(f"'{name}'"):
+        with storage.naming(f"'{name}'"):
             kind = self.features[name]["dtype"]
             if kind == "image":
                 return np.stack([self._image(cell) for cell in table[name].to_pylist()])
@@ -219,20 +212,10 @@ class _Reader:
         if cell is None or (cell.get("bytes") is None and not cell.get("path")):
             raise UsageError("a row has no image; record the episode again.")
         if cell.get("bytes") is not None:
-            return picture(cell["bytes"])
+            return storage.picture(cell["bytes"])
         file = self.path / cell["path"]
-        with reading(file):
-            return picture(file.read_bytes())
-
-
-def _adjacent(rows: Array) -> bool:
-    """Whether row numbers are consecutive."""
-    return int(rows[-1] - rows[0]) == len(rows) - 1
-
-
-def _cut(table: Any, rows: Array) -> Any:
-    """Return consecutive rows without a copy."""
-    return table.slice(int(rows[0]) if len(rows) else 0, len(rows))
+        with storage.reading(file):
+            return storage.picture(file.read_bytes())
 
 
 def _numbers(table: Any, name: str) -> Array | None:
@@ -242,7 +225,7 @@ def _numbers(table: Any, name: str) -> Array | None:
 
 def _array(column: Any) -> Array:
     """Turn a column of numbers or of (nested, equally long) lists into an array."""
-    pa = require("pyarrow")
+    pa = storage.require("pyarrow")
     values = column.combine_chunks() if hasattr(column, "combine_chunks") else column
     if isinstance(values, pa.ChunkedArray):
         values = pa.concat_arrays(values.chunks)

@@ -16,11 +16,11 @@ from typing import Any, Literal
 import numpy as np
 
 from gencontrol.errors import UsageError
-from gencontrol.robotics.datasets.episodes import Episode, Episodes
+from gencontrol.robotics.datasets import storage
+from gencontrol.robotics.datasets.episodes import Array, Episode, Episodes
 from gencontrol.robotics.datasets.lerobot import DATA, EPISODES, NEXT, STATES, TASKS, VERSION, VIDEO
 from gencontrol.robotics.datasets.lerobot_stats import Numbers, Pictures
 from gencontrol.robotics.datasets.lerobot_video import FrameWriter
-from gencontrol.robotics.datasets.storage import Array, Extras, is_image, json_text, png, require
 
 Images = Literal["png", "video"]
 MB = 2**20
@@ -88,7 +88,7 @@ class _Writer:
         """Return info.json's features."""
         found: dict[str, dict[str, Any]] = {}
         for key, rows in episode.observations.items():
-            image = is_image(rows.shape[1:], rows.dtype)
+            image = storage.is_image(rows.shape[1:], rows.dtype)
             name = feature_name(key, image=image)
             if name in found:
                 raise UsageError(
@@ -120,7 +120,7 @@ class _Writer:
         row |= {f"data/{key}": value for key, value in _place(file).items()}
         row |= {f"meta/episodes/{key}": value for key, value in _place(0).items()}
         row |= {"dataset_from_index": self.frames, "dataset_to_index": self.frames + count}
-        self.rows.append({**row, "gencontrol": Extras.of(episode).text()})
+        self.rows.append({**row, "gencontrol": storage.Extras.of(episode).text()})
         self.frames += count
 
     def _statistics(self, columns: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
@@ -184,8 +184,8 @@ class _Writer:
         stats = {name: {key: value.tolist() for key, value in one.items()} for name, one in found.items()}
         self.table.write_tasks(self.tasks)
         self.table.write_rows(self.rows)
-        (meta / "stats.json").write_text(json_text(stats), encoding="utf-8")
-        (meta / "info.json").write_text(json_text(self._info(episodes)), encoding="utf-8")
+        (meta / "stats.json").write_text(storage.json_text(stats), encoding="utf-8")
+        (meta / "info.json").write_text(storage.json_text(self._info(episodes)), encoding="utf-8")
 
     def _info(self, episodes: Episodes) -> dict[str, Any]:
         """Return meta/info.json."""
@@ -217,7 +217,7 @@ class _Table:
     """The parquet files."""
 
     def __init__(self, target: Path, file_mb: float) -> None:
-        self.pa, self.pq = require("pyarrow"), require("pyarrow.parquet")
+        self.pa, self.pq = storage.require("pyarrow"), storage.require("pyarrow.parquet")
         self.target, self.file_mb, self.number = target, file_mb, -1
         self.file: Any = None
         self.parquet: Any = None
@@ -248,7 +248,7 @@ class _Table:
         pa = self.pa
         if feature["dtype"] == "image":
             kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-            return pa.array([{"bytes": png(row), "path": None} for row in rows], type=kind)
+            return pa.array([{"bytes": storage.png(row), "path": None} for row in rows], type=kind)
         shape = feature["shape"]
         values = pa.array(np.ascontiguousarray(rows).reshape(-1))
         if shape == [1]:
@@ -276,4 +276,4 @@ class _Table:
         table = self.pa.table({"task_index": np.fromiter(tasks.values(), np.int64), "task": list(tasks)})
         path = self.target / TASKS
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.pq.write_table(table.replace_schema_metadata({"pandas": json_text(pandas)}), path)
+        self.pq.write_table(table.replace_schema_metadata({"pandas": storage.json_text(pandas)}), path)

@@ -8,28 +8,14 @@ episode has no observation after its last action, the last one is repeated and m
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gencontrol.errors import UsageError
-from gencontrol.robotics.datasets.episodes import Episode, Episodes
-from gencontrol.robotics.datasets.storage import (
-    Array,
-    Extras,
-    Request,
-    flags,
-    json_text,
-    leaves,
-    naming,
-    observation_array,
-    picture,
-    read_json,
-    reading,
-    require,
-)
+from gencontrol.robotics.datasets import storage
+from gencontrol.robotics.datasets.episodes import Array, Episode, Episodes
 
 FILE, METADATA = "main_data.hdf5", "metadata.json"
 #: minari refuses versions that it does not know; 0.5.3 and 0.5.4 do not differ here
@@ -38,36 +24,32 @@ MINARI_VERSION = "0.5.3"
 ONLY = "observation"
 
 
-def read(path: Path, request: Request) -> Episodes:
+def read(path: Path, request: storage.Request) -> Episodes:
     """Read a data set's folder, its data folder or its main_data.hdf5."""
     request.no_split("minari")
-    h5py = require("h5py")
+    h5py = storage.require("h5py")
     folder = path.parent if path.is_file() else (path / "data" if (path / "data").is_dir() else path)
-    metadata = read_json(folder / METADATA)
+    metadata = storage.read_json(folder / METADATA)
     if metadata.get("data_format", "hdf5") != "hdf5":
         raise UsageError(
             f"its data_format is '{metadata['data_format']}'; make it again with minari's data_format='hdf5'."
         )
-    env = dict(metadata.get("gencontrol") or _env(metadata))
+    spec = json.loads(metadata.get("env_spec") or "{}")
+    recorded = {"env_id": spec["id"], "kwargs": spec.get("kwargs", {})} if "id" in spec else {}
+    env = dict(metadata.get("gencontrol") or recorded)
     file = folder / FILE
-    with reading(file, ValueError), h5py.File(file, "r") as stored:
+    with storage.reading(file, ValueError), h5py.File(file, "r") as stored:
         names = sorted((n for n in stored if n.startswith("episode_")), key=lambda n: int(n.rpartition("_")[2]))
         if not names:
             raise UsageError("there is no episode.")
         items = []
         for name in names[: request.limit]:
-            with naming(name):
+            with storage.naming(name):
                 items.append(_episode(stored[name], request))
     return Episodes(tuple(items), env)
 
 
-def _env(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the environment that minari recorded."""
-    spec = json.loads(metadata.get("env_spec") or "{}")
-    return {"env_id": spec["id"], "kwargs": spec.get("kwargs", {})} if "id" in spec else {}
-
-
-def _episode(group: Any, request: Request) -> Episode:
+def _episode(group: Any, request: storage.Request) -> Episode:
     """Read one episode."""
     for name in ("observations", "actions"):
         if name not in group:
@@ -80,33 +62,32 @@ def _episode(group: Any, request: Request) -> Episode:
     if not len(actions):
         raise UsageError("it has no step; leave it out.")
     stored = group["observations"]
-    rows = leaves(stored) if hasattr(stored, "items") else {ONLY: stored}
-    observations = {key: observation_array(_decoded(rows[key])) for key in request.chosen(rows)}
-    default = Extras(seed=int(group.attrs["seed"]) if "seed" in group.attrs else None)
-    extras = Extras.parse(group.attrs.get("gencontrol"), default)
+    rows = storage.leaves(stored) if hasattr(stored, "items") else {ONLY: stored}
+    observations = {key: storage.observation_array(_decoded(rows[key])) for key in request.chosen(rows)}
+    default = storage.Extras(seed=int(group.attrs["seed"]) if "seed" in group.attrs else None)
+    extras = storage.Extras.parse(group.attrs.get("gencontrol"), default)
     if "gencontrol_repeated" in group.attrs:
         for key in json.loads(group.attrs["gencontrol_repeated"]):
             if key in observations:
                 observations[key] = observations[key][:-1]
-    infos = leaves(group["infos"]) if "infos" in group else {}
-    count = len(actions)
+    infos = storage.leaves(group["infos"]) if "infos" in group else {}
     flag = next((infos[name] for name in ("success", "is_success") if name in infos), None)
     found = {
         "rewards": group["rewards"][()],
         "terminated": group["terminations"][()],
         "truncated": group["truncations"][()],
         # infos begin with that of the reset
-        "success": None if flag is None else flag[()][-count:],
+        "success": None if flag is None else flag[()][-len(actions) :],
     }
     states = infos["states"][()] if "states" in infos else None
-    return Episode(observations, actions.astype(np.float32), **flags(count, found), **vars(extras), states=states)
+    return storage.episode(observations, actions, found, extras, states)
 
 
 def _decoded(stored: Any) -> Array:
     """Return rows; a JPEG per row (one byte string each, of equal or unequal lengths) becomes pictures."""
     rows = stored[()]
     jpeg = rows.dtype == object or (rows.dtype == np.uint8 and rows.ndim == 2 and bytes(rows[0, :2]) == b"\xff\xd8")
-    return np.stack([picture(bytes(row)) for row in rows]) if jpeg else rows
+    return np.stack([storage.picture(bytes(row)) for row in rows]) if jpeg else rows
 
 
 def write(episodes: Episodes, target: Path, name: str) -> None:
@@ -115,14 +96,21 @@ def write(episodes: Episodes, target: Path, name: str) -> None:
     Args:
         name: the data set's id in its metadata, e.g. "fetch-pick-v0"; the folder's name.
     """
-    h5py = require("h5py")
+    h5py = storage.require("h5py")
     folder = target / "data"
     folder.mkdir(parents=True)
     with h5py.File(folder / FILE, "w", track_order=True) as file:
         for index, episode in enumerate(episodes):
             _write(file.create_group(f"episode_{index}"), index, episode)
     first = episodes[0]
-    spaces = _space({key: _box(rows) for key, rows in first.observations.items()})
+    root: dict[str, Any] = {"type": "Dict", "subspaces": {}}
+    for key, rows in first.observations.items():
+        *outer, last = key.split("/")  # "a/b" is an entry of a dictionary within
+        place = root
+        for part in outer:
+            place = place["subspaces"].setdefault(part, {"type": "Dict", "subspaces": {}})
+        place["subspaces"][last] = _box(rows)
+    spaces = root["subspaces"][ONLY] if set(first.observations) == {ONLY} else root
     metadata = {
         "dataset_id": name,
         "total_episodes": len(episodes),
@@ -135,21 +123,7 @@ def write(episodes: Episodes, target: Path, name: str) -> None:
         "dataset_size": round((folder / FILE).stat().st_size / 1e6, 1),
         "gencontrol": dict(episodes.env),
     }
-    (folder / METADATA).write_text(json_text(metadata), encoding="utf-8")
-
-
-def _space(boxes: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return the serialised observation space; "a/b" is an entry of a dictionary within."""
-    if set(boxes) == {ONLY}:
-        return boxes[ONLY]
-    root: dict[str, Any] = {"type": "Dict", "subspaces": {}}
-    for key, box in boxes.items():
-        *outer, name = key.split("/")
-        place = root
-        for part in outer:
-            place = place["subspaces"].setdefault(part, {"type": "Dict", "subspaces": {}})
-        place["subspaces"][name] = box
-    return root
+    (folder / METADATA).write_text(storage.json_text(metadata), encoding="utf-8")
 
 
 def _box(rows: Array) -> dict[str, Any]:
@@ -166,10 +140,10 @@ def _write(group: Any, index: int, episode: Episode) -> None:
     group.attrs["id"], group.attrs["total_steps"] = index, count
     if episode.seed is not None:
         group.attrs["seed"] = episode.seed
-    group.attrs["gencontrol"] = Extras.of(episode).text()
+    group.attrs["gencontrol"] = storage.Extras.of(episode).text()
     repeated = [key for key, rows in episode.observations.items() if len(rows) == count]
     if repeated:
-        group.attrs["gencontrol_repeated"] = json_text(repeated)
+        group.attrs["gencontrol_repeated"] = storage.json_text(repeated)
     flat = set(episode.observations) == {ONLY}
     for key, rows in episode.observations.items():
         full = np.concatenate([rows, rows[-1:]]) if key in repeated else rows

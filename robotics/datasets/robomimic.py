@@ -15,36 +15,35 @@ from typing import Any
 import numpy as np
 
 from gencontrol.errors import UsageError
-from gencontrol.robotics.datasets.episodes import Episode, Episodes
-from gencontrol.robotics.datasets.storage import (
-    Array,
-    Extras,
-    Request,
-    flags,
-    json_text,
-    leaves,
-    naming,
-    observation_array,
-    reading,
-    require,
-)
+from gencontrol.robotics.datasets import storage
+from gencontrol.robotics.datasets.episodes import Array, Episode, Episodes
 
 #: EnvType of robomimic/envs/env_base.py (FOUND)
 ROBOSUITE, GYM = 1, 2
 
 
-def read(path: Path, request: Request) -> Episodes:
+def read(path: Path, request: storage.Request) -> Episodes:
     """Read a file; `split` names one of its masks."""
-    h5py = require("h5py")
-    with reading(path, ValueError), h5py.File(path, "r") as file:
+    h5py = storage.require("h5py")
+    with storage.reading(path, ValueError), h5py.File(path, "r") as file:
         if "data" not in file:
             raise UsageError(f"there is no group 'data', only {', '.join(file) or 'nothing'}; robomimic files have it.")
         data = file["data"]
         env = _env(data)
-        names = _demos(file, request)
+        demos = [name for name in data if name.rpartition("_")[2].isdigit()]
+        if request.split is not None:
+            masks = list(file["mask"]) if "mask" in file else []
+            if request.split not in masks:
+                raise UsageError(f"there is no mask '{request.split}'; there is {', '.join(masks) or 'none'}.")
+            wanted = [n.decode() if isinstance(n, bytes) else str(n) for n in file["mask"][request.split][()]]
+            if missing := sorted(set(wanted) - set(demos)):
+                raise UsageError(f"mask '{request.split}' names {missing[0]}, which is not in 'data'.")
+            demos = wanted
+        if not demos:
+            raise UsageError("there is no demo; 'data' should hold demo_0, demo_1, ….")
         items = []
-        for name in names[: request.limit]:
-            with naming(name):
+        for name in sorted(demos, key=lambda name: int(name.rpartition("_")[2]))[: request.limit]:
+            with storage.naming(name):
                 items.append(_episode(data[name], env, request))
         return Episodes(tuple(items), env)
 
@@ -64,23 +63,7 @@ def _env(data: Any) -> dict[str, Any]:
     }
 
 
-def _demos(file: Any, request: Request) -> list[str]:
-    """Return demo names in numerical order, of one mask if asked for."""
-    every = [name for name in file["data"] if name.rpartition("_")[2].isdigit()]
-    if request.split is not None:
-        masks = list(file["mask"]) if "mask" in file else []
-        if request.split not in masks:
-            raise UsageError(f"there is no mask '{request.split}'; there is {', '.join(masks) or 'none'}.")
-        wanted = [name.decode() if isinstance(name, bytes) else str(name) for name in file["mask"][request.split][()]]
-        if missing := sorted(set(wanted) - set(every)):
-            raise UsageError(f"mask '{request.split}' names {missing[0]}, which is not in 'data'.")
-        every = wanted
-    if not every:
-        raise UsageError("there is no demo; 'data' should hold demo_0, demo_1, ….")
-    return sorted(every, key=lambda name: int(name.rpartition("_")[2]))
-
-
-def _episode(demo: Any, env: Mapping[str, Any], request: Request) -> Episode:
+def _episode(demo: Any, env: Mapping[str, Any], request: storage.Request) -> Episode:
     """Read one demo."""
     for name in ("actions", "obs"):
         if name not in demo:
@@ -90,31 +73,33 @@ def _episode(demo: Any, env: Mapping[str, Any], request: Request) -> Episode:
     count = len(actions)
     if not count:
         raise UsageError("the demo has no action; leave it out.")
-    rows, after = leaves(demo["obs"]), leaves(demo["next_obs"]) if "next_obs" in demo else {}
+    rows, after = storage.leaves(demo["obs"]), storage.leaves(demo["next_obs"]) if "next_obs" in demo else {}
     observations = {}
     for key in request.chosen(rows):
         seen = rows[key][()]
         if key in after and len(seen) == count:
             seen = np.concatenate([seen, after[key][-1:]])
-        observations[key] = observation_array(seen)
+        observations[key] = storage.observation_array(seen)
     found = {name: demo[name][()] if name in demo else None for name in ("rewards", "terminated", "truncated")}
     if found["terminated"] is None and "dones" in demo:
         found["terminated"] = demo["dones"][()]
-    success = demo["success"][()] if "success" in demo else _success(env, found["rewards"])
+    rewards = found["rewards"]
+    found["success"] = demo["success"][()] if "success" in demo else None
+    # where the file has no flag: robosuite's unshaped reward is its success check (DERIVED); else it is unknown
+    if (
+        "success" not in demo
+        and env.get("type") == ROBOSUITE
+        and rewards is not None
+        and np.isin(rewards, (0, 1)).all()
+    ):
+        found["success"] = rewards > 0
     states = demo["states"][()] if "states" in demo and demo["states"].size else None
     if states is not None and "final_state" in demo:
         states = np.concatenate([states, demo["final_state"][()]])
     fps = (env.get("env_kwargs") or {}).get("control_freq", 20.0)
-    default = Extras(task=env.get("language_instruction", ""), fps=float(fps))
-    extras = Extras.parse(demo.attrs.get("gencontrol"), default)
-    return Episode(observations, actions, **flags(count, {**found, "success": success}), **vars(extras), states=states)
-
-
-def _success(env: Mapping[str, Any], rewards: Array | None) -> Array | None:
-    """Where the file has no flag: robosuite's unshaped reward is its success check (DERIVED); else unknown."""
-    if env.get("type") == ROBOSUITE and rewards is not None and np.isin(rewards, (0.0, 1.0)).all():
-        return rewards > 0
-    return None
+    default = storage.Extras(task=env.get("language_instruction", ""), fps=float(fps))
+    extras = storage.Extras.parse(demo.attrs.get("gencontrol"), default)
+    return storage.episode(observations, actions, found, extras, states)
 
 
 def inside(actions: Array) -> None:
@@ -137,30 +122,26 @@ def write(episodes: Episodes, target: Path) -> None:
     Raises:
         UsageError: an action is outside [-1, 1].
     """
-    h5py = require("h5py")
+    h5py = storage.require("h5py")
     with h5py.File(target, "w") as file:
         data = file.create_group("data")
         data.attrs["total"] = episodes.frames
-        data.attrs["env_args"] = json_text(_env_args(episodes.env))
-        data.attrs["gencontrol"] = json_text(dict(episodes.env))
+        env, kind = dict(episodes.env), episodes.env.get("type", GYM)
+        both = {"type": kind, "env_type": kind}  # robomimic and LIBERO spell it differently
+        named = {"env_name": env.get("env_id", ""), "env_version": env.get("env_version"), **both}
+        args = {**env, **named, "env_kwargs": dict(env.get("kwargs") or {})}
+        data.attrs["env_args"], data.attrs["gencontrol"] = storage.json_text(args), storage.json_text(env)
         for index, episode in enumerate(episodes):
-            with naming(f"episode {index}"):
+            with storage.naming(f"episode {index}"):
                 inside(episode.actions)
                 _write(data.create_group(f"demo_{index}"), episode)
-
-
-def _env_args(env: Mapping[str, Any]) -> dict[str, Any]:
-    """Return env_args with both spellings of the type."""
-    kind = env.get("type", GYM)
-    named = {"env_name": env.get("env_id", ""), "env_version": env.get("env_version"), "type": kind, "env_type": kind}
-    return {**env, **named, "env_kwargs": dict(env.get("kwargs") or {})}
 
 
 def _write(demo: Any, episode: Episode) -> None:
     """Write one demo; `dones` marks success states and the last step (done_mode 2)."""
     count = len(episode)
     demo.attrs["num_samples"] = count
-    demo.attrs["gencontrol"] = Extras.of(episode).text()
+    demo.attrs["gencontrol"] = storage.Extras.of(episode).text()
     demo["actions"], demo["rewards"] = episode.actions, episode.rewards
     last = np.arange(count) == count - 1
     demo["dones"] = (episode.success | episode.terminated | last).astype(np.int64)

@@ -1,6 +1,6 @@
 """What the data-set formats share: guarded imports, atomic writing, one-line errors that name the file, casts.
 
-A format is a module with `read(path, request) -> Episodes` and `write(episodes, target, options)`; see datasets.py.
+A format is a module with `read(path, request) -> Episodes` and `write(episodes, target, …)`; see convert.py.
 Nothing here or there imports the packages that invented the formats.
 """
 
@@ -16,13 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gencontrol.errors import EnvironmentMissing, UsageError, nearest
 from gencontrol.files import disk_errors, replacing
-from gencontrol.robotics.datasets.episodes import Episode
+from gencontrol.robotics.datasets.episodes import Array, Episode
 
-Array = NDArray[Any]
 #: arrays of an Episode that are one number per step
 FLAGS = ("rewards", "terminated", "truncated", "success")
 
@@ -138,29 +136,6 @@ def is_image(shape: Sequence[int], dtype: Any) -> bool:
     return len(shape) == 3 and shape[-1] == 3 and np.dtype(dtype) == np.uint8
 
 
-def flags(count: int, found: Mapping[str, Array | None]) -> dict[str, Any]:
-    """Return the per-step arrays of an Episode, with what a file lacks filled in.
-
-    Missing rewards are 0, missing success is false, an episode whose end is not marked was truncated at its last step.
-    Arrays of shape [T 1] are flattened.
-    """
-    rows = {
-        name: np.zeros(count) if value is None else np.asarray(value).reshape(len(value))
-        for name, value in {**dict.fromkeys(FLAGS), **found}.items()
-    }
-    terminated = rows["terminated"].astype(bool)
-    truncated = rows["truncated"].astype(bool)
-    if found.get("truncated") is None and len(truncated) == len(terminated) == count:
-        truncated = truncated.copy()
-        truncated[-1] = not terminated[-1]
-    return {
-        "rewards": rows["rewards"].astype(np.float32),
-        "terminated": terminated,
-        "truncated": truncated,
-        "success": rows["success"].astype(bool),
-    }
-
-
 @dataclass(frozen=True)
 class Extras:
     """What formats have no field for; stored as one JSON string beside each episode."""
@@ -189,6 +164,41 @@ class Extras:
         base = default or cls()
         known = json.loads(text) if text else {}
         return replace(base, **{k: v for k, v in known.items() if k in ("task", "seed", "fps", "meta")})
+
+
+def episode(
+    observations: Mapping[str, Array],
+    actions: Array,
+    found: Mapping[str, Array | None],
+    extras: Extras | None = None,
+    states: Array | None = None,
+) -> Episode:
+    """Return an episode of what a file holds; what it lacks is filled in.
+
+    Missing rewards are 0, missing success is false, an episode whose end is not marked was truncated at its last step.
+    Arrays of shape [T 1] are flattened.
+
+    Args:
+        found: rewards, terminated, truncated and success, as far as they are there.
+    """
+    count = len(actions)
+    rows = {
+        name: np.zeros(count) if value is None else np.asarray(value).reshape(len(value))
+        for name, value in {**dict.fromkeys(FLAGS), **found}.items()
+    }
+    terminated, truncated = rows["terminated"].astype(bool), rows["truncated"].astype(bool)
+    if found.get("truncated") is None and len(truncated) == len(terminated) == count:
+        truncated[-1] = not terminated[-1]
+    return Episode(
+        observations,
+        actions.astype(np.float32),
+        rows["rewards"].astype(np.float32),
+        terminated,
+        truncated,
+        rows["success"].astype(bool),
+        **vars(extras or Extras()),
+        states=states,
+    )
 
 
 def leaves(group: Any, prefix: str = "") -> dict[str, Any]:

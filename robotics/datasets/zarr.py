@@ -8,7 +8,7 @@ of every episode.  An observation after the last action has no place in the form
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,8 @@ from typing import Any
 import numpy as np
 
 from gencontrol.errors import UsageError
-from gencontrol.robotics.datasets.episodes import Episode, Episodes
-from gencontrol.robotics.datasets.storage import (
-    Array,
-    Extras,
-    Request,
-    flags,
-    json_text,
-    naming,
-    observation_array,
-    reading,
-    require,
-)
+from gencontrol.robotics.datasets import storage
+from gencontrol.robotics.datasets.episodes import Array, Episodes
 
 #: our arrays → name in data/
 NAMES = {"rewards": "reward", "terminated": "terminated", "truncated": "truncated", "success": "success"}
@@ -35,18 +25,23 @@ RESERVED = {"action", "states", *NAMES.values()}
 CHUNK_BYTES = 2 * 2**20
 
 
-def read(path: Path, request: Request) -> Episodes:
+def read(path: Path, request: storage.Request) -> Episodes:
     """Read a folder or a zip file."""
     request.no_split("zarr")
-    zarr = require("zarr")
+    zarr = storage.require("zarr")
     with ExitStack() as stack:
-        stack.enter_context(reading(path, ValueError, RuntimeError))
+        stack.enter_context(storage.reading(path, ValueError, RuntimeError))
         store: Any = path
         if path.is_file():
             store = stack.enter_context(zarr.storage.ZipStore(path, mode="r"))
         root = zarr.open_group(store, mode="r")
-        ends = _ends(root)
-        data = root["data"]
+        if "data" not in root or "meta" not in root or "episode_ends" not in root["meta"]:
+            raise UsageError("a replay.zarr needs data/ and meta/episode_ends; this store does not have them.")
+        data, ends = root["data"], np.asarray(root["meta"]["episode_ends"][:], dtype=np.int64)
+        if not len(ends):
+            raise UsageError("meta/episode_ends is empty; there is no episode.")
+        if (bad := np.flatnonzero(np.diff(ends, prepend=0) <= 0)).size:
+            raise UsageError(f"episode {bad[0]} has no step: meta/episode_ends must increase; leave the episode out.")
         if "action" not in data:
             raise UsageError(f"there is no data/action, only {', '.join(data)}.")
         if data["action"].shape[0] != ends[-1]:
@@ -55,48 +50,31 @@ def read(path: Path, request: Request) -> Episodes:
         keys = {known.get("keys", {}).get(name, name): name for name in sorted(set(data) - RESERVED)}
         names = {key: keys[key] for key in request.chosen(keys)}
         ends = ends[: request.limit]
-        arrays = {name: _rows(data, name, ends[-1]) for name in [*names.values(), *(RESERVED & set(data))]}
-    items, start = [], 0
-    for index, end in enumerate(ends.tolist()):
+        arrays: dict[str, Array] = {}
+        for name in [*names.values(), *(RESERVED & set(data))]:
+            if not data[name].shape or data[name].shape[0] < ends[-1]:
+                raise UsageError(f"data/{name} has shape {data[name].shape}, meta/episode_ends asks for {ends[-1]}.")
+            arrays[name] = np.asarray(data[name][: ends[-1]])
+    items = []
+    for index, (start, end) in enumerate(zip([0, *ends.tolist()], ends.tolist())):
+        cut = {name: rows[start:end] for name, rows in arrays.items()}
         extras = known.get("episodes", [])[index : index + 1]
-        with naming(f"episode {index}"):
-            items.append(_episode(arrays, names, slice(start, end), json_text(extras[0]) if extras else None))
-        start = end
+        with storage.naming(f"episode {index}"):
+            items.append(
+                storage.episode(
+                    {key: storage.observation_array(cut[name]) for key, name in names.items()},
+                    cut["action"],
+                    {field: cut.get(name) for field, name in NAMES.items()},
+                    storage.Extras.parse(storage.json_text(extras[0]) if extras else None),
+                    cut.get("states"),
+                )
+            )
     return Episodes(tuple(items), known.get("env", {}))
-
-
-def _ends(root: Any) -> Array:
-    """Return meta/episode_ends, checked."""
-    if "data" not in root or "meta" not in root or "episode_ends" not in root["meta"]:
-        raise UsageError("a replay.zarr needs data/ and meta/episode_ends; this store does not have them.")
-    ends = np.asarray(root["meta"]["episode_ends"][:], dtype=np.int64)
-    if not len(ends):
-        raise UsageError("meta/episode_ends is empty; there is no episode.")
-    if (bad := np.flatnonzero(np.diff(ends, prepend=0) <= 0)).size:
-        raise UsageError(f"episode {bad[0]} has no step: meta/episode_ends must increase; leave the episode out.")
-    return ends
-
-
-def _rows(data: Any, name: str, count: int) -> Array:
-    """Read the first rows of an array."""
-    array = data[name]
-    if not array.shape or array.shape[0] < count:
-        raise UsageError(f"data/{name} has shape {array.shape}, meta/episode_ends asks for {count}.")
-    return np.asarray(array[:count])
-
-
-def _episode(arrays: dict[str, Array], names: Mapping[str, str], rows: slice, extras: str | None) -> Episode:
-    """Cut one episode."""
-    actions = arrays["action"][rows].astype(np.float32)
-    found = {field: arrays[name][rows] if name in arrays else None for field, name in NAMES.items()}
-    observations = {key: observation_array(arrays[name][rows]) for key, name in names.items()}
-    states = arrays["states"][rows] if "states" in arrays else None
-    return Episode(observations, actions, **flags(len(actions), found), **vars(Extras.parse(extras)), states=states)
 
 
 def write(episodes: Episodes, target: Path) -> None:
     """Write a folder, one array after another."""
-    zarr = require("zarr")
+    zarr = storage.require("zarr")
     first = episodes[0]
     if clash := sorted(RESERVED & set(first.observations)):
         raise UsageError(f"zarr needs the name '{clash[0]}' for itself; rename the observation.")
@@ -112,8 +90,8 @@ def write(episodes: Episodes, target: Path) -> None:
     for name, parts in columns.items():
         _put(data, name, parts)
     _put(meta, "episode_ends", [np.cumsum([len(episode) for episode in episodes], dtype=np.int64)])
-    known = [json.loads(Extras.of(episode).text()) for episode in episodes]
-    root.attrs["gencontrol"] = json_text(
+    known = [json.loads(storage.Extras.of(episode).text()) for episode in episodes]
+    root.attrs["gencontrol"] = storage.json_text(
         {"env": dict(episodes.env), "episodes": known, "keys": {v: k for k, v in names.items()}}
     )
 

@@ -84,7 +84,7 @@ def test_dry_run_writes_nothing(data: Path, tmp_path: Path, capsys: pytest.Captu
     [
         (["--algorithm", "difusion-policy"], "Did you mean 'diffusion-policy'?"),
         (["policy.horizn=4"], "Did you mean 'horizon'?"),
-        (["policy.backbone=resnet"], "backbone = 'resnet'; expected 'unet', 'transformer' or 'mlp'"),
+        (["policy.backbone=resnet"], "choose from unet, transformer, mlp"),
         (["--algorithm", "flow-policy", "policy.sampler=ddpm"], "no option 'sampler'"),
         (["--key", "eye"], "eye"),
         (["--horizon", "3", "policy.depth=2"], "horizon 3 is no multiple of 2"),
