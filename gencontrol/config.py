@@ -69,6 +69,9 @@ NonNegative = Annotated[float, Ge(0), AllowInfNan(False)]
 Share = Annotated[float, Ge(0), Le(1)]
 BelowOne = Annotated[float, Ge(0), Lt(1)]
 
+#: mark of a field that the command line takes without a name: `policies: Annotated[tuple[str, ...], POSITIONAL]`
+POSITIONAL = "positional"
+
 #: earlier names of options; a file or a flag with one of them is refused with the name of today
 RENAMED: dict[str, str] = {}
 

@@ -98,14 +98,7 @@ def find(table: Mapping[str, str], name: str, kind: str) -> Any:
             class that lacks an attribute of its kind.
     """
     if ":" in name:
-        found = resolve_dotted(name, kind)
-        missing = [attribute for attribute in NEEDS.get(kind, ()) if not hasattr(found, attribute)]
-        if missing:
-            raise UsageError(
-                f"{kind} '{name}' has no {missing[0]}; {'an' if kind[0] in 'aeiou' else 'a'} {kind} is a class with "
-                f"{', '.join(NEEDS[kind])}."
-            )
-        return found
+        return fitting(resolve_dotted(name, kind), name, kind)
     if name not in table:
         raise UsageError(
             f"unknown {kind} '{name}'.{nearest(name, table)} Known: {', '.join(sorted(table))}; or package.module:Name "
@@ -113,6 +106,21 @@ def find(table: Mapping[str, str], name: str, kind: str) -> Any:
         )
     module, attribute = table[name].split(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def fitting(found: Any, name: str, kind: str) -> Any:
+    """Return a class of user code.
+
+    Raises:
+        UsageError: it lacks an attribute of its kind.
+    """
+    missing = [attribute for attribute in NEEDS.get(kind, ()) if not hasattr(found, attribute)]
+    if missing:
+        raise UsageError(
+            f"{kind} '{name}' has no {missing[0]}; {'an' if kind[0] in 'aeiou' else 'a'} {kind} is a class with "
+            f"{', '.join(NEEDS[kind])}."
+        )
+    return found
 
 
 def resolve_dotted(path: str, kind: str) -> Any:

@@ -155,6 +155,14 @@ def _user_reward(target: Any, name: str, config: Mapping[str, Any]) -> Reward:
     raise UsageError(f"reward '{name}' is a {type(found).__name__}; expected a class, a reward object or a function.")
 
 
+def _adopted(found: Any) -> Reward:
+    """A reward of this package as it is; other code wrapped, so that what it returns is checked."""
+    if isinstance(found, Reward) and type(found).__module__.startswith("gencontrol."):
+        return found
+    own = found if inspect.isclass(found) or inspect.isfunction(found) else type(found)
+    return _user_reward(found, str(getattr(found, "name", own.__qualname__)), {})
+
+
 def _is_dotted(name: str) -> bool:
     """Whether a name points to user code (package.module:Name)."""
     return ":" in name and not is_url(name) and name.split(":")[0] not in REWARDS
@@ -230,7 +238,7 @@ def compose_rewards(parts: Sequence[tuple[str | Reward, float]], **config: Any) 
 
 
 def load_rewards(
-    specs: Sequence[str],
+    specs: Sequence[Any],
     *,
     reward_model: str | Path | None = None,
     reference: str | Path | None = None,
@@ -241,7 +249,8 @@ def load_rewards(
     """Return one reward from a list of specs such as ["clap:0.7", "fad:0.3"].
 
     Args:
-        specs: "name", "name:weight" or "package.module:Name[:weight]".
+        specs: "name", "name:weight", "package.module:Name[:weight]", or user code itself: a class, an object or a
+            function, as `load_reward` takes them by name.
         reward_model, reference, encoder: given to every reward that has such an option; None leaves its default.
         device: likewise, where rewards have one; it need not be used.
         weights: of the attributes of "classifier".
@@ -253,7 +262,9 @@ def load_rewards(
         raise UsageError(f"give a list of rewards, e.g. ['{specs}'].")
     options = {"reward_model": reward_model, "reference": reference, "encoder": encoder, "weights": weights}
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
-    parsed: list[tuple[str | Reward, float]] = [parse_spec(spec) for spec in specs]
+    parsed: list[tuple[str | Reward, float]] = [
+        parse_spec(spec) if isinstance(spec, str) else (_adopted(spec), 1.0) for spec in specs
+    ]
     if device is not None and any("device" in _options_of(name) for name, _ in parsed if isinstance(name, str)):
         given["device"] = device
     return compose_rewards(parsed, **given)

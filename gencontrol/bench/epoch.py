@@ -11,7 +11,8 @@ ratios; peak memory of a fresh process each.  `--compile` runs the network of al
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
+import json
 import statistics
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from gencontrol.algorithms.path.base import clipped_surrogate
 from gencontrol.algorithms.path.flow_grpo import Ddpo, DdpoConfig
 from gencontrol.bench.base import Check, Loop, run_in_memory, table, verdicts, write_result
 from gencontrol.bench.toys import toy_task
+from gencontrol.config import Count, options
 from gencontrol.models.denoiser import Denoiser
 from gencontrol.models.roles import Roles
 from gencontrol.process import GaussianProcess, Linear
@@ -216,14 +218,15 @@ def _high_water() -> int:
     return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
 
 
-def _peak_of(arm: Arm, arguments: Sequence[str]) -> int:
+def _peak_of(arm: Arm, work: Work) -> int:
     """`peak_bytes` in a process of its own."""
-    command = [sys.executable, "-m", "gencontrol", "bench", "epoch", *arguments, "--peak", arm]
+    words = [f"bench.{name}={json.dumps(value)}" for name, value in vars(work).items()]
+    command = [sys.executable, "-m", "gencontrol", "bench", "epoch", *words, "--peak", arm]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 
-def measure(work: Work, runs: int, arguments: Sequence[str]) -> dict[str, Any]:
+def measure(work: Work, runs: int) -> dict[str, Any]:
     """Return samples/s and peak memory of all arms, and median and range of pairwise ratios to ours."""
     calls = {arm: make(arm, work) for arm in ARMS}
     for call in calls.values():
@@ -241,31 +244,43 @@ def measure(work: Work, runs: int, arguments: Sequence[str]) -> dict[str, Any]:
             "ours_is_faster_by": statistics.median(ratios),
             "least": min(ratios),
             "greatest": max(ratios),
-            "peak_mib": _peak_of(arm, arguments) / 2**20,
+            "peak_mib": _peak_of(arm, work) / 2**20,
         }
     return result
 
 
-def main(arguments: Sequence[str]) -> int:
+@options
+class Options(Work):
+    """Options of the benchmark.
+
+    Args:
+        prompts, group: prompts of the epoch, and samples of each.
+        steps: sampler steps.
+        micro_batch: rows of one pass.
+        guidance: guidance scale.
+        dim, depth, size, patch: of the network.
+        device: where it runs.
+        compile: run the network through torch.compile.
+        runs: measured pairs.
+        output: folder of epoch.json.
+        peak: print the peak memory of this arm alone; not meant to be set.
+    """
+
+    runs: Count = 3
+    output: str = "runs/bench"
+    peak: str = ""
+
+
+def main(options: Options) -> int:
     """Measure, print the table and the claims, write epoch.json; returns 0 when all claims hold, else 1."""
-    parser = argparse.ArgumentParser(prog="gencontrol bench epoch", description=__doc__)
-    for name in ("prompts", "group", "steps", "micro-batch", "dim", "depth", "size", "patch"):
-        parser.add_argument(f"--{name}", type=int, default=vars(Work())[name.replace("-", "_")])
-    parser.add_argument("--guidance", type=float, default=1.0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("runs/bench"))
-    parser.add_argument("--peak", choices=ARMS, help=argparse.SUPPRESS)
-    options = vars(parser.parse_args(list(arguments)))
-    runs, output, peak = options.pop("runs"), options.pop("output"), options.pop("peak")
-    work = Work(**options)
+    work = Work(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Work)})
+    runs, peak = options.runs, options.peak
     torch.set_num_threads(1)
     if peak:
         print(peak_bytes(peak, work))
         return 0
     begun = time.perf_counter()
-    result = measure(work, runs, arguments)
+    result = measure(work, runs)
     rows: list[list[Any]] = [[LABELS[arm], *result[arm].values()] for arm in ARMS]
     print(table("One epoch of DDPO", ["loop", "samples/s", "ours is faster by", "least", "greatest", "peak MiB"], rows))
     ratio, mine, theirs = result["plain"]["ours_is_faster_by"], result["ours"]["peak_mib"], result["plain"]["peak_mib"]
@@ -277,5 +292,7 @@ def main(arguments: Sequence[str]) -> int:
         ),
     ]
     print(verdicts(checks))
-    write_result(output, "epoch", {"work": vars(work), **result, "checks": checks}, time.perf_counter() - begun)
+    write_result(
+        Path(options.output), "epoch", {"work": vars(work), **result, "checks": checks}, time.perf_counter() - begun
+    )
     return 0 if all(check.holds for check in checks) else 1

@@ -1,6 +1,6 @@
 """Claim: a training killed at random moments (kill -9) always resumes, and ends bit-equal to one that never stopped.
 
-    python -m gencontrol.bench.faults --kills 20 --output runs/faults -- \
+    gencontrol bench faults --kills 20 --output runs/faults -- \
         python -m gencontrol finetune --output {output} …
 
 The command after `--` is any training command; `{output}` stands for its run folder.  It is run once undisturbed, then
@@ -12,7 +12,6 @@ be equal.  When the run ends before all kills were spent, a further folder is be
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -25,8 +24,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from gencontrol.config import POSITIONAL, Count, options
 from gencontrol.errors import UsageError
 
 
@@ -166,27 +166,28 @@ def _one_run(command: Sequence[str], folder: Path, kills: int, rng: random.Rando
     _finish(_start(command, folder, log), log)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; prints one JSON object and returns 0 when all kills were survived, else 1."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    split = arguments.index("--") if "--" in arguments else len(arguments)
-    parser = argparse.ArgumentParser(prog="gencontrol.bench.faults", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20, help="number of kill -9 (default 20)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--output", type=Path, required=True, help="a new folder")
-    options = parser.parse_args(arguments[:split])
-    result = run(arguments[split + 1 :], options.output, options.kills, options.seed)
+@options
+class Options:
+    """Options of the benchmark; behind them, after "--", the command that is killed, "{output}" for its folder.
+
+    Args:
+        command: the command that is killed.
+        output: a new folder.
+        kills: number of kill -9.
+        seed: of the moments.
+    """
+
+    command: Annotated[tuple[str, ...], POSITIONAL]
+    output: str
+    kills: Count = 20
+    seed: int = 0
+
+
+def main(options: Options) -> int:
+    """Kill and compare; prints one JSON object and returns 0 when all kills were survived, else 1."""
+    output = Path(options.output)
+    result = run(options.command, output, options.kills, options.seed)
     table = {**vars(result), "passed": result.passed()}
-    (options.output / "faults.json").write_text(json.dumps(table, indent=1) + "\n")
+    (output / "faults.json").write_text(json.dumps(table, indent=1) + "\n")
     print(json.dumps(table))
     return 0 if result.passed() else 1
-
-
-if __name__ == "__main__":
-    from gencontrol.errors import GencontrolError
-
-    try:
-        sys.exit(main())
-    except GencontrolError as error:
-        print(f"gencontrol.bench.faults: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)

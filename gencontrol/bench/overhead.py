@@ -6,7 +6,6 @@ more CPU time than `x = x + dt·network(x, t)`.  Interleaved runs in one process
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -16,6 +15,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from gencontrol.config import Count, options
 from gencontrol.models.denoiser import Denoiser
 from gencontrol.process import GaussianProcess, Linear
 from gencontrol.sampling import sample
@@ -122,13 +122,23 @@ def _cpu_seconds(call: Callable[[], Tensor]) -> float:
     return time.process_time() - start
 
 
-def main(arguments: Sequence[str]) -> int:
+@options
+class Options:
+    """Options of the benchmark.
+
+    Args:
+        steps: sampler steps.
+        batch: rows.
+        runs: measured pairs.
+    """
+
+    steps: Count = 16
+    batch: Count = 8
+    runs: Count = 41
+
+
+def main(options: Options) -> int:
     """Measure, print one JSON line; returns 0 when the claim (at most 5 %) holds, else 1."""
-    parser = argparse.ArgumentParser(prog="gencontrol bench overhead", description=__doc__)
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--runs", type=int, default=41)
-    options = parser.parse_args(list(arguments))
     torch.set_num_threads(1)
     result = overhead(shape=(options.batch, 64, 128), steps=options.steps, runs=options.runs)
     print(json.dumps(asdict(result)))

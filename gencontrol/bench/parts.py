@@ -9,11 +9,27 @@ from typing import Any
 
 from gencontrol.bench.base import verdicts, write_result
 from gencontrol.bench.dts.measure import draw_curves
+from gencontrol.config import options
 from gencontrol.errors import UsageError, nearest
 
 
+@options
+class PartOptions:
+    """Options of a benchmark of several parts.
+
+    Args:
+        parts: comma-separated (default: all).
+        quick: a smoke test of every part, with few seeds and little work.
+        output: folder of the JSON results, tables and curves.
+    """
+
+    parts: str = ""
+    quick: bool = False
+    output: str = "runs/bench"
+
+
 def chosen_parts(text: str, known: Sequence[str]) -> list[str]:
-    """Return the parts of a comma-separated text.
+    """Return the parts of a comma-separated text; all where it is empty.
 
     Raises:
         UsageError: an unknown part.
@@ -22,7 +38,7 @@ def chosen_parts(text: str, known: Sequence[str]) -> list[str]:
     for part in parts:
         if part not in known:
             raise UsageError(f"unknown part '{part}'.{nearest(part, known)} Parts: {', '.join(known)}.")
-    return parts
+    return parts or list(known)
 
 
 def run_parts(parts: Mapping[str, Callable[[], dict[str, Any]]], folder: Path, prefix: str = "") -> None:

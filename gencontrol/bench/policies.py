@@ -6,9 +6,7 @@ step).  Demonstrations, training and evaluation have seeds of their own; results
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,8 +14,8 @@ from typing import Any
 
 from gencontrol.bench.base import Check, table
 from gencontrol.bench.gpc.fetch import cloned
-from gencontrol.bench.parts import chosen_parts, run_parts
-from gencontrol.errors import UsageError
+from gencontrol.bench.parts import PartOptions, chosen_parts, run_parts
+from gencontrol.config import Count, Natural, options
 from gencontrol.robotics.demos.collect import collect
 from gencontrol.robotics.demos.experts import Flaws, expert_for
 from gencontrol.robotics.envs.vector import make_envs
@@ -71,23 +69,30 @@ def run_task(task: Task, *, episodes: int, num_envs: int, seed: int, quick: bool
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@options
+class Options(PartOptions):
+    """Options of the benchmark.
+
+    Args:
+        parts: comma-separated tasks (default: all).
+        episodes: fresh episodes of each task.
+        num_envs: environments side by side.
+        seed: of demonstrations and training.
+    """
+
+    episodes: Count = 100
+    num_envs: Count = 1
+    seed: Natural = 0
+    output: str = "runs/bench/policies"
+
+
+def main(options: Options) -> int:
     """Run the chosen tasks, print tables and verdicts, write one JSON file each.
 
     Raises:
-        UsageError: an unknown task, or a number below 1.
+        UsageError: an unknown task.
         EnvironmentMissing: gymnasium-robotics is not installed.
     """
-    parser = argparse.ArgumentParser(prog="gencontrol bench policies", description=__doc__)
-    parser.add_argument("--parts", default=",".join(TASKS), help=f"comma-separated: {', '.join(TASKS)} (default: all)")
-    parser.add_argument("--episodes", type=int, default=100, help="fresh episodes of each task (default 100)")
-    parser.add_argument("--num-envs", type=int, default=1, help="environments side by side (default 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of demonstrations and training (default 0)")
-    parser.add_argument("--quick", action="store_true", help="a smoke test of both tasks")
-    parser.add_argument("--output", default="runs/bench/policies", help="folder of the JSON results and tables")
-    options = parser.parse_args(arguments)
-    if min(options.episodes, options.num_envs) < 1 or options.seed < 0:
-        raise UsageError("--episodes and --num-envs of at least 1 and --seed of at least 0 are needed.")
     chosen = chosen_parts(options.parts, list(TASKS))
     given = {
         "episodes": options.episodes,

@@ -10,18 +10,18 @@ one item as matrix products.  "equal kernels" gives diffusers' loop the last one
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gencontrol.config import Count, options
 from gencontrol.data.normalize import Normalizer
 from gencontrol.rng import Keyed
 from gencontrol.robotics.policies.chunked import PolicySpec
@@ -161,14 +161,25 @@ def _interleaved(calls: dict[str, Callable[[], Tensor]], runs: int, device: torc
     return times
 
 
-def main(arguments: Sequence[str]) -> int:
+@options
+class Options:
+    """Options of the benchmark.
+
+    Args:
+        steps: sampler steps of a chunk.
+        runs: measured pairs.
+        backbone: the network.
+        device: where it runs.
+    """
+
+    steps: Count = 16
+    runs: Count = 41
+    backbone: Literal["unet", "transformer", "mlp"] = "unet"
+    device: str = "cpu"
+
+
+def main(options: Options) -> int:
     """Measure, print one JSON line; returns 0 when both claims hold, else 1."""
-    parser = argparse.ArgumentParser(prog="gencontrol bench policy-latency", description=__doc__)
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--runs", type=int, default=41)
-    parser.add_argument("--backbone", default="unet", help="unet, transformer or mlp")
-    parser.add_argument("--device", default="cpu")
-    options = parser.parse_args(list(arguments))
     torch.set_num_threads(1)
     result = latency(example_policy(options.backbone, options.steps, options.device), runs=options.runs)
     print(json.dumps({key: round(v, 6) if isinstance(v, float) else v for key, v in asdict(result).items()}))

@@ -1,11 +1,12 @@
 """The command line: `main` runs one command, prints one line per error and returns the exit code.
 
-Nothing heavy is imported here: `gencontrol --help` loads neither torch nor a model library.
+Nothing heavy is imported here: `gencontrol --help` loads neither torch, nor a model library, nor a configuration.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 __all__ = ["main"]
 
@@ -28,6 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError:
         print("gencontrol: error: the command line needs typer; run: pip install typer rich", file=sys.stderr)
         return 6
-    from gencontrol.cli.app import run
+    from gencontrol.cli.app import explain, group
 
-    return run(arguments)
+    words = None if arguments is None else list(arguments)
+    try:
+        result: Any = group().main(args=words, standalone_mode=False, prog_name="gencontrol")
+    except BaseException as error:  # the boundary of the process: every error becomes a line and a code
+        return explain(error)
+    # typer turns Ctrl-C into the code 130 by itself
+    return explain(KeyboardInterrupt()) if result == 130 else result if isinstance(result, int) else 0

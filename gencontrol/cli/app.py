@@ -6,25 +6,17 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
 from gencontrol._version import __version__
-from gencontrol.cli import commands, robot_commands, train_commands
-from gencontrol.cli.options import NormalisedCommand
+from gencontrol.cli import robot_commands
+from gencontrol.cli.generate import JobCommand, NormalisedCommand
+from gencontrol.cli.table import COMMANDS
 from gencontrol.errors import GencontrolError, is_out_of_memory
 
-app = typer.Typer(
-    name="gencontrol",
-    help="Steer a pretrained generative model towards a reward: fine-tune, search, sample, measure.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
+_HELP = "Steer a pretrained generative model towards a reward: fine-tune, search, sample, measure."
 _LESS_MEMORY = "lower --micro-batch, or add --gradient-checkpointing or --precision bf16."
 
 
@@ -34,33 +26,30 @@ def _version(value: bool | None) -> None:
         raise typer.Exit
 
 
-@app.callback()
-def _root(
-    version: Annotated[
-        bool | None, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
-    ] = None,
-) -> None:
-    """Steer a pretrained generative model towards a reward: fine-tune, search, sample, measure."""
+def group() -> Any:
+    """Return the group of all commands; what a command takes is read from its job when it is called."""
+    app = typer.Typer(
+        help=_HELP,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
 
+    @app.callback()
+    def root(
+        version: Annotated[
+            bool | None, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+        ] = None,
+    ) -> None:
+        pass
 
-for _name, (_function, _panel) in {**commands.TABLE, **train_commands.TABLE, **robot_commands.TABLE}.items():
-    if _name == "bench":  # its options belong to the benchmark
-        app.command(_name, rich_help_panel=_panel, context_settings={"ignore_unknown_options": True})(_function)
-    else:
-        app.command(_name, cls=NormalisedCommand, rich_help_panel=_panel)(_function)
-
-
-def run(arguments: Sequence[str] | None) -> int:
-    """Run one command and return its exit code; an error is one line on stderr (GENCONTROL_DEBUG=1 adds the trace)."""
-    try:
-        result: Any = app(
-            args=None if arguments is None else list(arguments), standalone_mode=False, prog_name="gencontrol"
-        )
-    except BaseException as error:  # the boundary of the process: every error becomes a line and a code
-        return _explain(error)
-    if result == 130:
-        return _say("interrupted; run the same command again (a training or search goes on from its last save).", 130)
-    return result if isinstance(result, int) else 0
+    for name, (function, panel) in robot_commands.TABLE.items():
+        app.command(name, cls=NormalisedCommand, rich_help_panel=panel)(function)
+    made: Any = typer.main.get_group(app)
+    made.help, made.name = _HELP, "gencontrol"
+    made.commands.update({name: JobCommand(name, entry) for name, entry in COMMANDS.items()})
+    return made
 
 
 def _say(message: str, code: int) -> int:
@@ -68,7 +57,7 @@ def _say(message: str, code: int) -> int:
     return code
 
 
-def _explain(error: BaseException) -> int:
+def explain(error: BaseException) -> int:
     """Print what happened and what to do next; return the exit code."""
     if os.environ.get("GENCONTROL_DEBUG", "") not in ("", "0"):
         traceback.print_exception(error)

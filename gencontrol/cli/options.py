@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Any
-
-from typer.core import TyperCommand, TyperOption
+from collections.abc import Mapping
 
 from gencontrol.errors import UsageError, nearest
 
-#: name in other trainers -> our option
+#: name in other trainers → our option, or those of several methods
 ALIASES = {
     "out": "output",
     "output-dir": "output",
@@ -37,6 +35,7 @@ ALIASES = {
     "n-episodes": "episodes",
     "n-rollouts": "episodes",
     "seed": "seed-start",
+    "batch": "prompts-per-round pairs-per-round",
 }
 #: commands whose --steps are sampler steps; elsewhere they are training steps
 ONLY_IN = {"num-inference-steps": ("sample", "search")}
@@ -49,44 +48,27 @@ HINTS = {
     "push-to-hub": "upload the folder final/ yourself: hf upload NAME RUN/final",
     "hub-token": "tokens are read from the environment (HF_TOKEN), never from a flag",
     "logging-dir": "metrics.jsonl and TensorBoard files lie in the --output folder",
-    "beta": "options of the method are set as algorithm.beta=VALUE",
-    "group": "options of the method are set as algorithm.group=VALUE",
-    "clip": "options of the method are set as algorithm.clip=VALUE",
+    "beta": "the chosen method has none; its own options: gencontrol finetune --algorithm NAME --help",
+    "group": "the chosen method has none; its own options: gencontrol finetune --algorithm NAME --help",
+    "clip": "the chosen method has none; its own options: gencontrol finetune --algorithm NAME --help",
 }
 
 _SPLIT = re.compile(r"^--([^=]+)(=.*)?$", re.DOTALL)
 
 
-class NormalisedCommand(TyperCommand):
-    """A command whose long options are normalised and checked before typer sees them."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Rewrite aliases and refuse unknown options with the nearest name."""
-        return super().parse_args(ctx, normalise(args, self._options(ctx), self.name or ""))
-
-    def _options(self, ctx: Any) -> dict[str, bool]:
-        """Long option without its dashes -> whether a value follows."""
-        known = {}
-        for parameter in self.get_params(ctx):
-            takes_value = isinstance(parameter, TyperOption) and not parameter.is_flag and not parameter.count
-            for name in (*parameter.opts, *parameter.secondary_opts):
-                if name.startswith("--"):
-                    known[name[2:]] = takes_value
-        return known
-
-
-def normalise(arguments: list[str], known: dict[str, bool], command: str) -> list[str]:
+def normalise(arguments: list[str], known: Mapping[str, str], command: str) -> list[str]:
     """Return the arguments with canonical option names.
 
     Args:
         arguments: what the user typed after the command's name.
-        known: long option (without dashes) -> whether it takes a value.
+        known: long option (without dashes) → "" for a flag, "one" where a value follows, "many" if it may be repeated.
         command: name of the command, for the message.
 
     Raises:
-        UsageError: an option that the command does not have.
+        UsageError: an option that the command does not have, or one that is given under two names.
     """
     result: list[str] = []
+    spelled: dict[str, str] = {}
     waiting = iter(arguments)
     for argument in waiting:
         match = _SPLIT.match(argument)
@@ -101,22 +83,33 @@ def normalise(arguments: list[str], known: dict[str, bool], command: str) -> lis
             if value.removeprefix("=") not in ("latest", "true", ""):
                 raise UsageError(f"--{match.group(1)} {value}: the newest intact checkpoint is used; give 'latest'.")
             value = ""
+        before = spelled.setdefault(name, match.group(1))
+        if before.replace("_", "-") != match.group(1).replace("_", "-") and known[name] != "many":
+            raise UsageError(f"--{before} and --{match.group(1)} are one option, --{name}; give it once.")
         result.append(f"--{name}{value}")
         if known[name] and not value:
             result.extend([following] if (following := next(waiting, None)) is not None else [])
     return result
 
 
-def _canonical(typed: str, known: dict[str, bool], command: str) -> str:
+def _canonical(typed: str, known: Mapping[str, str], command: str) -> str:
     name = typed.replace("_", "-")
     if name in known:
         return name
     if name == "resume-from-checkpoint" and "resume" in known:
         return "resume"
-    if ALIASES.get(name) in known and command in ONLY_IN.get(name, (command,)):
-        return ALIASES[name]
+    if known.get(f"{name}s") == "many":  # --key a --key b, for the list `keys`
+        return f"{name}s"
+    targets = [target for target in ALIASES.get(name, "").split() if target in known]
+    if targets and command in ONLY_IN.get(name, (command,)):
+        return targets[0]
+    from gencontrol.config import RENAMED
+
+    new = RENAMED.get(name.replace("-", "_"), "").replace("_", "-")
+    if new in known:
+        raise UsageError(f"--{typed} is now called --{new}; give that alone.")
     if name in HINTS:
         raise UsageError(f"'{command}' has no option --{typed}: {HINTS[name]}.")
-    aliases = [alias for alias, target in ALIASES.items() if target in known]
+    aliases = [alias for alias, target in ALIASES.items() if known.keys() & target.split()]
     hint = nearest(name, [*known, *aliases]).replace("'", "'--", 1)
     raise UsageError(f"'{command}' has no option --{typed}.{hint} See `gencontrol {command} --help`.")

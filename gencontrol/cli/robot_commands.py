@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from gencontrol.cli.commands import RUN, WHAT, Device, Many, Number, Real, Text, Threads, _option
+RUN, WHAT = "Run", "What"
 
+
+def _option(flag: str, text: str, panel: str, metavar: str | None = None) -> Any:
+    return typer.Option(flag, help=text, rich_help_panel=panel, metavar=metavar, show_default=False)
+
+
+Text: TypeAlias = str | None
+Number: TypeAlias = int | None
+Real: TypeAlias = float | None
+Many: TypeAlias = list[str] | None
+Device = Annotated[Text, _option("--device", "Where it runs.", RUN, "auto|cpu|cuda")]
+Threads = Annotated[Number, _option("--threads", "CPU threads; 0 leaves it to the library.", RUN)]
 FLAWS, FIT = "Flaws of a scripted expert", "Fitting of weights"
 
 

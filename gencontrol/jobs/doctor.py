@@ -9,11 +9,14 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+from gencontrol.config import build, options
+from gencontrol.jobs.setup.settings import Start
 from gencontrol.weights import BUNDLED, check_manifest
 
 #: (distribution, extra or "" for the core, what its absence disables)
@@ -58,11 +61,22 @@ class Check:
     detail: str
 
 
-def command(*, as_json: bool) -> int:
+@options
+class DoctorConfig:
+    """The [run] section.
+
+    Args:
+        json: print JSON.
+    """
+
+    json: bool = False
+
+
+def run(table: Mapping[str, Mapping[str, Any]], start: Start) -> int:
     """Print the diagnosis and return 0, or 6 where a needed piece is missing or damaged."""
     checks = list(diagnose())
     healthy = all(check.state != "fault" for check in checks)
-    if as_json:
+    if build(DoctorConfig, table["run"], "run").json:
         print(json.dumps({"healthy": healthy, "checks": [asdict(check) for check in checks]}, indent=1))
     else:
         _print(checks)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gencontrol.config import build, dump_toml
+from gencontrol.config import Count, Natural, NonNegative, Positive, dump_toml, options
 from gencontrol.errors import UsageError, nearest
+from gencontrol.jobs.setup.environment import prepare
 from gencontrol.jobs.setup.settings import check_output, describe
 
 if TYPE_CHECKING:
@@ -22,78 +22,65 @@ if TYPE_CHECKING:
     from gencontrol.data.manifest import Entry
 
 
-@dataclass(frozen=True)
+@options
 class ClassifierRun:
-    """The [run] section.
+    """The [run] section: classifiers of labelled images.
 
     Args:
         data: the manifest.
         output: folder of the classifiers, one folder for each attribute.
-        classes: attribute → names of its classes; where it is not named, those that occur.
+        classes: attribute → list of its classes; where it is not named, those that occur.
         size: images are shrunk to this side, which is even; 0 takes theirs, or 64 if they are larger.
         folds: of cross-fitting; 1 sets a fifth of the images aside instead.
         steps, batch, lr, noise, width: see `gencontrol.models.readers.classifier_fit.fit_classifier`.
+        seed: of everything drawn.
+        threads: CPU threads; 0 leaves it to the library.
     """
 
     data: str = ""
     output: str = "runs/classifier"
     classes: dict[str, list[str]] | None = None
-    size: int = 0
-    folds: int = 5
-    steps: int = 200
-    batch: int = 32
-    lr: float = 2e-3
-    noise: float = 0.3
-    width: int = 24
+    size: Natural = 0
+    folds: Count = 5
+    steps: Count = 200
+    batch: Count = 32
+    lr: Positive = 2e-3
+    noise: NonNegative = 0.3
+    width: Count = 24
+    seed: Natural = 0
+    threads: Natural = 0
 
     def __post_init__(self) -> None:
         if not self.data:
             raise ValueError("data is empty; name the manifest of labelled images, --data FILE.jsonl")
-        if min(self.folds, self.steps, self.batch) < 1 or not self.lr > 0 or self.noise < 0:
-            raise ValueError("folds, steps and batch are at least 1, lr is positive, noise at least 0")
-        if self.size < 0 or self.size % 2 or self.width < 8 or self.width % 8:
+        if self.size % 2 or self.width % 8:
             raise ValueError("size is even (0: that of the images), width a positive multiple of 8")
         for attribute, names in (self.classes or {}).items():
-            if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) < 2:
+            if len(names) < 2:
                 raise ValueError(f"classes: {attribute} = {names!r}; expected a list of at least two names")
 
 
-#: options of the shared command line that mean something here, and their names in [run]
-_RENAMED = {"train.steps": "steps", "train.lr": "lr", "algorithm.batch": "batch"}
-
-
-def command(table: Mapping[str, Mapping[str, Any]], *, dry_run: bool) -> None:
-    """Check everything, fit, write the classifiers and labels.json, and print what was found.
+def fit_classifiers(config: ClassifierRun, *, dry_run: bool) -> Path | None:
+    """Check everything, fit, write the classifiers and labels.json, and print what was found; returns the folder.
 
     Raises:
-        UsageError: an option without effect, a fault of the manifest, or a class with too few images.
+        UsageError: a fault of the manifest, or a class with too few images.
     """
-    run = dict(table["run"])
-    seed = int(table["train"].get("seed", 0))
-    for section, values in table.items():
-        for key, value in values.items():
-            name = f"{section}.{key}"
-            if name in _RENAMED:
-                run[_RENAMED[name]] = value
-            elif section != "run" and name not in ("train.seed", "train.threads"):
-                raise UsageError(f"pretrain classifier does not use {name}; leave it out.")
-    config = build(ClassifierRun, run, "run")
     folder = check_output(config.output)
     if dry_run:
         print(dump_toml(describe([("run", config)])), end="")
-        return
-    from gencontrol.jobs.setup.environment import prepare
-
-    prepare(threads=int(table["train"].get("threads", 0)))
+        return None
+    prepare(threads=config.threads)
     entries = read_labels(config.data)
     classes = classes_of(entries, config.classes)
     images = _images(entries, config.size)
-    summary = {name: _fit(config, folder, name, classes[name], entries, images, seed) for name in classes}
+    summary = {name: _fit(config, folder, name, classes[name], entries, images) for name in classes}
     (folder / "labels.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for name, row in summary.items():
         counts = ", ".join(f"{label} {count}" for label, count in row["images"].items())
         found = f"unseen images right {row['accuracy']:.0%}, temperature {row['temperature']:.2f}"
         print(f"{folder / name}  {counts}; {found}")
+    return folder
 
 
 def read_labels(path: str | Path) -> list[Entry]:
@@ -176,7 +163,6 @@ def _fit(
     classes: tuple[str, ...],
     entries: Sequence[Entry],
     images: Tensor,
-    seed: int,
 ) -> dict[str, Any]:
     """Fit and write one attribute's classifier; returns its row of labels.json."""
     import torch
@@ -196,7 +182,7 @@ def _fit(
             lr=config.lr,
             noise=config.noise,
             width=config.width,
-            seed=seed,
+            seed=config.seed,
         )
     except UsageError as error:
         raise UsageError(f"'{name}': {error}") from error

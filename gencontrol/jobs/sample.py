@@ -1,13 +1,15 @@
-"""`gencontrol sample`: sounds and pictures from prompts, with a table of what was drawn and how it was scored."""
+"""`sample`: sounds and pictures from prompts, with a table of what was drawn and how it was scored."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from gencontrol.config import Count, Natural, build, dump_toml, options
 from gencontrol.errors import UsageError, nearest
 from gencontrol.jobs.setup.checks import (
     check_medium,
@@ -18,90 +20,198 @@ from gencontrol.jobs.setup.checks import (
     download_hint,
 )
 from gencontrol.jobs.setup.environment import choose_device, prepare
-from gencontrol.jobs.setup.models import load_pipeline
+from gencontrol.jobs.setup.models import adopt, load_pipeline, medium_of, medium_of_class
 from gencontrol.jobs.setup.prompts import read_prompts
-from gencontrol.jobs.setup.settings import check_output
+from gencontrol.jobs.setup.settings import Start, called, check_output, describe, place
 
 _CHUNK = 16  # samples in one pass of the network
 
 
-def command(parameters: Mapping[str, Any]) -> None:
-    """Check the options, draw, score, write wav, png and samples.json."""
-    prepare(threads=parameters["threads"] or 0, online=bool(parameters["online"]))
-    prompts = _prompts(parameters)
-    model = parameters["model"] or "bundled"
-    _check(parameters, model)
-    folder = check_output(parameters["output"])
-    device = choose_device(parameters["device"] or "auto")
-    reward = _reward(parameters, device)
+@options
+class SampleConfig:
+    """The [run] section: what is drawn, from which model, and how it is scored.
+
+    Args:
+        model: "bundled" (sound), "bundled-image", a folder or a hub id.
+        prompt: a prompt as text; several are drawn one after the other.
+        prompts: file of further prompts (txt, jsonl, csv).
+        num: samples of each prompt.
+        steps: sampler steps; the model's own choice if not given.
+        guidance_scale: classifier-free guidance; the model's own choice if not given.
+        negative_prompt: what to steer away from.
+        seed: of the first sample; the others follow.
+        lora: folder or file of LoRA weights to load on top.
+        y: labels of a trained control as [ATTRIBUTE=]LABEL, one for each attribute.
+        y_scale: strength of the control (default: 1, as trained).
+        control: folder of the control; the model's if not given.
+        reward: clap, clip:0.3, package.module:Name, http://…; several are summed with their weights.
+        reward_model: folder or hub id of the reward's network; the bundled one if not given.
+        reference: folder of sound, or a text file of captions, for rewards that compare with a reference law.
+        output: folder of the wav and png files and samples.json.
+        online: allow downloads from the hub.
+        device: where it runs.
+        threads: CPU threads; 0 leaves it to the library.
+    """
+
+    model: str = "bundled"
+    prompt: tuple[str, ...] = ()
+    prompts: str | None = None
+    num: Count = 4
+    steps: Count | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    seed: int = 0
+    lora: str | None = None
+    y: tuple[str, ...] = ()
+    y_scale: float | None = None
+    control: str | None = None
+    reward: tuple[str, ...] = ()
+    reward_model: str | None = None
+    reference: str | None = None
+    output: str = "samples"
+    online: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Natural = 0
+
+    def __post_init__(self) -> None:
+        for needs, names in {"reward": ("reward_model", "reference"), "y": ("y_scale", "control")}.items():
+            for name in names:
+                if getattr(self, name) is not None and not getattr(self, needs):
+                    raise ValueError(
+                        f"--{name.replace('_', '-')} without --{needs} has no effect; give --{needs} or leave it out"
+                    )
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """What was drawn.
+
+    Args:
+        samples: sounds [c n] or pictures [3 h w], on the CPU, prompt by prompt.
+        items: a row for each: files, prompt, seed and, with an item reward, reward (None where it cannot score).
+        set_reward: value of the whole set, for a set reward.
+        folder: where the files are.
+    """
+
+    samples: Sequence[Any]
+    items: Sequence[Mapping[str, Any]]
+    set_reward: float | None
+    folder: Path
+
+
+def sample(
+    prompt: str | Sequence[str],
+    model: Any = "bundled",
+    *,
+    reward: Any = None,
+    output: str | Path = "samples",
+    **options: Any,
+) -> SampleResult:
+    """Draw samples, score them, and write the files that `gencontrol sample` writes.
+
+    Args:
+        prompt: one text or several.
+        model: "bundled", "bundled-image", a folder, a hub id, or a loaded pipeline of diffusers or of ours.
+        reward: a spec such as "clap:0.7", a Reward, a function of (samples, context), or a list of these; None: none.
+        output: folder of the files and of samples.json.
+        options: fields of SampleConfig, e.g. num=2, steps=20, seed=5.
+
+    Raises:
+        UsageError, EnvironmentMissing: what cannot work, and what to do.
+    """
+    rewards = [] if reward is None else list(reward) if isinstance(reward, (list, tuple)) else [reward]
+    table = place(options, {"run": SampleConfig})
+    table["run"] |= {"prompt": [prompt] if isinstance(prompt, str) else list(prompt), "model": called(model)}
+    table["run"] |= {"reward": [called(one) for one in rewards], "output": str(output)}
+    result = run(table, Start(), None if isinstance(model, (str, Path)) else adopt(model), rewards)
+    assert result is not None  # None is a dry run's
+    return result
+
+
+def run(
+    table: Mapping[str, Mapping[str, Any]], start: Start, pipeline: Any = None, rewards: Sequence[Any] = ()
+) -> SampleResult | None:
+    """Check the options (dry run: print them), draw, score, write wav, png and samples.json.
+
+    Args:
+        pipeline, rewards: objects that were handed over instead of names.
+    """
+    config = build(SampleConfig, table["run"], "run")
+    prepare(threads=config.threads, online=config.online)
+    prompts = [*config.prompt, *(read_prompts(config.prompts) if config.prompts else [])]
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise UsageError("no prompt is given, or an empty one; use --prompt TEXT (repeatable) or --prompts FILE.")
+    specs = [spec for spec in rewards or config.reward if isinstance(spec, str)]
+    check_rewards(specs)
+    if pipeline is None:
+        check_model(config.model)
+        check_medium(specs, config.model, medium_of(config.model, "auto"))
+    else:
+        check_medium(specs, config.model, medium_of_class(type(pipeline).__name__, "the pipeline"))
+    if config.reward_model:
+        check_source(config.reward_model, "--reward-model")
+    if config.reference:
+        check_reference(config.reference)
+    folder = check_output(config.output)
+    if start.dry_run:
+        print(dump_toml(describe([("run", config)])), end="")
+        return None
+    device = choose_device(config.device)
+    reward = None
+    if config.reward:
+        from gencontrol.rewards import load_rewards
+
+        with download_hint(config.reward_model, online=config.online):
+            reward = load_rewards(
+                rewards or config.reward, reward_model=config.reward_model, reference=config.reference, device=device
+            )
     from gencontrol.pipelines import TextToAudioPipeline
 
-    pipeline = load_pipeline(model, device, online=bool(parameters["online"]), lora=parameters["lora"])
-    labels = _load_control(pipeline, parameters, model)
+    if pipeline is None:
+        pipeline = load_pipeline(config.model, device, online=config.online, lora=config.lora)
+    elif config.lora is not None:
+        raise UsageError("lora belongs to a model that is loaded by name; call load_lora_weights on your pipeline.")
+    labels = _load_control(pipeline, config)
     rate = pipeline.sampling_rate if isinstance(pipeline, TextToAudioPipeline) else None
-    texts = [prompt for prompt in prompts for _ in range(parameters["num"])]
-    seeds = [parameters["seed"] + index for index in range(len(texts))]
-    sounds = _draw(pipeline, texts, seeds, labels, parameters)
-    scores, set_value = _score(reward, sounds, texts, labels, rate)
-    items = _write(folder, pipeline, sounds, texts, seeds, scores, parameters["num"])
-    table = {
-        "model": model,
-        "lora": parameters["lora"],
-        "steps": parameters["steps"],
-        "guidance_scale": parameters["guidance_scale"],
-        "negative_prompt": parameters["negative_prompt"],
-        **({} if labels is None else {"y": labels, "y_scale": _strength(parameters)}),
+    texts = [prompt for prompt in prompts for _ in range(config.num)]
+    seeds = [config.seed + index for index in range(len(texts))]
+    samples = _draw(pipeline, texts, seeds, labels, config)
+    scores, set_value = _score(reward, samples, texts, labels, rate)
+    items = _write(folder, pipeline, samples, texts, seeds, scores, config.num)
+    facts = {
+        "model": config.model,
+        "lora": config.lora,
+        "steps": config.steps,
+        "guidance_scale": config.guidance_scale,
+        "negative_prompt": config.negative_prompt,
+        **({} if labels is None else {"y": labels, "y_scale": _strength(config)}),
         **({} if rate is None else {"sampling_rate": rate}),
-        "reward": list(parameters["reward"] or []),
+        "reward": list(config.reward),
         "set_reward": set_value,
         "samples": items,
     }
-    (folder / "samples.json").write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    _print(items, set_value, folder)
+    (folder / "samples.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for row in items:
+        score = "" if "reward" not in row else "  invalid" if row["reward"] is None else f"  {row['reward']:8.4f}"
+        name = next((file for file in row["files"] if file.endswith(".wav")), row["files"][0])
+        print(f"{folder / name}{score}  {row['prompt']}")
+    if set_value is not None:
+        print(f"reward of the whole set: {set_value:.4f}")
+    return SampleResult(samples, items, set_value, folder)
 
 
-def _prompts(parameters: Mapping[str, Any]) -> list[str]:
-    prompts = list(parameters["prompt"] or [])
-    if parameters["prompts"]:
-        prompts += read_prompts(parameters["prompts"])
-    if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise UsageError("no prompt is given, or an empty one; use --prompt TEXT (repeatable) or --prompts FILE.")
-    return prompts
-
-
-def _check(parameters: Mapping[str, Any], model: str) -> None:
-    check_model(model)
-    if parameters["reward"]:
-        check_rewards(parameters["reward"])
-        check_medium(parameters["reward"], model, "auto")
-    for option in ("reward_model", "reference"):
-        if parameters[option] and not parameters["reward"]:
-            raise UsageError(
-                f"--{option.replace('_', '-')} without --reward has no effect; name a reward or leave it out."
-            )
-    for option in ("y_scale", "control"):
-        if parameters[option] is not None and not parameters["y"]:
-            raise UsageError(f"--{option.replace('_', '-')} without --y has no effect; give labels or leave it out.")
-    if parameters["reward_model"]:
-        check_source(parameters["reward_model"], "--reward-model")
-    if parameters["reference"]:
-        check_reference(parameters["reference"])
-    if parameters["steps"] is not None and parameters["steps"] < 1:
-        raise UsageError(f"--steps {parameters['steps']}: at least 1 sampler step is needed.")
-
-
-def _load_control(pipeline: Any, parameters: Mapping[str, Any], model: str) -> dict[str, str] | None:
+def _load_control(pipeline: Any, config: SampleConfig) -> dict[str, str] | None:
     """Load the control that --y asks for; returns the labels, each under its attribute.
 
     Raises:
         UsageError: no control there, or an attribute or label that it does not have.
     """
-    if not parameters["y"]:
+    if not config.y:
         return None
     from gencontrol.pipelines.control import parse_labels
 
-    given = parse_labels(parameters["y"])
-    pipeline.load_control(parameters["control"] or model)
+    given = parse_labels(config.y)
+    pipeline.load_control(config.control or config.model)
     attributes = pipeline.control_labels
     if not attributes:
         raise UsageError("this control takes numbers, not labels; use it from Python: pipeline(prompt, y=[…]).")
@@ -126,22 +236,8 @@ def _load_control(pipeline: Any, parameters: Mapping[str, Any], model: str) -> d
     return given
 
 
-def _strength(parameters: Mapping[str, Any]) -> float:
-    return 1.0 if parameters["y_scale"] is None else float(parameters["y_scale"])
-
-
-def _reward(parameters: Mapping[str, Any], device: str) -> Any | None:
-    if not parameters["reward"]:
-        return None
-    from gencontrol.rewards import load_rewards
-
-    with download_hint(parameters["reward_model"], online=bool(parameters["online"])):
-        return load_rewards(
-            list(parameters["reward"]),
-            reward_model=parameters["reward_model"],
-            reference=parameters["reference"],
-            device=device,
-        )
+def _strength(config: SampleConfig) -> float:
+    return 1.0 if config.y_scale is None else config.y_scale
 
 
 def _draw(
@@ -149,7 +245,7 @@ def _draw(
     texts: Sequence[str],
     seeds: Sequence[int],
     labels: Mapping[str, str] | None,
-    parameters: Mapping[str, Any],
+    config: SampleConfig,
 ) -> list[Any]:
     """Sounds or images as tensors on the CPU; sample i depends on its prompt and seed alone (up to rounding)."""
     sounds: list[Any] = []
@@ -157,13 +253,13 @@ def _draw(
         part = slice(start, start + _CHUNK)
         output = pipeline(
             list(texts[part]),
-            num_inference_steps=parameters["steps"],
-            guidance_scale=parameters["guidance_scale"],
-            negative_prompt=parameters["negative_prompt"],
+            num_inference_steps=config.steps,
+            guidance_scale=config.guidance_scale,
+            negative_prompt=config.negative_prompt,
             seed=list(seeds[part]),
             output_type="pt",
             y=labels,
-            y_scale=_strength(parameters),
+            y_scale=_strength(config),
         )
         sounds += list(output[0].cpu())
     return sounds
@@ -212,12 +308,3 @@ def _write(
             row["reward"] = scores[index]
         items.append(row)
     return items
-
-
-def _print(items: Sequence[Mapping[str, Any]], set_value: float | None, folder: Path) -> None:
-    for row in items:
-        score = "" if "reward" not in row else "  invalid" if row["reward"] is None else f"  {row['reward']:8.4f}"
-        name = next((file for file in row["files"] if file.endswith(".wav")), row["files"][0])
-        print(f"{folder / name}{score}  {row['prompt']}")
-    if set_value is not None:
-        print(f"reward of the whole set: {set_value:.4f}")

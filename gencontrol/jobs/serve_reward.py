@@ -5,38 +5,83 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from annotated_types import Ge, Le
+
+from gencontrol.config import Count, Natural, build, dump_toml, options
 from gencontrol.errors import UsageError
 from gencontrol.jobs.setup.checks import check_reference, check_rewards, check_source, download_hint
 from gencontrol.jobs.setup.environment import choose_device, prepare
+from gencontrol.jobs.setup.settings import Start, describe
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 _GRACE_S = 5.0
 
 
-def command(parameters: Mapping[str, Any]) -> None:
-    """Check the options, load the reward, serve until a signal comes.
+@options
+class ServeConfig:
+    """The [run] section: the reward, and where it is served.
+
+    Args:
+        reward: clap, clip:0.3, package.module:Name; several are summed with their weights.
+        reward_model: folder or hub id of the reward's network; the bundled one if not given.
+        reference: folder of sound, or a text file of captions, for rewards that compare with a reference law.
+        host: address to listen at; others than 127.0.0.1 need a token.
+        port: 0 takes a free one.
+        name: path of the URL; the reward's name if not given.
+        max_mb: largest request in MiB.
+        merge: score waiting requests together, up to so many samples; 0 never.
+        device: where it runs.
+        threads: CPU threads; 0 leaves it to the library.
+        online: allow downloads from the hub.
+    """
+
+    reward: tuple[str, ...] = ()
+    reward_model: str | None = None
+    reference: str | None = None
+    host: str = "127.0.0.1"
+    port: Annotated[int, Ge(0), Le(65535)] = 8000
+    name: str | None = None
+    max_mb: Count = 64
+    merge: Natural = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Natural = 0
+    online: bool = False
+
+
+def run(table: Mapping[str, Mapping[str, Any]], start: Start) -> None:
+    """Check the options (dry run: print them), load the reward, serve until a signal comes.
 
     Raises:
         Preempted: SIGTERM (exit code 143) or Ctrl-C (130); requests under way were answered first.
     """
-    prepare(threads=parameters["threads"] or 0, online=bool(parameters["online"]))
-    name, token = check(parameters)
-    device = choose_device(parameters["device"] or "auto")
+    config = build(ServeConfig, table["run"], "run")
+    prepare(threads=config.threads, online=config.online)
+    name, token = check(config)
+    device = choose_device(config.device)
+    if start.dry_run:
+        print(dump_toml(describe([("run", config)])), end="")
+        return
+    from gencontrol.rewards import load_rewards
     from gencontrol.rewards.remote.queue import Limits
     from gencontrol.rewards.remote.server import RewardServer
     from gencontrol.train.signals import SignalGuard
 
-    reward = _load(parameters, device)
+    print(f"loading {' + '.join(config.reward)} …", file=sys.stderr, flush=True)
+    made_from = {"reward": list(config.reward), "reward_model": config.reward_model, "reference": config.reference}
+    with download_hint(config.reward_model, online=config.online):
+        reward = load_rewards(
+            config.reward, reward_model=config.reward_model, reference=config.reference, device=device
+        )
     with SignalGuard("answering what is under way") as signals:
         server = RewardServer(
             reward,
             name,
-            (parameters["host"], parameters["port"]),
-            limits=Limits(max_bytes=parameters["max_mb"] * 2**20, merge=parameters["merge"]),
+            (config.host, config.port),
+            limits=Limits(max_bytes=config.max_mb * 2**20, merge=config.merge),
             token=token,
-            made_from={key: parameters[key] for key in ("reward", "reward_model", "reference")},
+            made_from=made_from,
             poll=signals.poll,
         )
         with server:
@@ -49,7 +94,7 @@ def command(parameters: Mapping[str, Any]) -> None:
                 server.drain(_GRACE_S)
 
 
-def check(parameters: Mapping[str, Any]) -> tuple[str, str | None]:
+def check(config: ServeConfig) -> tuple[str, str | None]:
     """Check the options; return the name under which the reward is served, and the token.
 
     Raises:
@@ -58,7 +103,7 @@ def check(parameters: Mapping[str, Any]) -> tuple[str, str | None]:
     from gencontrol.rewards.loading import is_url, parse_spec
     from gencontrol.rewards.remote.wire import TOKEN_VARIABLE, token_from_environment
 
-    specs = list(parameters["reward"] or [])
+    specs = list(config.reward)
     if not specs:
         raise UsageError("no reward is given; name it, e.g. --reward clip --reward-model FOLDER.")
     if any(is_url(spec) for spec in specs):
@@ -66,17 +111,17 @@ def check(parameters: Mapping[str, Any]) -> tuple[str, str | None]:
     check_rewards(specs)
     for spec in specs:
         _check_kind(parse_spec(spec)[0])
-    if parameters["reward_model"]:
-        check_source(parameters["reward_model"], "--reward-model")
-    if parameters["reference"]:
-        check_reference(parameters["reference"])
+    if config.reward_model:
+        check_source(config.reward_model, "--reward-model")
+    if config.reference:
+        check_reference(config.reference)
     token = token_from_environment()
-    if parameters["host"] not in _LOCAL and token is None:
+    if config.host not in _LOCAL and token is None:
         raise UsageError(
             f"--host {parameters['host']} can be reached from other machines; set {TOKEN_VARIABLE} to a secret here "
             "and where the runs are, or serve at 127.0.0.1."
         )
-    name = parameters["name"] or (parse_spec(specs[0])[0].rpartition(":")[2] if len(specs) == 1 else "reward")
+    name = config.name or (parse_spec(specs[0])[0].rpartition(":")[2] if len(specs) == 1 else "reward")
     if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name) or name in ("health", ".", ".."):
         raise UsageError(f"--name {name}: letters, digits, dash, dot and underscore only, and not 'health'.")
     return name, token
@@ -88,16 +133,3 @@ def _check_kind(name: str) -> None:
 
     if name in REWARDS and find(REWARDS, name, "reward").kind == "set":
         raise UsageError(f"reward '{name}' scores whole sets; serve a reward of single samples (fad for fad-set).")
-
-
-def _load(parameters: Mapping[str, Any], device: str) -> Any:
-    from gencontrol.rewards import load_rewards
-
-    print(f"loading {' + '.join(parameters['reward'])} …", file=sys.stderr, flush=True)
-    with download_hint(parameters["reward_model"], online=bool(parameters["online"])):
-        return load_rewards(
-            list(parameters["reward"]),
-            reward_model=parameters["reward_model"],
-            reference=parameters["reference"],
-            device=device,
-        )

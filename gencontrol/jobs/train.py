@@ -6,28 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from gencontrol.config import build, dump_toml
+from gencontrol.config import Count, Natural, NonNegative, Positive, build, dump_toml, options
 from gencontrol.errors import UsageError, nearest
 from gencontrol.jobs.setup.environment import choose_device, prepare
-from gencontrol.jobs.setup.runs import fit, open_run
-from gencontrol.jobs.setup.settings import describe, given_flags, merge, run_mode
-
-SECTIONS = ("run", "train", "algorithm", "policy")
-
-ROUTES = {
-    **{name: f"run.{name}" for name in ("algorithm", "dataset", "keys", "output")},
-    **{name: f"policy.{name}" for name in ("backbone", "horizon", "n_obs", "n_action")},
-    "batch": "algorithm.batch",
-    **{
-        name: f"train.{name}"
-        for name in (
-            "steps lr lr_schedule warmup max_grad_norm micro_batch precision seed device threads save_every keep "
-            "eval_every track"
-        ).split()
-    },
-}
+from gencontrol.jobs.setup.runs import open_run, running
+from gencontrol.jobs.setup.settings import Start, describe
+from gencontrol.train.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -41,7 +27,7 @@ class TrainRun:
         keys: observations that the policy reads; empty reads all.
         held_out: share of the episodes that only the evaluation sees.
         limit: at most so many episodes, the first ones; 0 takes all.
-        output: the run folder.
+        output: the run folder (default: runs/ALGORITHM).
         dataset_hash: written by a run, so that other data are noticed; not meant to be set.
     """
 
@@ -59,34 +45,65 @@ class TrainRun:
             raise ValueError("held_out in [0, 1) and limit of at least 0 are needed")
 
 
-def command(parameters: Mapping[str, Any]) -> None:
-    """Train with the options as typer parsed them.
+@options
+class TrainOptions(TrainConfig):
+    """The [train] section: the training loop.
+
+    Args:
+        lr: peak learning rate (default: 3e-4, 1e-3 for the backbone mlp).
+        warmup: steps of linear rise (default: 500, at most a tenth of the steps).
+        micro_batch: largest number of windows in one pass (default: the batch).
+        save_every: steps between checkpoints (default: 2000, at most a fifth of the steps).
+        eval_every: steps between evaluations; 0 = never (default: a tenth of the steps).
+    """
+
+    steps: Count = 20000
+    lr: Positive = 3e-4
+    lr_schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    warmup: Natural = 500
+    weight_decay: NonNegative = 1e-6
+    save_every: Count = 2000
+    eval_every: Natural = 2000
+
+
+def variants(name: str | None) -> dict[str, tuple[type, ...]]:
+    """Return the options of an algorithm and of the policy that it makes; None is the default's."""
+    from gencontrol.registry import TRAIN, find, resolve_dotted
+    from gencontrol.robotics.policies.cloning import ChunkSizes
+
+    algorithm = find(TRAIN, name or TrainRun.algorithm, "algorithm")
+    policy = resolve_dotted(algorithm.policy_class, "policy")
+    return {"algorithm": (algorithm.Config,), "policy": (ChunkSizes, policy.Config)}
+
+
+def run(table: dict[str, dict[str, Any]], start: Start) -> None:
+    """Check the options (dry run: print them), read the data set, train, and write final/, its card and report.html.
 
     Raises:
         UsageError: an option or the data set does not fit; nothing is written.
     """
     from gencontrol.registry import TRAIN, find, resolve_dotted
-    from gencontrol.train.config import TrainConfig
 
-    overrides = [*(parameters["overrides"] or []), *(parameters["set_"] or [])]
-    table = merge(parameters["config"], given_flags(parameters, ROUTES), overrides, SECTIONS)
     table["run"].setdefault("output", f"runs/{table['run'].get('algorithm', TrainRun.algorithm)}")
     run = build(TrainRun, table["run"], "run")
     _check_dataset(run.dataset)
-    algorithm = find(TRAIN, run.algorithm, "policy algorithm")
+    algorithm = find(TRAIN, run.algorithm, "algorithm")
     options = build(algorithm.Config, table["algorithm"], "algorithm")
-    train = build(TrainConfig, {**_defaults(table, options.batch), **table["train"]}, "train")
+    train = build(TrainOptions, {**_defaults(table, options.batch), **table["train"]}, "train")
     if train.shard:
         raise UsageError("train.shard is an option of gencontrol finetune; policies fit on one device.")
     prepare(threads=train.threads)
     kind = resolve_dotted(algorithm.policy_class, "policy")
     sizes, config = _policy(kind, table["policy"])
     plan = _described(run, train, options, sizes, config)
-    mode, allow = run_mode(parameters), parameters["allow_change"] or ()
-    if parameters["dry_run"]:
-        print(dump_toml(open_run(run.output, plan, mode=mode, allow=(*allow, "run.dataset_hash")).table), end="")
+    if start.dry_run:
+        print(
+            dump_toml(open_run(run.output, plan, mode=start.mode, allow=(*start.allow, "run.dataset_hash")).table),
+            end="",
+        )
         return
-    open_run(run.output, plan, mode=mode, allow=(*allow, "run.dataset_hash"))  # before a large data set is read
+    # before a large data set is read
+    open_run(run.output, plan, mode=start.mode, allow=(*start.allow, "run.dataset_hash"))
     from gencontrol.robotics.datasets.convert import read_episodes
     from gencontrol.robotics.policies.cloning import fingerprint
     from gencontrol.robotics.policies.cloning import prepare as prepare_cloning
@@ -94,7 +111,7 @@ def command(parameters: Mapping[str, Any]) -> None:
     keys = list(run.keys) or None
     episodes = read_episodes(run.dataset, format=run.format or None, keys=keys, limit=run.limit or None)
     run = dataclasses.replace(run, dataset_hash=fingerprint(episodes))
-    folder = open_run(run.output, _described(run, train, options, sizes, config), mode=mode, allow=allow)
+    folder = open_run(run.output, _described(run, train, options, sizes, config), mode=start.mode, allow=start.allow)
     device = choose_device(train.device)
     made = prepare_cloning(
         kind, episodes, config, sizes, keys=run.keys, held_out=run.held_out, seed=train.seed, device=device
@@ -102,7 +119,9 @@ def command(parameters: Mapping[str, Any]) -> None:
     counts = {"train": len(made.train), "held_out": 0 if made.held_out is None else len(made.held_out)}
     facts = {"kind": "policy", "dataset": run.dataset, "env": dict(episodes.env), "windows": counts}
     facts["episodes"] = dict(zip(("train", "held_out"), made.episodes, strict=True))
-    fit(folder, train, algorithm(made.policy, made.train, options, held_out=made.held_out, seed=train.seed), facts)
+    cloned = algorithm(made.policy, made.train, options, held_out=made.held_out, seed=train.seed)
+    with running(folder, train, facts) as trainer:
+        trainer.fit(cloned)
 
 
 def _check_dataset(path: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from gencontrol.bench.base import kept
 from gencontrol.bench.ctrl.digits import DigitsWorld
 from gencontrol.bench.ctrl.exact import chain_law, mode_shares
-from gencontrol.bench.ctrl.main import main
+from gencontrol.bench.ctrl.main import Options, main
 from gencontrol.bench.ctrl.optimum import best_control
 from gencontrol.bench.ctrl.peers import cfg_samples, write_manifest
 from gencontrol.bench.ctrl.scenes import labelled_pairs, render_class, seen_in
@@ -22,7 +22,7 @@ from gencontrol.process import Linear
 
 @pytest.mark.parametrize("part", ["mixture", "linear"])
 def test_part_writes_its_numbers(part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--parts", part, "--quick", "--output", str(tmp_path)]) == 0
+    assert main(Options(parts=part, quick=True, output=str(tmp_path))) == 0
     result = json.loads((tmp_path / f"{part}.json").read_text())
     assert len(next(iter(result["rows"].values()))) == 2  # seeds
     assert list((tmp_path / "runs").glob(f"{part}_*.json"))
@@ -75,7 +75,7 @@ def test_scenes_measure_knows_right_from_wrong() -> None:
 
 def test_unknown_part() -> None:
     with pytest.raises(UsageError, match="Did you mean 'digits'"):
-        main(["--parts", "digit"])
+        main(Options(parts="digit"))
 
 
 def test_mode_shares_count_weights() -> None:

@@ -82,7 +82,7 @@ def test_crossover_rule() -> None:
 
 @pytest.mark.parametrize("part", ["6a", "6b"])
 def test_toy_parts_run_quickly(part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert dragon.main(["--parts", part, "--quick", "--output", str(tmp_path)]) == 0
+    assert dragon.main(dragon.Options(parts=part, quick=True, output=str(tmp_path))) == 0
     result = json.loads((tmp_path / f"{part}.json").read_text())
     names = [v.name for v in (dragon_mixture.VARIANTS if part == "6a" else dragon_songs.VARIANTS)]
     assert set(names) < set(result["rows"]) and len(result["checks"]) >= 3
@@ -141,9 +141,9 @@ class Level:
 
 def test_wrong_options_are_named() -> None:
     with pytest.raises(UsageError, match="6c"):
-        dragon.main(["--parts", "6c"])
-    with pytest.raises(UsageError, match="seeds"):
-        dragon.main(["--seeds", "0"])
+        dragon.main(dragon.Options(parts="6c"))
+    with pytest.raises(ValueError, match="seeds = 0"):
+        dragon.Options(seeds=0)
     with pytest.raises(UsageError, match="fad/clap"):
         dragon_sound.load_targets(["fad/clip"], "cpu")
 

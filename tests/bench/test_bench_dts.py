@@ -192,7 +192,7 @@ def test_digit_rewards() -> None:
 
 def test_parts_on_digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(dts_digits.World, "bundled", classmethod(lambda cls: small_world()))
-    assert dts.main(["--quick", "--parts", "digits,maximum", "--output", str(tmp_path)]) == 0
+    assert dts.main(dts.Options(quick=True, parts="digits,maximum", output=str(tmp_path))) == 0
     printed = capsys.readouterr().out
     assert "E-DTS-3" in printed and "E-DTS-4" in printed and "reaches best-of-N" in printed
     rows = json.loads((tmp_path / "digits.json").read_text())["rows"]
@@ -203,7 +203,7 @@ def test_parts_on_digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
 @pytest.mark.parametrize("part", ["chain", "mixture", "tokens", "throughput"])
 def test_part(part: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(dts_mixture, "STEPS", 10)
-    assert dts.main(["--quick", "--parts", part, "--output", str(tmp_path)]) == 0
+    assert dts.main(dts.Options(quick=True, parts=part, output=str(tmp_path))) == 0
     result = json.loads((tmp_path / f"{part}.json").read_text())
     assert all(check["claim"] in (tmp_path / f"{part}.md").read_text() for check in result["checks"])
     assert "measured" in capsys.readouterr().out
@@ -245,9 +245,9 @@ def test_sound_on_a_small_model() -> None:
 
 def test_arguments_are_checked() -> None:
     with pytest.raises(UsageError, match="unknown part 'mixtur'. Did you mean"):
-        dts.main(["--parts", "mixtur"])
-    with pytest.raises(UsageError, match="--seeds"):
-        dts.main(["--seeds", "1"])
+        dts.main(dts.Options(parts="mixtur"))
+    with pytest.raises(ValueError, match="seeds = 1; expected at least 2"):
+        dts.Options(seeds=1)
 
 
 def test_checks_say_what_was_measured() -> None:

@@ -60,4 +60,4 @@ def test_exit_codes_of_all_error_classes_are_distinct() -> None:
 
 
 def test_system_exit_passes() -> None:
-    assert app._explain(SystemExit(5)) == 5
+    assert app.explain(SystemExit(5)) == 5

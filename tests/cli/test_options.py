@@ -6,9 +6,10 @@ import pytest
 
 from gencontrol.cli import main
 from gencontrol.cli.options import ALIASES, HINTS, normalise
+from gencontrol.config import RENAMED
 from gencontrol.errors import UsageError
 
-KNOWN = {"steps": True, "output": True, "lora-rank": True, "resume": False, "model": True, "prompt": True}
+KNOWN = {"steps": "one", "output": "one", "lora-rank": "one", "resume": "", "model": "one", "prompt": "many"}
 
 
 def test_underscores_aliases_and_values() -> None:
@@ -34,6 +35,25 @@ def test_diffusers_resume_is_understood() -> None:
 def test_unknown_options_name_the_nearest(name: str) -> None:
     with pytest.raises(UsageError, match="Did you mean '--"):
         normalise([f"--{name}", "1"], KNOWN, "finetune")
+
+
+def test_one_option_under_two_names_is_refused() -> None:
+    with pytest.raises(UsageError, match="--steps and --max_train_steps are one option, --steps; give it once"):
+        normalise(["--steps", "3", "--max_train_steps", "5"], KNOWN, "finetune")
+    assert normalise(["--lora-rank", "3", "--lora_rank", "5"], KNOWN, "finetune")[-1] == "5"
+
+
+def test_an_earlier_name_is_refused_with_the_one_of_today(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RENAMED, "adapter_size", "lora_rank")
+    with pytest.raises(UsageError, match="--adapter-size is now called --lora-rank"):
+        normalise(["--adapter-size", "3"], KNOWN, "finetune")
+
+
+def test_the_singular_of_a_list_is_understood() -> None:
+    known = {"keys": "many", "steps": "one"}
+    assert normalise(["--key", "a", "--key", "b"], known, "train") == ["--keys", "a", "--keys", "b"]
+    with pytest.raises(UsageError):
+        normalise(["--step", "1"], known, "train")
 
 
 def test_abbreviations_are_off() -> None:

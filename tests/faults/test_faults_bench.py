@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from gencontrol.bench import faults
+from gencontrol.cli import main
 from gencontrol.errors import UsageError
 from tests.helpers.shim import CONFIG, Forked, fit
 from tests.helpers.training_toy import Toy
@@ -36,7 +37,7 @@ def test_a_sound_run_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     use(monkeypatch, Toy)
-    code = faults.main(["--kills", "3", "--output", str(tmp_path / "out"), "--", "toy", "{output}"])
+    code = main(["bench", "faults", "--kills", "3", "--output", str(tmp_path / "out"), "--", "toy", "{output}"])
     table = json.loads(capsys.readouterr().out)
     assert code == 0 and table["passed"] and table["kills"] == table["intact"] == 3
     assert json.loads((tmp_path / "out/faults.json").read_text()) == table

@@ -6,10 +6,12 @@ import os
 
 import pytest
 
+from gencontrol.bench.dts.main import Options
 from gencontrol.cli import main
 from gencontrol.errors import EnvironmentMissing, UsageError
 from gencontrol.jobs.setup.checks import download_hint
 from gencontrol.jobs.setup.environment import choose_device, launched_precision, prepare
+from gencontrol.registry import BENCHES
 
 
 @pytest.mark.parametrize(
@@ -69,7 +71,13 @@ def test_hub_errors_name_the_flag_for_downloads() -> None:
 
 
 def test_bench_hands_options_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    got: list[list[str]] = []
-    monkeypatch.setattr("gencontrol.registry.resolve", lambda table, name, kind: lambda words: got.append(words) or 3)
-    assert main(["bench", "dragon", "--seeds", "3", "--my_flag", "x"]) == 3
-    assert got == [["--seeds", "3", "--my_flag", "x"]]
+    got: list[object] = []
+    monkeypatch.setattr("gencontrol.bench.dts.main.main", lambda options: got.append(options) or 3)
+    assert main(["bench", "dts", "--seeds", "3", "--sound_nfe", "90"]) == 3
+    assert got == [Options(seeds=3, sound_nfe=90)]
+
+
+@pytest.mark.parametrize("name", list(BENCHES))
+def test_every_benchmark_says_its_options(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", name, "--help"]) == 0
+    assert "--output" in (said := capsys.readouterr().out) or "--runs" in said

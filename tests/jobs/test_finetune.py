@@ -189,7 +189,7 @@ def test_a_refusal_of_many_differences_stays_short(algorithm: str, text: str, tm
 def test_bad_inputs(
     tiny_model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gencontrol.jobs.finetune.train", lambda job: pytest.fail("something was loaded"))
+    monkeypatch.setattr("gencontrol.jobs.finetune.load_pipeline", lambda *_, **__: pytest.fail("something was loaded"))
     (tmp_path / "silent").mkdir()
     (tmp_path / "silent" / "notes.txt").write_text("no sound")
     (tmp_path / "nomodel").mkdir()
@@ -227,7 +227,7 @@ def test_bad_inputs(
 def test_dry_run_loads_and_writes_nothing(
     tiny_model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gencontrol.jobs.finetune.train", lambda job: pytest.fail("something was loaded"))
+    monkeypatch.setattr("gencontrol.jobs.finetune.load_pipeline", lambda *_, **__: pytest.fail("something was loaded"))
     names = ["--model", str(tiny_model), "--prompts", str(prompts), "--output", str(tmp_path / "run")]
     options = ["--reward", "clap", "--steps", "10", "--batch", "4", "--lora-rank", "2", "--dry-run", "algorithm.beta=7"]
     assert main(["finetune", *names, *options]) == 0
@@ -246,15 +246,14 @@ def test_dry_run_loads_and_writes_nothing(
 
 def test_planned_sizes_are_the_real_ones(tiny_model: Path) -> None:
     from gencontrol.jobs.setup.plan import count_parameters
-    from gencontrol.jobs.setup.settings import RunConfig
     from gencontrol.models.roles import LoraConfig, Roles
     from gencontrol.pipelines import TextToAudioPipeline
 
     pipe = TextToAudioPipeline.from_pretrained(tiny_model)
     network = sum(p.numel() for p in pipe.network.state_dict().values())
-    full = count_parameters(tiny_model, RunConfig(lora_rank=0))
+    full = count_parameters(tiny_model, 0)
     assert (full.network, full.trainable) == (network, network)
-    planned = count_parameters(tiny_model, RunConfig(lora_rank=3))
+    planned = count_parameters(tiny_model, 3)
     roles = Roles(pipe.network, ("policy", "ref"), LoraConfig(3))
     assert planned.trainable == sum(p.numel() for p in roles.trainable())
 

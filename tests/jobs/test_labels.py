@@ -151,7 +151,8 @@ def test_faults_of_the_manifest(said: Said, tmp_path: Path, line: str, text: str
 def test_options_without_effect_are_refused(said: Said, tmp_path: Path) -> None:
     data = str(write_labels(tmp_path / "data", {"dark": 2, "bright": 2}))
     call = ["pretrain", "classifier", "--data", data, "--output", str(tmp_path / "out")]
-    assert "does not use train.warmup" in said(*call, "--warmup", "3")
+    assert "no option --warmup" in said(*call, "--warmup", "3")
+    assert "does not use train.warmup" in said(*call, "train.warmup=3")
     assert "name the manifest" in said("pretrain", "classifier")
     weights = ["finetune", "--reward", "classifier", "--output", str(tmp_path / "run"), "--dry-run"]
     assert "size = 0.0; expected a positive number" in said(*weights, "--set", "run.attribute_weights={size=0}")

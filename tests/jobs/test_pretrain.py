@@ -77,8 +77,9 @@ def test_dry_run_writes_nothing(data: Path, tmp_path: Path, capsys: pytest.Captu
         (["clap", "model.dim=3"], "only flow"),
         (["clap", "run.clapp=x"], "Did you mean 'clap'?"),
         (["attributes", "algorithm.batch=0"], "batch"),
-        (["digits"], "no option 'data'"),
-        (["sound-data", "--lr", "1.0"], "train.lr"),
+        (["digits"], "no option --data"),
+        (["sound-data", "--lr", "1.0"], "no option --lr"),
+        (["sound-data", "train.lr=1.0"], "does not use train.lr"),
         (["sound-data", "run.train=0"], "at least 1"),
     ],
 )

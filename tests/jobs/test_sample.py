@@ -57,8 +57,8 @@ def test_a_set_reward_scores_the_whole(tiny_model: Path, tmp_path: Path, monkeyp
     ("options", "text"),
     [
         (["--prompt", " "], "no prompt"),
-        (["--prompt", "a", "--steps", "0"], "--steps 0"),
-        (["--prompt", "a", "--num", "0"], "--num"),
+        (["--prompt", "a", "--steps", "0"], "steps = 0"),
+        (["--prompt", "a", "--num", "0"], "num = 0"),
         (["--prompt", "a", "--reference", "x"], "without --reward"),
         (["--prompt", "a", "--reward", "clapp"], "Did you mean 'clap'?"),
         (["--prompt", "a", "--lora", "absent"], "absent"),

@@ -9,8 +9,9 @@ import pytest
 
 from gencontrol.config import build, dump_toml
 from gencontrol.errors import CheckpointError, DiskError, UsageError
+from gencontrol.jobs.finetune import RunConfig
 from gencontrol.jobs.setup.runs import open_run, record
-from gencontrol.jobs.setup.settings import RunConfig, check_output, describe, given_flags, merge, run_mode
+from gencontrol.jobs.setup.settings import called, check_output, describe, merge, place
 from gencontrol.train.config import TrainConfig
 
 
@@ -33,11 +34,26 @@ def test_unknown_sections(tmp_path: Path, content: str, text: str) -> None:
         merge(str(file), {}, [])
 
 
-def test_only_given_flags_count() -> None:
-    routes = {"lr": "train.lr", "reward": "run.reward", "model": "run.model"}
-    assert given_flags({"lr": None, "reward": [], "model": "m", "other": 1}, routes) == {"run.model": "m"}
-    assert given_flags({"lr": 0.0, "reward": ("a",)}, routes) == {"train.lr": 0.0, "run.reward": ["a"]}
-    assert given_flags({"precision": "no"}, {"precision": "train.precision"}) == {"train.precision": "fp32"}
+def test_no_precision_is_fp32() -> None:
+    """As accelerate and diffusers call it."""
+    assert merge(None, {"train.precision": "no"}, [])["train"] == {"precision": "fp32"}
+
+
+def test_python_options_find_their_section() -> None:
+    sections = {"run": RunConfig, "train": TrainConfig}
+    assert place({"lr": 0.1, "lora_rank": 3}, sections) == {"run": {"lora_rank": 3}, "train": {"lr": 0.1}}
+    with pytest.raises(UsageError, match="there is no option 'lora_rnk'. Did you mean 'lora_rank'"):
+        place({"lora_rnk": 3}, sections)
+    twice = {"train": TrainConfig, "again": TrainConfig}
+    with pytest.raises(UsageError, match="write train__lr or again__lr"):
+        place({"lr": 0.1}, twice)
+    assert place({"again__lr": 0.1}, twice) == {"train": {}, "again": {"lr": 0.1}}
+
+
+def test_objects_are_recorded_by_a_readable_name() -> None:
+    assert called(test_precedence) == f"{__name__}:test_precedence"
+    assert called(RunConfig()) == "a loaded RunConfig"
+    assert called(["a", "b"]) == "2 texts" and called(Path("x")) == "x"
 
 
 @pytest.mark.parametrize(
@@ -83,7 +99,6 @@ def test_modes(tmp_path: Path) -> None:
     _used(folder)
     with pytest.raises(UsageError, match="not empty"):
         open_run(str(folder), _table(), mode="fresh")
-    assert run_mode({"resume": None, "fresh": True}) == "fresh"
 
 
 def test_foreign_folders_and_files_are_refused(tmp_path: Path) -> None:

@@ -9,44 +9,50 @@ goes on where it was interrupted.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from gencontrol.bench.parts import chosen_parts, run_parts
+from annotated_types import Ge
+
+from gencontrol import config
+from gencontrol.bench.parts import PartOptions, chosen_parts, run_parts
 from gencontrol.errors import UsageError
 
 #: reward at which drifts are compared
 GOAL = 0.97
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="gencontrol bench crd", description=__doc__)
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"comma-separated: {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of base and fine-tuning (default 3)")
-    parser.add_argument("--rounds", type=int, default=150, help="rounds of every run of the part digits (default 150)")
-    parser.add_argument("--first-seed", type=int, default=0, help="the first of the seeds (default 0)")
-    parser.add_argument("--rate", type=float, default=None, help="learning rate instead of a part's own, for all rows")
-    parser.add_argument(
-        "--methods", default="", help="only the row of this label, or rows whose label holds this; claims are left out"
-    )
-    parser.add_argument("--quick", action="store_true", help="a smoke test: two seeds, few rounds, poor bases")
-    parser.add_argument("--output", default="runs/bench/crd", help="folder of the JSON results, tables and curves")
-    return parser
+@config.options
+class Options(PartOptions):
+    """Options of the benchmark.
+
+    Args:
+        parts: comma-separated: digits, exact, scenes, words (default: all).
+        seeds: of base and fine-tuning; --quick takes at most two.
+        rounds: of every run of the part digits, at least 6.
+        first_seed: the first of the seeds.
+        rate: learning rate instead of a part's own, for all rows.
+        methods: only the row of this label, or rows whose label holds this; claims are left out.
+    """
+
+    seeds: config.Count = 3
+    rounds: Annotated[int, Ge(6)] = 150
+    first_seed: config.Natural = 0
+    rate: config.Positive | None = None
+    methods: str = ""
+    output: str = "runs/bench/crd"
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _race(
-    options: argparse.Namespace, part: str, methods: Sequence[Any], plan: Any, world: Callable[[int], Any]
-) -> Any:
+def _race(options: Options, part: str, methods: Sequence[Any], plan: Any, world: Callable[[int], Any]) -> Any:
     """Run all methods on all seeds; returns results by label, and the bases' measurements with and without guidance."""
     from gencontrol.bench.crd.runs import kept_run
 
@@ -78,7 +84,7 @@ def _sixths(rounds: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, rounds * k // 6) for k in range(1, 7)}))
 
 
-def _digits(options: argparse.Namespace) -> dict[str, Any]:
+def _digits(options: Options) -> dict[str, Any]:
     from gencontrol.bench.crd import digits as crd_digits
     from gencontrol.bench.crd import runs as crd_runs
     from gencontrol.bench.crd import tables as crd_tables
@@ -102,7 +108,7 @@ def _digits(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _scenes(options: argparse.Namespace, part: str) -> dict[str, Any]:
+def _scenes(options: Options, part: str) -> dict[str, Any]:
     from gencontrol.bench.crd import claims as crd_claims
     from gencontrol.bench.crd import runs as crd_runs
     from gencontrol.bench.crd import scenes as crd_scenes
@@ -137,7 +143,7 @@ def _scenes(options: argparse.Namespace, part: str) -> dict[str, Any]:
     }
 
 
-def _exact(options: argparse.Namespace) -> dict[str, Any]:
+def _exact(options: Options) -> dict[str, Any]:
     from gencontrol.bench.crd import exact as crd_exact
 
     effort = crd_exact.Effort(rounds=4, samples=32, draws=500) if options.quick else crd_exact.Effort()
@@ -146,7 +152,7 @@ def _exact(options: argparse.Namespace) -> dict[str, Any]:
     )
 
 
-_RUN: Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+_RUN: Mapping[str, Callable[[Options], dict[str, Any]]] = {
     "digits": _digits,
     "exact": _exact,
     "scenes": partial(_scenes, part="scenes"),
@@ -155,19 +161,14 @@ _RUN: Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 PARTS = tuple(_RUN)
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(options: Options) -> int:
     """Run the chosen parts, print tables and verdicts, write JSON and curves; 0 also where a claim is not confirmed.
 
     Raises:
         UsageError: an unknown part, or a number out of range.
     """
-    options = _parser().parse_args(list(arguments))
     parts = chosen_parts(options.parts, PARTS)
-    if options.seeds < 1 or options.rounds < 6 or options.first_seed < 0:
-        raise UsageError("--seeds is at least 1, --first-seed at least 0, --rounds at least 6.")
-    if options.rate is not None and not options.rate > 0:
-        raise UsageError(f"--rate {options.rate}: a learning rate is above 0.")
     if options.quick:
-        options.seeds = min(options.seeds, 2)
+        options = replace(options, seeds=min(options.seeds, 2))
     run_parts({part: partial(_RUN[part], options) for part in parts}, Path(options.output), "crd_")
     return 0

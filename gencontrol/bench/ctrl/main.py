@@ -7,41 +7,51 @@ kept in the output folder: the same command goes on where it was interrupted.
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from gencontrol.bench.parts import chosen_parts, run_parts
-from gencontrol.errors import UsageError
+from annotated_types import Ge
+
+from gencontrol import config
+from gencontrol.bench.parts import PartOptions, chosen_parts, run_parts
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="gencontrol bench ctrl", description=__doc__)
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"comma-separated: {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of every part (default 3)")
-    parser.add_argument("--iterations", type=int, default=400, help="updates of each training (default 400)")
-    parser.add_argument("--batch", type=int, default=96, help="paths of an update (default 96)")
-    parser.add_argument("--scene-iterations", type=int, default=240, help="of the part scenes (default 240)")
-    parser.add_argument("--scene-batch", type=int, default=32, help="paths of an update of the part scenes (32)")
-    parser.add_argument("--scene-guidance", type=float, default=1.0, help="guidance of the base of scenes (1: none)")
-    parser.add_argument("--quick", action="store_true", help="a smoke test of every part: two seeds, few updates")
-    parser.add_argument("--output", default="runs/bench/ctrl", help="folder of the JSON results, tables and curves")
-    return parser
+@config.options
+class Options(PartOptions):
+    """Options of the benchmark.
+
+    Args:
+        parts: comma-separated: mixture, linear, digits, scenes (default: all).
+        seeds: of every part.
+        iterations: updates of each training.
+        batch: paths of an update.
+        scene_iterations: updates of the part scenes.
+        scene_batch: paths of an update of the part scenes.
+        scene_guidance: guidance of the base of scenes; 1 is none.
+    """
+
+    seeds: config.Count = 3
+    iterations: config.Count = 400
+    batch: Annotated[int, Ge(2)] = 96
+    scene_iterations: config.Count = 240
+    scene_batch: Annotated[int, Ge(2)] = 32
+    scene_guidance: float = 1.0
+    output: str = "runs/bench/ctrl"
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _runs(options: argparse.Namespace) -> Path:
+def _runs(options: Options) -> Path:
     """Where finished runs are kept, so that the same command goes on where it was interrupted."""
     return Path(options.output) / "runs"
 
 
-def _mixture(options: argparse.Namespace) -> dict[str, Any]:
+def _mixture(options: Options) -> dict[str, Any]:
     from gencontrol.bench.ctrl.exact import mixture_part
 
     steps, samples = (6, 400) if options.quick else (40, 20_000)
@@ -56,7 +66,7 @@ def _mixture(options: argparse.Namespace) -> dict[str, Any]:
     )
 
 
-def _linear(options: argparse.Namespace) -> dict[str, Any]:
+def _linear(options: Options) -> dict[str, Any]:
     from gencontrol.bench.ctrl.exact import linear_part
 
     samples = 1000 if options.quick else 20_000
@@ -66,7 +76,7 @@ def _linear(options: argparse.Namespace) -> dict[str, Any]:
     )
 
 
-def _digits(options: argparse.Namespace) -> dict[str, Any]:
+def _digits(options: Options) -> dict[str, Any]:
     from gencontrol.bench.ctrl.digits import Effort, digits_part
 
     effort = Effort(options.iterations, options.batch)
@@ -75,7 +85,7 @@ def _digits(options: argparse.Namespace) -> dict[str, Any]:
     return digits_part(seeds=range(options.seeds), effort=effort, say=_say, keep=_runs(options))
 
 
-def _scenes(options: argparse.Namespace) -> dict[str, Any]:
+def _scenes(options: Options) -> dict[str, Any]:
     from gencontrol.bench.ctrl.scenes import Effort, scenes_part
 
     effort = Effort(options.scene_iterations, options.scene_batch, guidance_scale=options.scene_guidance)
@@ -88,19 +98,14 @@ _RUN = {"mixture": _mixture, "linear": _linear, "digits": _digits, "scenes": _sc
 PARTS = tuple(_RUN)
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(options: Options) -> int:
     """Run the chosen parts, print tables and verdicts, write JSON and curves; 0 also where a claim is not confirmed.
 
     Raises:
         UsageError: an unknown part, or a number out of range.
     """
-    options = _parser().parse_args(list(arguments))
     parts = chosen_parts(options.parts, PARTS)
-    if min(options.seeds, options.iterations, options.scene_iterations) < 1:
-        raise UsageError("--seeds and both iterations are at least 1.")
-    if min(options.batch, options.scene_batch) < 2:
-        raise UsageError("the batches are at least 2.")
     if options.quick:
-        options.seeds, options.iterations, options.batch = 2, 3, 8
+        options = replace(options, seeds=2, iterations=3, batch=8)
     run_parts({part: partial(_RUN[part], options) for part in parts}, Path(options.output))
     return 0

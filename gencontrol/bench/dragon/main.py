@@ -7,40 +7,51 @@ printed as NOT CONFIRMED and kept.
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from gencontrol.bench.parts import chosen_parts, run_parts
-from gencontrol.errors import UsageError
+from annotated_types import Ge
+
+from gencontrol import config
+from gencontrol.bench.parts import PartOptions, chosen_parts, run_parts
 
 PARTS = ("6a", "6b", "sound")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="gencontrol bench dragon", description=__doc__)
-    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated: 6a, 6b, sound (default: all)")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of 6a and 6b (default 3)")
-    parser.add_argument("--quick", action="store_true", help="a smoke test of every part: one seed, few rounds")
-    parser.add_argument("--output", default="runs/bench/dragon", help="folder of the JSON results, tables and sounds")
-    parser.add_argument("--model", default="bundled", help="text-to-audio model of the part sound")
-    parser.add_argument("--targets", default="", help="comma-separated rewards of the part sound (default: all nine)")
-    parser.add_argument("--sound-rounds", type=int, default=6)
-    parser.add_argument("--sound-pairs", type=int, default=32, help="prompts per round, four generations each")
-    parser.add_argument("--sound-minutes", type=float, default=30.0, help="targets that no longer fit are skipped")
-    parser.add_argument("--guidance", type=float, default=1.0, help="guidance scale of demonstrations and evaluation")
-    parser.add_argument("--device", default="cpu")
-    return parser
+@config.options
+class Options(PartOptions):
+    """Options of the benchmark.
+
+    Args:
+        parts: comma-separated: 6a, 6b, sound (default: all).
+        seeds: of 6a and 6b.
+        model: text-to-audio model of the part sound.
+        targets: comma-separated rewards of the part sound (default: all nine).
+        sound_rounds: rounds of the part sound.
+        sound_pairs: prompts per round, four generations each.
+        sound_minutes: targets that no longer fit are skipped.
+        guidance: guidance scale of demonstrations and evaluation.
+        device: of the part sound.
+    """
+
+    seeds: config.Count = 3
+    output: str = "runs/bench/dragon"
+    model: str = "bundled"
+    targets: str = ""
+    sound_rounds: config.Count = 6
+    sound_pairs: Annotated[int, Ge(2)] = 32
+    sound_minutes: config.Positive = 30.0
+    guidance: float = 1.0
+    device: str = "cpu"
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _mixture(options: argparse.Namespace) -> dict[str, Any]:
+def _mixture(options: Options) -> dict[str, Any]:
     from gencontrol.bench.dragon import mixture as dragon_mixture
 
     size = {"rounds": 60, "pairs": 256, "base_steps": 4000, "measured": 4000, "seeds": options.seeds}
@@ -49,7 +60,7 @@ def _mixture(options: argparse.Namespace) -> dict[str, Any]:
     return dragon_mixture.run(lr=3e-4, say=_say, **size)
 
 
-def _songs(options: argparse.Namespace) -> dict[str, Any]:
+def _songs(options: Options) -> dict[str, Any]:
     from gencontrol.bench.dragon import songs as dragon_songs
 
     size = {"rounds": 30, "pairs": 256, "base_steps": 3000, "copies": 64, "seeds": options.seeds}
@@ -58,7 +69,7 @@ def _songs(options: argparse.Namespace) -> dict[str, Any]:
     return dragon_songs.run(lr=1e-4, say=_say, **size)
 
 
-def _sound(options: argparse.Namespace) -> dict[str, Any]:
+def _sound(options: Options) -> dict[str, Any]:
     from gencontrol.bench.dragon import sound as dragon_sound
     from gencontrol.pipelines import TextToAudioPipeline
     from gencontrol.recipes.sound.data.grammar import sample_captions
@@ -84,18 +95,13 @@ def _sound(options: argparse.Namespace) -> dict[str, Any]:
     return dragon_sound.run(task, rewards, budget, seed=0, say=_say, folder=Path(options.output) / "sounds")
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(options: Options) -> int:
     """Run the chosen parts, print tables and verdicts, write JSON; returns 0 also where a claim is not confirmed.
 
     Raises:
         UsageError: an unknown part or target, or a number out of range.
     """
-    options = _parser().parse_args(list(arguments))
     parts = chosen_parts(options.parts, PARTS)
-    if options.seeds < 1 or options.sound_rounds < 1 or options.sound_pairs < 2 or options.sound_minutes <= 0:
-        raise UsageError(
-            "--seeds and --sound-rounds are at least 1, --sound-pairs at least 2, --sound-minutes positive."
-        )
     run = {"6a": _mixture, "6b": _songs, "sound": _sound}
     run_parts({part: partial(run[part], options) for part in parts}, Path(options.output))
     return 0

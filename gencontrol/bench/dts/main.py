@@ -7,44 +7,44 @@ kept.  Seeds below 100 are reported; those looked at while writing are 100 and u
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from gencontrol.bench.parts import chosen_parts, run_parts
-from gencontrol.errors import UsageError
+from annotated_types import Ge
+
+from gencontrol import config
+from gencontrol.bench.parts import PartOptions, chosen_parts, run_parts
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="gencontrol bench dts", description=__doc__)
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"comma-separated: {', '.join(PARTS)} (default: all)")
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        default=5,
-        help="seeds (default 5); mixture and the token search take four times as many, sound one",
-    )
-    parser.add_argument("--quick", action="store_true", help="a smoke test of every part: two seeds, few model calls")
-    parser.add_argument("--output", default="runs/bench/dts", help="folder of the JSON results, tables and curves")
-    parser.add_argument("--sound-prompts", type=int, default=20)
-    parser.add_argument(
-        "--sound-nfe", type=int, default=4000, help="model calls per prompt and method of the part sound"
-    )
-    parser.add_argument(
-        "--sound-minutes", type=float, default=12.0, help="fewer calls are made where more would not fit"
-    )
-    parser.add_argument("--device", default="cpu", help="of the part sound")
-    return parser
+@config.options
+class Options(PartOptions):
+    """Options of the benchmark.
+
+    Args:
+        parts: comma-separated: chain, mixture, digits, maximum, tokens, throughput, sound (default: all).
+        seeds: mixture and the token search take four times as many, sound one.
+        sound_prompts: prompts of the part sound.
+        sound_nfe: model calls per prompt and method of the part sound.
+        sound_minutes: fewer calls are made where more would not fit.
+        device: of the part sound.
+    """
+
+    seeds: Annotated[int, Ge(2)] = 5
+    output: str = "runs/bench/dts"
+    sound_prompts: Annotated[int, Ge(2)] = 20
+    sound_nfe: Annotated[int, Ge(20)] = 4000
+    sound_minutes: config.Positive = 12.0
+    device: str = "cpu"
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _chain(options: argparse.Namespace) -> dict[str, Any]:
+def _chain(options: Options) -> dict[str, Any]:
     from gencontrol.bench.dts import chain as dts_chain
 
     if options.quick:
@@ -52,7 +52,7 @@ def _chain(options: argparse.Namespace) -> dict[str, Any]:
     return dts_chain.run(trees=30 * options.seeds, rounds=(200, 1000, 4000), full=80 * options.seeds, say=_say)
 
 
-def _mixture(options: argparse.Namespace) -> dict[str, Any]:
+def _mixture(options: Options) -> dict[str, Any]:
     from gencontrol.bench.dts import mixture as dts_mixture
 
     budgets = (300, 600) if options.quick else (10_000, 30_000, 100_000)
@@ -60,7 +60,7 @@ def _mixture(options: argparse.Namespace) -> dict[str, Any]:
     return dts_mixture.run(budgets=budgets, seeds=range(seeds), say=_say)
 
 
-def _digits(options: argparse.Namespace) -> dict[str, Any]:
+def _digits(options: Options) -> dict[str, Any]:
     from gencontrol.bench.dts import digits as dts_digits
 
     quick = options.quick
@@ -74,14 +74,14 @@ def _digits(options: argparse.Namespace) -> dict[str, Any]:
     )
 
 
-def _maximum(options: argparse.Namespace) -> dict[str, Any]:
+def _maximum(options: Options) -> dict[str, Any]:
     from gencontrol.bench.dts import digits as dts_digits
 
     nfe = 120 if options.quick else 15_000
     return dts_digits.maximum(dts_digits.World.bundled(), nfe=nfe, seeds=range(options.seeds), say=_say)
 
 
-def _tokens(options: argparse.Namespace) -> dict[str, Any]:
+def _tokens(options: Options) -> dict[str, Any]:
     from gencontrol.bench.dts import tokens as dts_tokens
 
     nfe, cap = (100, 100) if options.quick else (20_000, 20_000)
@@ -89,7 +89,7 @@ def _tokens(options: argparse.Namespace) -> dict[str, Any]:
     return dts_tokens.run(nfe=nfe, seeds=range(options.seeds), searches=searches, cap=cap, say=_say)
 
 
-def _throughput(options: argparse.Namespace) -> dict[str, Any]:
+def _throughput(options: Options) -> dict[str, Any]:
     from gencontrol.bench.dts import throughput as dts_throughput
 
     size = (
@@ -100,7 +100,7 @@ def _throughput(options: argparse.Namespace) -> dict[str, Any]:
     return dts_throughput.run(**size, say=_say)
 
 
-def _sound(options: argparse.Namespace) -> dict[str, Any]:
+def _sound(options: Options) -> dict[str, Any]:
     from gencontrol.bench.dts import sound as dts_sound
     from gencontrol.pipelines import TextToAudioPipeline
     from gencontrol.recipes.sound.data.grammar import sample_captions
@@ -129,19 +129,14 @@ _RUN = {
 PARTS = tuple(_RUN)
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(options: Options) -> int:
     """Run the chosen parts, print tables and verdicts, write JSON and curves; 0 also where a claim is not confirmed.
 
     Raises:
         UsageError: an unknown part, or a number out of range.
     """
-    options = _parser().parse_args(list(arguments))
     parts = chosen_parts(options.parts, PARTS)
-    if options.seeds < 2 or options.sound_prompts < 2 or options.sound_nfe < 20 or options.sound_minutes <= 0:
-        raise UsageError(
-            "--seeds and --sound-prompts are at least 2, --sound-nfe at least 20, --sound-minutes positive."
-        )
     if options.quick:
-        options.seeds = 2
+        options = replace(options, seeds=2)
     run_parts({part: partial(_RUN[part], options) for part in parts}, Path(options.output))
     return 0

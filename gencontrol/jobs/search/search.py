@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +19,6 @@ from gencontrol.jobs.search.settings import (
     FREE,
     FREE_OF_TREES,
     PARTICLES,
-    ROUTES,
-    SECTIONS,
     TREES,
     SearchConfig,
     SourceConfig,
@@ -31,7 +28,7 @@ from gencontrol.jobs.setup.checks import check_model, check_reference, check_rew
 from gencontrol.jobs.setup.environment import choose_device, prepare
 from gencontrol.jobs.setup.prompts import read_prompts
 from gencontrol.jobs.setup.runs import RunFolder, open_run, record
-from gencontrol.jobs.setup.settings import describe, given_flags, merge
+from gencontrol.jobs.setup.settings import Start, describe
 
 
 @dataclass(frozen=True)
@@ -52,10 +49,10 @@ class SearchJob:
     law: Law | None
 
 
-def command(parameters: Mapping[str, Any]) -> None:
+def command(table: dict[str, dict[str, Any]], start: Start) -> None:
     """Check all options; then print the plan (--dry-run), say that it is done, or search."""
-    job = check(parameters)
-    if parameters["dry_run"]:
+    job = check(table, start)
+    if start.dry_run:
         from gencontrol.jobs.search.plan import print_plan
 
         print_plan(job)
@@ -65,14 +62,12 @@ def command(parameters: Mapping[str, Any]) -> None:
         search(job)
 
 
-def check(parameters: Mapping[str, Any]) -> SearchJob:
-    """Merge and validate everything; loads no weights and writes nothing.
+def check(table: dict[str, dict[str, Any]], start: Start) -> SearchJob:
+    """Validate everything; loads no weights and writes nothing.
 
     Raises:
         UsageError, EnvironmentMissing: what cannot work, and what to do.
     """
-    overrides = [*(parameters["overrides"] or []), *(parameters["set_"] or [])]
-    table = merge(parameters["config"], given_flags(parameters, ROUTES), overrides, SECTIONS)
     branch = table["search"].get("branch")
     if isinstance(branch, int):  # an override without quotes
         table["search"]["branch"] = str(branch)
@@ -87,9 +82,8 @@ def check(parameters: Mapping[str, Any]) -> SearchJob:
     if law is not None:
         check_budget(config, law.steps)
     sections = describe([("run", source), ("search", config)])
-    mode = "fresh" if parameters["fresh"] else "auto"
-    free = (*FREE, *(FREE_OF_TREES if config.sampler in TREES else ()), *(parameters["allow_change"] or ()))
-    folder = open_run(source.output, sections, mode=mode, allow=free)
+    free = (*FREE, *(FREE_OF_TREES if config.sampler in TREES else ()), *start.allow)
+    folder = open_run(source.output, sections, mode=start.mode, allow=free)
     return SearchJob(source, config, prompts, folder, law)
 
 

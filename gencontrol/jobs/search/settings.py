@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from gencontrol.config import options
 from gencontrol.errors import UsageError, nearest
 
-SECTIONS = ("run", "search")
-
 #: samplers that grow a tree → their selection rule and widening (DTS and DTS*, arXiv 2506.20701; the widening of DTS*
 #: is ours: the paper's is best-of-n for the first 36 rollouts, more than most budgets pay for)
 TREES = {"dts": ("boltzmann", "paper"), "dts-star": ("uct", "small")}
@@ -25,20 +23,6 @@ SEGMENTS = 5
 FREE = ("search.count", "search.save_every", "run.device", "run.threads")
 #: further ones where a search goes on from its tree
 FREE_OF_TREES = ("search.nfe",)
-
-ROUTES = {
-    **{
-        name: f"run.{name}"
-        for name in "model reward prompt prompts reward_model reference output online device threads precision".split()
-    },
-    **{
-        name: f"search.{name}"
-        for name in (
-            "sampler nfe temperature steps branch leaf_batch widening select backup guidance_scale count seed "
-            "save_every"
-        ).split()
-    },
-}
 
 
 @options

@@ -10,21 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gencontrol.errors import EnvironmentMissing, UsageError, nearest
-from gencontrol.jobs.setup.prompts import bundled_prompts, read_prompts
-from gencontrol.jobs.setup.settings import RunConfig
+from gencontrol.jobs.setup.prompts import read_prompts
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-def check_names(run: RunConfig) -> None:
-    """Check everything that the [run] section names; see the functions below for what they raise."""
-    check_rewards(run.reward)
-    check_model(run.model)
-    check_medium(run.reward, run.model, run.task)
-    if run.reference is not None:
-        check_reference(run.reference)
-    if run.reward_model is not None:
-        check_source(run.reward_model, "--reward-model")
 
 
 def check_rewards(specs: Sequence[str]) -> None:
@@ -38,8 +26,7 @@ def check_rewards(specs: Sequence[str]) -> None:
         if is_url(name):
             check_url(name)
         elif ":" in name:
-            if os.getcwd() not in sys.path:
-                sys.path.append(os.getcwd())  # as `python -m` does: user code beside the run
+            beside_the_run()
             resolve_dotted(name, "reward")
         elif name not in REWARDS:
             raise UsageError(
@@ -48,13 +35,17 @@ def check_rewards(specs: Sequence[str]) -> None:
             )
 
 
-def check_medium(specs: Sequence[str], model: str, task: str) -> None:
+def beside_the_run() -> None:
+    """Let user code in the present folder be imported, as `python -m` does."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
+def check_medium(specs: Sequence[str], model: str, medium: str | None) -> None:
     """Raise UsageError for a reward of sound on a model that makes images, or the other way round."""
-    from gencontrol.jobs.setup.models import medium_of
     from gencontrol.registry import REWARDS_OF
     from gencontrol.rewards.loading import parse_spec
 
-    medium = medium_of(model, task)
     if medium is None:
         return
     for spec in specs:
@@ -132,26 +123,3 @@ def check_reference(reference: str) -> None:
         raise UsageError(
             f"--reference {reference}: give a folder of sound, a .txt of captions or .safetensors statistics."
         )
-
-
-def load_prompts(run: RunConfig) -> tuple[list[str], list[str]]:
-    """Return training prompts and fixed evaluation prompts.
-
-    Raises:
-        UsageError: a prompt file that cannot be used; see `read_prompts`.
-    """
-    from gencontrol.jobs.setup.models import medium_of
-
-    medium = medium_of(run.model, run.task)
-    if run.prompts is None and medium is None:
-        raise UsageError(f"--model {run.model}: give --prompts FILE, or --task image or audio for the bundled prompts.")
-    kind = medium or "audio"
-    if run.prompts is None:
-        train = bundled_prompts("train", run.prompt_count, kind)
-    else:
-        train = read_prompts(run.prompts)
-    if run.eval_prompts is not None:
-        return train, read_prompts(run.eval_prompts)
-    if run.prompts is None:
-        return train, bundled_prompts("test", run.eval_count, kind)
-    return train, list(dict.fromkeys(train))[: run.eval_count]

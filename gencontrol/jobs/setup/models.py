@@ -44,7 +44,7 @@ def medium_of_class(name: str, model: str) -> Medium:
     if name == PIPELINES["image"] or name in IMAGES:
         return "image"
     known = ", ".join([*PIPELINES.values(), *FOREIGN, *IMAGES])
-    raise UsageError(f"--model {model} is a {name}; this command takes {known}.")
+    raise UsageError(f"--model {model} is a {name}; this takes {known}.")
 
 
 def medium_of(model: str, task: str) -> Medium | None:
@@ -92,3 +92,16 @@ def load_pipeline(model: str, device: str, *, online: bool, task: str = "auto", 
     if lora is not None:
         pipeline.load_lora_weights(lora)
     return pipeline.to(device)
+
+
+def adopt(pipeline: Any) -> Any:
+    """Return a loaded pipeline as one of ours that can be fine-tuned and drawn from; it shares the components.
+
+    Raises:
+        UsageError: it is neither one of ours nor a class of diffusers that can be wrapped.
+    """
+    from gencontrol import pipelines
+
+    name = type(pipeline).__name__
+    kind: Any = getattr(pipelines, PIPELINES[medium_of_class(name, f"a loaded {name}")])
+    return pipeline if isinstance(pipeline, kind) else kind(pipeline)

@@ -1,21 +1,16 @@
-"""`--dry-run`: what a fine-tuning would do and need, from configuration and file headers alone."""
+"""`--dry-run`: sizes of a model, from the headers of its files alone."""
 
 from __future__ import annotations
 
 import json
+import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from gencontrol.config import dump_toml, to_table
 from gencontrol.errors import UsageError
-from gencontrol.jobs.setup.models import folder_of
-from gencontrol.jobs.setup.settings import RunConfig
-
-if TYPE_CHECKING:
-    from gencontrol.jobs.finetune import Job
 
 _NETWORKS = ("transformer", "unet")
 _MAX_HEADER = 100 * 2**20  # bytes; what the safetensors format allows
@@ -47,8 +42,8 @@ def read_shapes(file: Path) -> dict[str, list[int]]:
         raise UsageError(f"'{file}' is not a safetensors file ({error}); download or save the model again.") from error
 
 
-def count_parameters(folder: Path, run: RunConfig) -> Sizes:
-    """Count the parameters of a pipeline folder and of the adapter that the configuration asks for.
+def count_parameters(folder: Path, lora_rank: int, targets: Sequence[str] = ()) -> Sizes:
+    """Count the parameters of a pipeline folder and of an adapter; rank 0 trains all of the network.
 
     Raises:
         UsageError: no network in the folder, or lora_targets that fit no layer.
@@ -61,26 +56,16 @@ def count_parameters(folder: Path, run: RunConfig) -> Sizes:
             if part.name in _NETWORKS:
                 network |= shapes
             else:
-                rest += sum(_size(shape) for shape in shapes.values())
+                rest += sum(math.prod(shape) for shape in shapes.values())
     if not network:
         raise UsageError(f"'{folder}' has no weights in {' or '.join(_NETWORKS)}/; it is not a whole pipeline.")
-    total = sum(_size(shape) for shape in network.values())
-    return Sizes(total, rest, _adapter_size(network, run) if run.lora_rank else total)
-
-
-def _size(shape: list[int]) -> int:
-    product = 1
-    for axis in shape:
-        product *= axis
-    return product
-
-
-def _adapter_size(shapes: Mapping[str, list[int]], run: RunConfig) -> int:
-    """Number of adapter weights: rank·(in + out) of each target layer."""
+    total = sum(math.prod(shape) for shape in network.values())
+    if not lora_rank:
+        return Sizes(total, rest, total)
     from gencontrol.models.roles import lora_targets
 
-    names = lora_targets(_skeleton(shapes), run.lora_targets or None)
-    return sum(run.lora_rank * sum(shapes[f"{name}.weight"]) for name in names)
+    names = lora_targets(_skeleton(network), tuple(targets) or None)
+    return Sizes(total, rest, sum(lora_rank * sum(network[f"{name}.weight"]) for name in names))
 
 
 def _skeleton(shapes: Mapping[str, list[int]]) -> Any:
@@ -98,74 +83,6 @@ def _skeleton(shapes: Mapping[str, list[int]]) -> Any:
                 node = node.get_submodule(name)
             node.add_module(last, nn.Linear(shape[1], shape[0], bias=False, device="meta"))
     return root
-
-
-def print_plan(job: Job) -> None:
-    """Print the plan, batch arithmetic, a memory estimate and the merged configuration."""
-    for line in plan(job):
-        print(line)
-    print("\nconfiguration (save it as run.toml for --config)\n")
-    print(dump_toml(job.folder.table), end="")
-
-
-def plan(job: Job) -> Iterator[str]:
-    """Yield the lines of the plan."""
-    run = job.run
-    yield f"plan: {run.algorithm} towards {' + '.join(run.reward)} on {run.model} → {job.folder.path}"
-    if any(job.folder.path.glob("checkpoints/step_*")):
-        yield "  the run folder holds checkpoints: training goes on from the newest intact one"
-    for note in job.folder.notes:
-        yield f"  changed since the last start: {note}"
-    yield f"  prompts        {len(job.prompts)} to train on, {len(job.eval_prompts)} to judge by"
-    yield from _arithmetic(job)
-    yield from _memory(job)
-
-
-def _arithmetic(job: Job) -> Iterator[str]:
-    options, train = to_table(job.algorithm), job.train
-    groups = next(
-        (options[name] for name in ("pairs_per_round", "prompts_per_round", "batch") if name in options), None
-    )
-    generations = options.get("generations", options.get("group", 1))
-    if isinstance(groups, int) and isinstance(generations, int):
-        samples = groups * generations
-        yield f"  one step       {groups} prompts × {generations} samples = {samples} scored samples"
-        updates = options.get("updates_per_round", 1)
-        passes = -(-samples // train.micro_batch)
-        yield f"                 {updates} optimizer updates, {passes} micro-batches of at most {train.micro_batch}"
-        yield f"  whole run      {train.steps} steps = {train.steps * samples} samples, {train.steps * updates} updates"
-    else:
-        yield f"  whole run      {train.steps} steps, micro-batches of at most {train.micro_batch}"
-    steps = [step for step in range(train.steps + 1) if train.eval_every and step % train.eval_every == 0]
-    count = len(steps) + bool(train.eval_every and train.steps % train.eval_every)
-    yield f"  evaluations    {count}, each {len(job.eval_prompts) * options.get('eval_samples', 1)} samples"
-    yield f"  checkpoints    every {train.save_every} steps, {train.keep} kept"
-
-
-def _memory(job: Job) -> Iterator[str]:
-    """Weights in fp32, gradients, two Adam moments, and one copy per further role."""
-    folder = folder_of("bundled-image" if (job.run.model, job.run.task) == ("bundled", "image") else job.run.model)
-    if folder is None:
-        yield f"  memory         {job.run.model} is a hub id: sizes are known after the download"
-        return
-
-    sizes = count_parameters(folder, job.run)
-    copies = len(job.kind.role_names(job.algorithm)) - 1 - (1 if job.run.lora_rank else 0)
-    adapter = sizes.trainable if job.run.lora_rank else 0
-    weights = 4 * (sizes.network + sizes.rest + adapter)
-    training = 4 * sizes.trainable * (3 + copies)
-    kind = f"LoRA rank {job.run.lora_rank}" if job.run.lora_rank else "all weights"
-    yield f"  network        {_millions(sizes.network)}, trained {_millions(sizes.trainable)} ({kind})"
-    yield f"  frozen parts   {_millions(sizes.rest)}"
-    yield (
-        f"  memory         {human_bytes(weights)} weights + {human_bytes(training)} gradients, optimizer and averages "
-        f"= {human_bytes(weights + training)}"
-    )
-    yield "                 and activations, which grow with --micro-batch; the reward's network comes on top"
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e6:.2f} M" if count < 1e9 else f"{count / 1e9:.2f} B"
 
 
 def human_bytes(count: int) -> str:

@@ -8,11 +8,12 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gencontrol._version import __version__
 from gencontrol.config import load_toml
@@ -20,6 +21,10 @@ from gencontrol.errors import CheckpointError, DiskError, Preempted, UsageError
 from gencontrol.files import FileLayer
 from gencontrol.jobs.setup.settings import check_output
 from gencontrol.weights import BUNDLED
+
+if TYPE_CHECKING:
+    from gencontrol.train.config import TrainConfig
+    from gencontrol.train.trainer import Trainer
 
 CONFIG, RECORD = "config.toml", "run.json"
 
@@ -170,20 +175,24 @@ def _commit() -> str | None:
     return done.stdout.strip()
 
 
-def fit(run: RunFolder, train: Any, algorithm: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Record the start, train to the end, write report.html; returns the trainer's summary."""
+@contextmanager
+def running(run: RunFolder, train: TrainConfig, facts: Mapping[str, Any]) -> Iterator[Trainer]:
+    """Record the start and hand out the Trainer; after the block write the card and report.html.
+
+    A context and not a call, so that one frame less lies between the job and the loss.
+    """
     from gencontrol.reports.card import write_card
     from gencontrol.reports.run import write_report
     from gencontrol.train.trainer import Trainer
 
     for note in run.notes:
         print(f"changed since the last start: {note}", file=sys.stderr)
-    if int(os.environ.get("RANK", "0")) == 0:
+    first = int(os.environ.get("RANK", "0")) == 0
+    if first:
         record(run, facts)
     others = {section: values for section, values in run.table.items() if section != "train"}
-    first = int(os.environ.get("RANK", "0")) == 0
     try:
-        summary = Trainer(train, run.path, settings=others, allow=run.allow).fit(algorithm)
+        yield Trainer(train, run.path, settings=others, allow=run.allow)
     except Preempted:
         if first:
             write_report(run.path)
@@ -191,4 +200,3 @@ def fit(run: RunFolder, train: Any, algorithm: Any, facts: Mapping[str, Any]) ->
     if first:
         write_card(run.path)
         print(f"model:  {run.path / 'final'}\nreport: {write_report(run.path)}")
-    return summary

@@ -4,76 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from gencontrol.config import apply_overrides, load_toml, options
+from gencontrol.config import RENAMED, apply_overrides, load_toml
 from gencontrol.errors import UsageError, nearest
 
 SECTIONS = ("run", "train", "algorithm")
 
 
-@options
-class RunConfig:
-    """The [run] section: what is trained, on what, towards what, and where.
+@dataclass(frozen=True)
+class Start:
+    """How a job begins.
 
     Args:
-        model: "bundled" (sound), "bundled-image", a folder or a hub id.
-        task: "audio" or "image"; "auto" takes what the model is ("bundled" with "image" is "bundled-image").
-        reward: reward specs such as "clap:0.7"; several are summed with their weights.
-        algorithm: name in the registry.
-        prompts: prompt file (txt, jsonl, csv); None takes prompts of the bundled grammar.
-        eval_prompts: likewise; None takes bundled prompts that training never saw, or the first of `prompts`.
-        prompt_count, eval_count: how many prompts of the bundled grammar, or of `prompts`, those are.
-        reward_model: folder or hub id of the reward's network; None takes the bundled one.
-        attribute_weights: attribute → weight of its classifier in the reward "classifier"; 1 where not named.
-        reference: folder of sound, or a text file of captions, for set rewards that compare with a reference law.
-        encoder: encoder of the set rewards; None takes theirs.
-        output: the run folder.
-        lora_rank: rank of the adapter; 0 trains all weights.
-        lora_alpha: scale of the adapter; None means the rank.
-        lora_targets: names of the linear layers; empty takes the library's choice.
-        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
-        online: allow downloads from the hub.
-        prompts_hash: written by a run, so that edited prompt files are noticed; not meant to be set.
+        dry_run: check all options and print the plan; nothing is loaded or written.
+        mode: "auto" goes on where there is something to go on from, "resume" insists on it, "fresh" on a new folder.
+        allow: dotted options that may differ from those of the run folder.
+        what: what was chosen by the first word of a command: a stage, a benchmark.
     """
 
-    model: str = "bundled"
-    task: Literal["auto", "audio", "image"] = "auto"
-    reward: tuple[str, ...] = ("clap",)
-    algorithm: str = "dragon"
-    prompts: str | None = None
-    eval_prompts: str | None = None
-    prompt_count: int = 2000
-    eval_count: int = 16
-    reward_model: str | None = None
-    attribute_weights: dict[str, float] | None = None
-    reference: str | None = None
-    encoder: str | None = None
-    output: str = "runs/finetune"
-    lora_rank: int = 16
-    lora_alpha: float | None = None
-    lora_targets: tuple[str, ...] = ()
-    gradient_checkpointing: bool = False
-    online: bool = False
-    prompts_hash: str | None = None
-
-    def __post_init__(self) -> None:
-        if not self.reward:
-            raise ValueError("reward is empty; name at least one, e.g. reward = ['clap']")
-        if self.task not in ("auto", "audio", "image"):
-            raise ValueError(f"task = {self.task!r}; expected auto, audio or image")
-        for name, weight in (self.attribute_weights or {}).items():
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight > 0:
-                raise ValueError(f"attribute_weights: {name} = {weight!r}; expected a positive number")
-        if self.lora_rank < 0:
-            raise ValueError(f"lora_rank = {self.lora_rank}; expected 0 (all weights) or a positive rank")
-        if self.lora_alpha is not None and self.lora_alpha <= 0:
-            raise ValueError(f"lora_alpha = {self.lora_alpha}; expected a positive scale (usually the rank)")
-        if self.prompt_count < 1 or self.eval_count < 1:
-            raise ValueError("prompt_count and eval_count must be at least 1")
-        if not self.output:
-            raise ValueError("output is empty; name the run folder")
+    dry_run: bool = False
+    mode: str = "auto"
+    allow: tuple[str, ...] = ()
+    what: str = ""
 
 
 def merge(
@@ -108,22 +63,10 @@ def merge(
                 f"'{text}' is neither an option nor an override; write section.key=value with a section of "
                 f"{', '.join(sections)}, e.g. algorithm.beta=100."
             )
-    return apply_overrides(table, overrides)
-
-
-def given_flags(parameters: Mapping[str, Any], routes: Mapping[str, str]) -> dict[str, Any]:
-    """Return dotted key → value of the options that the user gave; `routes` maps option names to dotted keys."""
-    given = {
-        routes[name]: list(value) if isinstance(value, tuple) else value
-        for name, value in parameters.items()
-        if name in routes and value is not None and value not in ([], ())
-    }
-    for key, value in given.items():
-        if isinstance(value, str) and value.startswith("~/"):  # a shell leaves it alone behind "="
-            given[key] = str(Path(value).expanduser())
-    if given.get("train.precision") == "no":  # as accelerate and diffusers say it
-        given["train.precision"] = "fp32"
-    return given
+    merged = apply_overrides(table, overrides)
+    if merged.get("train", {}).get("precision") == "no":  # as accelerate and diffusers say it
+        merged["train"]["precision"] = "fp32"
+    return merged
 
 
 def describe(fields_of: Iterable[tuple[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -146,8 +89,40 @@ def check_output(folder: str | Path) -> Path:
     return path
 
 
-def run_mode(parameters: Mapping[str, Any]) -> str:
-    """Return "resume", "fresh" or "auto" from the two flags; raises UsageError for both at once."""
-    if parameters["resume"] and parameters["fresh"]:
-        raise UsageError("--resume and --fresh exclude each other; leave one out.")
-    return "resume" if parameters["resume"] else "fresh" if parameters["fresh"] else "auto"
+def called(given: Any) -> str:
+    """Return a readable name of what was given as a name, or as an object: how a run folder records it."""
+    if isinstance(given, (str, Path)):
+        return str(given)
+    if isinstance(given, (list, tuple)):
+        return f"{len(given)} texts"
+    if hasattr(given, "__qualname__"):  # a class or a function
+        return f"{given.__module__}:{given.__qualname__}"
+    return f"a loaded {type(given).__name__}"
+
+
+def place(options: Mapping[str, Any], sections: Mapping[str, type]) -> dict[str, dict[str, Any]]:
+    """Return options by their sections, as `merge` does for the command line.
+
+    Args:
+        options: names of fields; `section__name` where two sections have a field of that name.
+
+    Raises:
+        UsageError: a name that no section has (nearest one named), or that several have.
+    """
+    owners: dict[str, list[str]] = {}
+    for section, cls in sections.items():
+        for one in dataclasses.fields(cls):  # type: ignore[arg-type]  # dataclasses
+            owners.setdefault(one.name, []).append(section)
+            owners[f"{section}__{one.name}"] = [section]
+    table: dict[str, dict[str, Any]] = {section: {} for section in sections}
+    for name, value in options.items():
+        found = owners.get(name, [])
+        if not found:
+            old = RENAMED.get(name, "")
+            said = f" It is now called '{old}'." if old in owners else nearest(name, owners)
+            raise UsageError(f"there is no option '{name}'.{said}")
+        if len(found) > 1:
+            both = " or ".join(f"{section}__{name}" for section in found)
+            raise UsageError(f"several sections have an option '{name}'; write {both}.")
+        table[found[0]][name.removeprefix(f"{found[0]}__")] = str(value) if isinstance(value, Path) else value
+    return table

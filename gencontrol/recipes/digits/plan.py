@@ -12,7 +12,12 @@ PROCESS = {"schedule": "linear", "prediction": "velocity", "step": "heun", "step
 
 @dataclass(frozen=True)
 class DigitsRun:
-    """The [run] section of digit pretraining: the stage and the run folder; the images come with scikit-learn."""
+    """The [run] section of digit pretraining; the images come with scikit-learn.
+
+    Args:
+        stage: digits; not meant to be set.
+        output: the run folder (default: runs/STAGE).
+    """
 
     stage: str
     output: str = ""

@@ -13,7 +13,12 @@ PROCESS = {"schedule": "linear", "prediction": "velocity", "step": "euler", "ste
 
 @dataclass(frozen=True)
 class ScenesRun:
-    """The [run] section of scene pretraining: the stage and the run folder; the images are drawn as they are needed."""
+    """The [run] section of scene pretraining; the images are drawn as they are needed.
+
+    Args:
+        stage: scenes or scene-readers; not meant to be set.
+        output: the run folder (default: runs/STAGE).
+    """
 
     stage: str
     output: str = ""
@@ -21,7 +26,11 @@ class ScenesRun:
 
 @dataclass(frozen=True)
 class CaptionedRun(ScenesRun):
-    """The [run] section of the generator's pretraining: also the share of word captions, in [0, 1]."""
+    """The [run] section of the generator's pretraining.
+
+    Args:
+        words: share of word captions, in [0, 1].
+    """
 
     words: float = 0.06
 

@@ -5,13 +5,38 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from gencontrol.config import options
 from gencontrol.errors import UsageError
 from gencontrol.files import replacing
 
-if TYPE_CHECKING:
-    from gencontrol.jobs.pretrain import PretrainRun
+
+@options
+class SoundRun:
+    """The [run] section of a pretraining on sound.
+
+    Args:
+        stage: clap, attributes or flow; not meant to be set.
+        data: folder of `gencontrol pretrain sound-data`.
+        output: the run folder (default: runs/STAGE).
+        clap: "bundled" or a CLAP folder, whose text encoder conditions the flow model.
+        codec: "bundled" or a folder of a MelCodec.
+        cache: folder of the cached latents; empty means `latents` inside the data folder.
+    """
+
+    stage: str
+    data: str = "data/sound"
+    output: str = ""
+    clap: str = "bundled"
+    codec: str = "bundled"
+    cache: str = ""
+
+
+def train_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults of [train]: ten evaluations."""
+    steps = given.get("steps", 1000)
+    return {"eval_every": max(1, steps // 10)} if isinstance(steps, int) else {}
 
 
 @dataclass(frozen=True)
@@ -48,10 +73,9 @@ def flow_process(table: Mapping[str, Any]) -> Any:
 
 
 def make_flow(
-    algorithm: Any, run: PretrainRun, options: Any, sizes: FlowModel, spec: Any, *, seed: int, device: str
+    algorithm: Any, run: SoundRun, options: Any, sizes: FlowModel, spec: Any, *, seed: int, device: str
 ) -> Any:
     """Assemble the bundled architecture with fresh weights and return the pretraining algorithm on it."""
-    from gencontrol.jobs.pretrain import load_codec
     from gencontrol.models.roles import Roles
     from gencontrol.pipelines.backends.audio import NativeAudio
     from gencontrol.recipes.sound.latents import prepare_sound_latents
@@ -75,6 +99,20 @@ def make_flow(
         artefacts=lambda stem, latent: _artefacts(audio, stem, latent),
         save=lambda folder: _save(audio, folder),
     )
+
+
+def make_reader(algorithm: Any, run: SoundRun, options: Any, *, seed: int, device: str) -> Any:
+    """Return the pretraining of a CLAP or of the attribute reader on the sound data."""
+    codec = load_codec(run.codec) if options.codec_share > 0 else None
+    return algorithm(run.data, options, codec=codec, seed=seed, device=device)
+
+
+def load_codec(name: str) -> Any:
+    """Load the MelCodec of a folder, or the bundled one."""
+    from gencontrol.models.networks.codec import MelCodec
+    from gencontrol.weights import BUNDLED
+
+    return MelCodec.from_pretrained(BUNDLED / "text_to_audio" / "codec" if name == "bundled" else name)
 
 
 def _save(audio: Any, folder: Path) -> None:
