@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float
@@ -29,6 +29,9 @@ from gencontrol.pipelines.hub.hub import LoadOptions, check_pipeline_class, down
 from gencontrol.pipelines.hub.lora_pipeline import LoraPipeline
 from gencontrol.process import GaussianProcess
 from gencontrol.types import Cond, cat_cond, cond_to, map_cond
+
+if TYPE_CHECKING:
+    from gencontrol.algorithms.online.task import PromptTask
 
 _CACHED_PROMPTS = 1024
 
@@ -240,6 +243,35 @@ class PromptedPipeline(LoraPipeline):
     def _free(self, extent: Hashable) -> Cond:
         """Condition of batch 1 that stands for "no prompt" in classifier-free guidance."""
         return cond_to(self._backend.uncond(extent, self.device), self.device)
+
+    @abstractmethod
+    def _task_parts(self) -> dict[str, Any]:
+        """What a `PromptTask` has of this medium alone."""
+
+    def task(self, prompts: Sequence[str], eval_prompts: Sequence[str]) -> PromptTask:
+        """Return what a fine-tuning algorithm needs of this pipeline, for training and held-out prompts.
+
+        Samples have the model's own extent; the text of each prompt is encoded once.  The task's `uncond` is None for
+        FLUX: its guidance scale is an input, at its default (3.5) in the conditions, and algorithms take 1.
+
+        Raises:
+            UsageError: an empty list, or something that is not text.
+        """
+        from gencontrol.algorithms.online.task import PromptTask
+
+        pipe: Any = self  # `encode_prompt`, `uncond`, `decode` and `artefacts` have their medium's own signatures
+        return PromptTask(
+            denoiser=self.denoiser,
+            latent_shape=self.latent_shape,
+            encode=pipe.encode_prompt,
+            uncond=pipe.uncond(),
+            decode=pipe.decode,
+            prompts=arguments.texts(prompts, "prompts"),
+            eval_prompts=arguments.texts(eval_prompts, "eval_prompts"),
+            artefacts=pipe.artefacts,
+            save_final=self.save_final,
+            **self._task_parts(),
+        )
 
     # ---- the call -------------------------------------------------------------------------------------------------
 

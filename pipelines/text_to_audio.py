@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -22,9 +22,6 @@ from gencontrol.pipelines.backends.audio import AudioBackend, NativeAudio, Proce
 from gencontrol.pipelines.outputs import AudioPipelineOutput
 from gencontrol.pipelines.prompted import Ask, Callback, PromptedPipeline
 from gencontrol.types import Cond
-
-if TYPE_CHECKING:
-    from gencontrol.algorithms.online.task import PromptTask
 
 
 class TextToAudioPipeline(PromptedPipeline):
@@ -117,26 +114,8 @@ class TextToAudioPipeline(PromptedPipeline):
         """Return {"<stem>.wav": …, "<stem>.png": …} of one sound."""
         return sound_artefacts(stem, sample, self.sampling_rate)
 
-    def task(self, prompts: Sequence[str], eval_prompts: Sequence[str]) -> PromptTask:
-        """Return what a fine-tuning algorithm needs of this pipeline, for training and held-out prompts.
-
-        Raises:
-            UsageError: an empty list, or something that is not text.
-        """
-        from gencontrol.algorithms.online.task import PromptTask
-
-        return PromptTask(
-            denoiser=self.denoiser,
-            latent_shape=self.latent_shape,
-            encode=self.encode_prompt,
-            uncond=self.uncond(),
-            decode=self.decode,
-            prompts=arguments.texts(prompts, "prompts"),
-            eval_prompts=arguments.texts(eval_prompts, "eval_prompts"),
-            artefacts=self.artefacts,
-            save_final=self.save_final,
-            sampling_rate=self.sampling_rate,
-        )
+    def _task_parts(self) -> dict[str, Any]:
+        return {"sampling_rate": self.sampling_rate}
 
     # ---- the call -------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -22,9 +22,6 @@ from gencontrol.pipelines.backends.images import ImageBackend, NativeImage
 from gencontrol.pipelines.outputs import ImagePipelineOutput
 from gencontrol.pipelines.prompted import Ask, Callback, PromptedPipeline
 from gencontrol.types import Cond
-
-if TYPE_CHECKING:
-    from gencontrol.algorithms.online.task import PromptTask
 
 #: pictures that people look at are enlarged to at least this many pixels
 _SHOWN = 256
@@ -114,29 +111,8 @@ class TextToImagePipeline(PromptedPipeline):
         to_pil(sample).save(buffer, format="PNG")
         return {f"{stem}.png": buffer.getvalue()}
 
-    def task(self, prompts: Sequence[str], eval_prompts: Sequence[str]) -> PromptTask:
-        """Return what a fine-tuning algorithm needs of this pipeline, for training and held-out prompts.
-
-        Images have the model's own size; the text of each prompt is encoded once.  The task's `uncond` is None for
-        FLUX: its guidance scale is an input, at its default (3.5) in the conditions, and algorithms take 1.
-
-        Raises:
-            UsageError: an empty list, or something that is not text.
-        """
-        from gencontrol.algorithms.online.task import PromptTask
-
-        return PromptTask(
-            denoiser=self.denoiser,
-            latent_shape=self.latent_shape,
-            encode=self.encode_prompt,
-            uncond=self.uncond(),
-            decode=self.decode,
-            prompts=arguments.texts(prompts, "prompts"),
-            eval_prompts=arguments.texts(eval_prompts, "eval_prompts"),
-            artefacts=self.artefacts,
-            save_final=self.save_final,
-            encode_samples=self.backend.encode_images,
-        )
+    def _task_parts(self) -> dict[str, Any]:
+        return {"encode_samples": self.backend.encode_images}
 
     # ---- the call -------------------------------------------------------------------------------------------------
 

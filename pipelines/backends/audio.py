@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from jaxtyping import Float
@@ -198,11 +199,46 @@ def load_text(folder: Path, kind: str, dtype: torch.dtype) -> tuple[Any, Any]:
     return text_encoder, tokenizer
 
 
-class NativeText:
+class NativeText(ABC):
     """What our own architectures share: a small text encoder of transformers, and a network that takes its states."""
 
     network_name = "transformer"
-    components: dict[str, Any]
+    #: class name of the pipeline, component → class names that its index may hold, and those that are ours
+    pipeline_name: ClassVar[str]
+    allowed: ClassVar[Mapping[str, tuple[str, ...]]]
+    libraries: ClassVar[Mapping[str, str]]
+
+    def __init__(self, components: Mapping[str, Any], spec: ProcessSpec) -> None:
+        """Freeze all components but the network."""
+        self.components = dict(components)
+        for name, part in self.components.items():
+            if isinstance(part, torch.nn.Module) and name != self.network_name:
+                part.requires_grad_(False).eval()
+        self.spec = spec
+        self.denoiser = spec.denoiser(self.components[self.network_name])
+        self.defaults = Defaults(spec.step, spec.steps, spec.guidance_scale)
+
+    @abstractmethod
+    def _empty(self) -> torch.nn.Module:
+        """A network like this one whose weights have no memory yet."""
+
+    def replace(self, components: Mapping[str, Any]) -> Self:
+        """The same process around other components."""
+        return type(self)(**components, spec=self.spec)
+
+    def save(self, folder: Path, weights: Callable[[], dict[str, Tensor]] | None) -> None:
+        """Write each component into its folder, `process.json`, and the index last."""
+        parts = dict(self.components)
+        if weights is not None:
+            with torch.device("meta"):
+                parts[self.network_name] = self._empty()
+            parts[self.network_name].load_state_dict(weights(), assign=True)
+        with quiet():
+            for name, part in parts.items():
+                part.save_pretrained(folder / name)
+        self.spec.write(folder)
+        index = {name: (self.libraries.get(name, "transformers"), kinds[0]) for name, kinds in self.allowed.items()}
+        write_index(folder, self.pipeline_name, index)
 
     def encode(self, prompts: Sequence[str], extent: Any, device: torch.device) -> Cond:
         """Condition {"pooled", "tokens", "mask", "drop"} of prompts."""
@@ -238,13 +274,14 @@ class NativeText:
 class NativeAudio(NativeText):
     """Our own architecture: CLAP text encoder, `Transformer`, `MelCodec`; mono, of one fixed length."""
 
-    allowed: Mapping[str, tuple[str, ...]] = {
+    pipeline_name = "TextToAudioPipeline"
+    allowed = {
         "transformer": ("Transformer",),
         "text_encoder": ("ClapTextModelWithProjection",),
         "tokenizer": TOKENIZERS,
         "codec": ("MelCodec",),
     }
-    libraries: Mapping[str, str] = {"transformer": "gencontrol", "codec": "gencontrol"}
+    libraries = {"transformer": "gencontrol", "codec": "gencontrol"}
 
     def __init__(self, transformer: Any, text_encoder: Any, tokenizer: Any, codec: Any, spec: ProcessSpec) -> None:
         """Assemble from loaded components; the text encoder and the codec are frozen."""
@@ -259,17 +296,8 @@ class NativeAudio(NativeText):
                 f"the transformer takes at most {transformer.config.max_tokens} tokens, the codec's latents have "
                 f"{tokens}; take both from one pipeline."
             )
-        text_encoder.requires_grad_(False).eval()
-        codec.requires_grad_(False).eval()
-        self.components = {
-            "transformer": transformer,
-            "text_encoder": text_encoder,
-            "tokenizer": tokenizer,
-            "codec": codec,
-        }
-        self.spec = spec
-        self.denoiser = spec.denoiser(transformer)
-        self.defaults = Defaults(spec.step, spec.steps, spec.guidance_scale)
+        parts = {"transformer": transformer, "text_encoder": text_encoder, "tokenizer": tokenizer, "codec": codec}
+        super().__init__(parts, spec)
         self.sampling_rate = int(codec.sampling_rate)
         self.max_seconds = codec.config.clip_samples / codec.sampling_rate
 
@@ -300,27 +328,10 @@ class NativeAudio(NativeText):
         """Waveforms of latents."""
         return self.components["codec"].decode(latents)
 
-    def replace(self, components: Mapping[str, Any]) -> NativeAudio:
-        """The same process around other components."""
-        return NativeAudio(**components, spec=self.spec)
-
-    def save(self, folder: Path, weights: Callable[[], dict[str, Tensor]] | None) -> None:
-        """Write each component into its folder, `process.json`, and the index last."""
+    def _empty(self) -> torch.nn.Module:
         from gencontrol.models.networks.transformer import Transformer
 
-        network = self.components["transformer"]
-        if weights is not None:
-            with torch.device("meta"):
-                network = Transformer(network.config)
-            network.load_state_dict(weights(), assign=True)
-        network.save_pretrained(folder / "transformer")
-        with quiet():
-            self.components["text_encoder"].save_pretrained(folder / "text_encoder")
-        self.components["tokenizer"].save_pretrained(folder / "tokenizer")
-        self.components["codec"].save_pretrained(folder / "codec")
-        self.spec.write(folder)
-        index = {name: (self.libraries.get(name, "transformers"), kinds[0]) for name, kinds in self.allowed.items()}
-        write_index(folder, "TextToAudioPipeline", index)
+        return Transformer(self.components["transformer"].config)
 
 
 def write_index(folder: Path, class_name: str, components: Mapping[str, Sequence[str]]) -> None:

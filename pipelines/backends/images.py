@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,16 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gencontrol._compat import quiet
 from gencontrol.errors import UsageError
 from gencontrol.pipelines.backends.audio import (
     TOKENIZERS,
-    Defaults,
     NativeText,
     ProcessSpec,
     PromptBackend,
     load_text,
-    write_index,
 )
 from gencontrol.pipelines.hub.hub import check_component, own_memory
 from gencontrol.pipelines.hub.lora import uncompiled
@@ -61,11 +58,13 @@ class ImageBackend(PromptBackend, Protocol):
 class NativeImage(NativeText):
     """Our own architecture on pixels: a CLIP text encoder and `PatchTransformer`; images of one fixed size."""
 
-    allowed: Mapping[str, tuple[str, ...]] = {
+    pipeline_name = "TextToImagePipeline"
+    allowed = {
         "transformer": ("PatchTransformer",),
         "text_encoder": ("CLIPTextModelWithProjection",),
         "tokenizer": TOKENIZERS,
     }
+    libraries = {"transformer": "gencontrol"}
 
     def __init__(self, transformer: Any, text_encoder: Any, tokenizer: Any, spec: ProcessSpec) -> None:
         """Assemble from loaded components; the text encoder is frozen.
@@ -81,11 +80,7 @@ class NativeImage(NativeText):
                 f"the transformer takes text states of sizes {ours} (pooled, tokens), the text encoder gives {theirs}; "
                 "take both from one pipeline."
             )
-        text_encoder.requires_grad_(False).eval()
-        self.components = {"transformer": transformer, "text_encoder": text_encoder, "tokenizer": tokenizer}
-        self.spec = spec
-        self.denoiser = spec.denoiser(transformer)
-        self.defaults = Defaults(spec.step, spec.steps, spec.guidance_scale)
+        super().__init__({"transformer": transformer, "text_encoder": text_encoder, "tokenizer": tokenizer}, spec)
 
     @classmethod
     def load(cls, index: Mapping[str, Any], folder: Path, dtype: torch.dtype) -> NativeImage:
@@ -142,26 +137,9 @@ class NativeImage(NativeText):
         """Clean samples in [-1, 1] of images in [0, 1]."""
         return images.float() * 2.0 - 1.0
 
-    def replace(self, components: Mapping[str, Any]) -> NativeImage:
-        """The same process around other components."""
-        return NativeImage(**components, spec=self.spec)
-
-    def save(self, folder: Path, weights: Callable[[], dict[str, Tensor]] | None) -> None:
-        """Write each component into its folder, `process.json`, and the index last."""
+    def _empty(self) -> torch.nn.Module:
         from gencontrol.models.networks.image_transformer import PatchTransformer
         from gencontrol.models.networks.transformer import Transformer
 
-        network = self.components["transformer"]
-        if weights is not None:
-            plain = uncompiled(network)
-            with torch.device("meta"):
-                network = PatchTransformer(plain.config, Transformer(plain.backbone.config))
-            network.load_state_dict(weights(), assign=True)
-        network.save_pretrained(folder / "transformer")
-        with quiet():
-            self.components["text_encoder"].save_pretrained(folder / "text_encoder")
-        self.components["tokenizer"].save_pretrained(folder / "tokenizer")
-        self.spec.write(folder)
-        libraries = {"transformer": "gencontrol"}
-        index = {name: (libraries.get(name, "transformers"), kinds[0]) for name, kinds in self.allowed.items()}
-        write_index(folder, "TextToImagePipeline", index)
+        plain = uncompiled(self.components["transformer"])
+        return PatchTransformer(plain.config, Transformer(plain.backbone.config))
