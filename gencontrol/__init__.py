@@ -4,7 +4,23 @@ A base model is a law p(x | c); everything here moves it towards p(x | c)·exp(r
 sampling, on the result, or in value functions.  Importing this package loads neither torch nor any model library.
 """
 
+from typing import TYPE_CHECKING
+
 from gencontrol._compat import guard_torchvision as _guard_torchvision
 from gencontrol._version import __version__ as __version__
+from gencontrol.registry import lazily as _lazily
+
+if TYPE_CHECKING:
+    from gencontrol.jobs.collect import collect
+    from gencontrol.jobs.compose import compose
+    from gencontrol.jobs.evaluate import evaluate
+    from gencontrol.jobs.finetune import finetune
+    from gencontrol.jobs.sample import sample
+
+__all__ = ["collect", "compose", "evaluate", "finetune", "sample"]
+
+#: the jobs as functions; once the package of this name is imported, `gencontrol.train` is that, and can be called too
+_JOBS = ("collect", "compose", "evaluate", "finetune", "sample", "train")
+__getattr__ = _lazily(__name__, {name: f"jobs.{name}" for name in _JOBS})
 
 _guard_torchvision()

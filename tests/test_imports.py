@@ -32,7 +32,7 @@ TOP = {
     "pipelines": {*BELOW, "sampling", "algorithms.online.task", "robotics", "pipelines"},
     "robotics": {*METHODS, "robotics", "reports.page"},
     "recipes": {*METHODS, "recipes", "jobs.setup", "reports", "bench.base", "pipelines"},
-    "jobs": {*GROUND, "jobs", "recipes", "train.config"},
+    "jobs": {*GROUND, "jobs", "recipes", "train.config", "robotics.evaluation.settings", "robotics.policies.config"},
     "cli": {*GROUND, "cli"},
     "bench": {*METHODS, "robotics", "pipelines", "train", "recipes", "bench"},
     "__main__": {"cli"},

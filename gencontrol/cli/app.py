@@ -11,8 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from gencontrol._version import __version__
-from gencontrol.cli import robot_commands
-from gencontrol.cli.generate import JobCommand, NormalisedCommand
+from gencontrol.cli.generate import JobCommand
 from gencontrol.cli.table import COMMANDS
 from gencontrol.errors import GencontrolError, is_out_of_memory
 
@@ -44,8 +43,6 @@ def group() -> Any:
     ) -> None:
         pass
 
-    for name, (function, panel) in robot_commands.TABLE.items():
-        app.command(name, cls=NormalisedCommand, rich_help_panel=panel)(function)
     made: Any = typer.main.get_group(app)
     made.help, made.name = _HELP, "gencontrol"
     made.commands.update({name: JobCommand(name, entry) for name, entry in COMMANDS.items()})

@@ -48,21 +48,7 @@ def load(name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-class NormalisedCommand(TyperCommand):
-    """A command whose long options are normalised and checked before typer sees them."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Rewrite aliases and refuse unknown options with the nearest name."""
-        known = {
-            word[2:]: "" if not isinstance(p, TyperOption) or p.is_flag else "many" if p.multiple else "one"
-            for p in self.get_params(ctx)
-            for word in (*p.opts, *p.secondary_opts)
-            if word.startswith("--")
-        }
-        return super().parse_args(ctx, normalise(args, known, self.name or ""))
-
-
-class JobCommand(NormalisedCommand):
+class JobCommand(TyperCommand):
     """A command that asks its job for its options when it is called, and not before."""
 
     def __init__(self, name: str, entry: Entry) -> None:
@@ -70,14 +56,20 @@ class JobCommand(NormalisedCommand):
         self.entry = entry
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Make the options, then read the arguments."""
+        """Make the options, then rewrite aliases and refuse unknown ones with the nearest name."""
         app = typer.Typer()
         app.command(self.name)(_function(self.entry, sections_of(self.entry, args)))
         made = typer.main.get_command(app)
         # --install-completion and --show-completion are typer's, not ours
         self.params = [p for p in made.params if not p.name or not p.name.endswith("_completion")]
         self.callback = made.callback
-        return super().parse_args(ctx, args)
+        known = {
+            word[2:]: "" if not isinstance(p, TyperOption) or p.is_flag else "many" if p.multiple else "one"
+            for p in self.get_params(ctx)
+            for word in (*p.opts, *p.secondary_opts)
+            if word.startswith("--")
+        }
+        return super().parse_args(ctx, normalise(args, known, self.name or ""))
 
 
 def sections_of(entry: Entry, args: Sequence[str] = ()) -> dict[str, tuple[Any, ...]]:

@@ -122,4 +122,25 @@ COMMANDS = {
         chooser="algorithm",
         shared=_RUN,
     ),
+    "evaluate": Entry(
+        "Robots",
+        "Measure how often policies succeed, with intervals, videos of failures first, and a report page.\n\n"
+        "Example: gencontrol evaluate runs/a runs/b --paired --env FetchPickAndPlace-v4 --episodes 200 --output eval",
+        job="gencontrol.jobs.evaluate:run",
+        sections={"run": "gencontrol.jobs.evaluate:EvaluateConfig"},
+    ),
+    "collect": Entry(
+        "Robots",
+        "Record episodes of a scripted expert or a policy as a data set; seeds and counts lie beside it.\n\n"
+        "Example: gencontrol collect --env FetchPickAndPlace-v4 --episodes 100 --output data/fetch",
+        job="gencontrol.jobs.collect:run",
+        sections={"run": "gencontrol.jobs.collect:CollectConfig"},
+    ),
+    "compose": Entry(
+        "Robots",
+        "Compose trained policies into one (GPC); weights are given, equal, or fitted and measured on fresh seeds.\n\n"
+        "Example: gencontrol compose runs/a runs/b --fit-env FetchPickAndPlace-v4 --output runs/ab",
+        job="gencontrol.jobs.compose:run",
+        sections={"run": "gencontrol.jobs.compose:ComposeConfig", "fit": "gencontrol.jobs.compose:FitConfig"},
+    ),
 }

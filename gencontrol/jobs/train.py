@@ -1,22 +1,27 @@
-"""`gencontrol train`: policies from demonstrations."""
+"""`train`: policies from demonstrations."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from gencontrol.config import Count, Natural, NonNegative, Positive, build, dump_toml, options
+from gencontrol.config import BelowOne, Count, Natural, NonNegative, Positive, build, dump_toml, options
 from gencontrol.errors import UsageError, nearest
 from gencontrol.jobs.setup.environment import choose_device, prepare
 from gencontrol.jobs.setup.runs import open_run, running
-from gencontrol.jobs.setup.settings import Start, describe
+from gencontrol.jobs.setup.settings import Start, called, describe, place
+from gencontrol.robotics.policies.config import ChunkSizes
 from gencontrol.train.config import TrainConfig
 
+if TYPE_CHECKING:
+    from gencontrol.robotics.datasets.episodes import Episodes
+    from gencontrol.robotics.policies.diffusion import GenerativePolicy
 
-@dataclass(frozen=True)
+
+@options
 class TrainRun:
     """The [run] section.
 
@@ -35,14 +40,10 @@ class TrainRun:
     dataset: str = ""
     format: str = ""
     keys: tuple[str, ...] = ()
-    held_out: float = 0.1
-    limit: int = 0
+    held_out: BelowOne = 0.1
+    limit: Natural = 0
     output: str = ""
     dataset_hash: str | None = None
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.held_out < 1.0 or self.limit < 0:
-            raise ValueError("held_out in [0, 1) and limit of at least 0 are needed")
 
 
 @options
@@ -66,18 +67,74 @@ class TrainOptions(TrainConfig):
     eval_every: Natural = 2000
 
 
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training made.
+
+    Args:
+        folder: the run folder, with metrics.jsonl, final/ and report.html.
+        metrics: the last line of metrics.jsonl.
+    """
+
+    folder: Path
+    metrics: Mapping[str, Any]
+
+    @property
+    def policy(self) -> GenerativePolicy:
+        """The trained policy, loaded anew from final/ at each access."""
+        from gencontrol.robotics.policies.loading import load_policy
+
+        policy: GenerativePolicy = load_policy(self.folder)
+        return policy
+
+
+def train(
+    dataset: str | Path | Episodes,
+    *,
+    algorithm: str = "diffusion-policy",
+    output: str | Path | None = None,
+    mode: Literal["auto", "resume", "fresh"] = "auto",
+    allow_change: Sequence[str] = (),
+    **options: Any,
+) -> TrainResult:
+    """Train a policy on demonstrations; the same call goes on where an earlier one was stopped.
+
+    Args:
+        dataset: file or folder of demonstrations, or Episodes.
+        algorithm: diffusion-policy, flow-policy, or package.module:Class.
+        output: the run folder; None: runs/ALGORITHM.
+        mode: "auto" goes on in a used folder, "resume" insists on it, "fresh" refuses one.
+        allow_change: options such as "train.lr" that may differ from those of the run folder.
+        options: fields of TrainRun, TrainOptions, of the algorithm's Config, of ChunkSizes and of the policy's Config,
+            e.g. steps=5000, backbone="mlp", horizon=8.
+
+    Raises:
+        UsageError, CheckpointError: what cannot work, and what to do; nothing is written.
+        NumericsError, Preempted: as `Trainer.fit`.
+    """
+    table = place(options, {"run": TrainRun, "train": TrainOptions, **variants(algorithm)})
+    table["run"] |= {"dataset": called(dataset), "algorithm": algorithm}
+    table["run"] |= {} if output is None else {"output": str(output)}
+    live = None if isinstance(dataset, (str, Path)) else dataset
+    result = run(table, Start(mode=mode, allow=tuple(allow_change)), live)
+    assert result is not None  # None is a dry run's
+    return result
+
+
 def variants(name: str | None) -> dict[str, tuple[type, ...]]:
     """Return the options of an algorithm and of the policy that it makes; None is the default's."""
     from gencontrol.registry import TRAIN, find, resolve_dotted
-    from gencontrol.robotics.policies.cloning import ChunkSizes
 
     algorithm = find(TRAIN, name or TrainRun.algorithm, "algorithm")
     policy = resolve_dotted(algorithm.policy_class, "policy")
     return {"algorithm": (algorithm.Config,), "policy": (ChunkSizes, policy.Config)}
 
 
-def run(table: dict[str, dict[str, Any]], start: Start) -> None:
+def run(table: dict[str, dict[str, Any]], start: Start, live: Episodes | None = None) -> TrainResult | None:
     """Check the options (dry run: print them), read the data set, train, and write final/, its card and report.html.
+
+    Args:
+        live: demonstrations that were handed over as an object.
 
     Raises:
         UsageError: an option or the data set does not fit; nothing is written.
@@ -86,7 +143,8 @@ def run(table: dict[str, dict[str, Any]], start: Start) -> None:
 
     table["run"].setdefault("output", f"runs/{table['run'].get('algorithm', TrainRun.algorithm)}")
     run = build(TrainRun, table["run"], "run")
-    _check_dataset(run.dataset)
+    if live is None:
+        _check_dataset(run.dataset)
     algorithm = find(TRAIN, run.algorithm, "algorithm")
     options = build(algorithm.Config, table["algorithm"], "algorithm")
     train = build(TrainOptions, {**_defaults(table, options.batch), **table["train"]}, "train")
@@ -95,21 +153,18 @@ def run(table: dict[str, dict[str, Any]], start: Start) -> None:
     prepare(threads=train.threads)
     kind = resolve_dotted(algorithm.policy_class, "policy")
     sizes, config = _policy(kind, table["policy"])
-    plan = _described(run, train, options, sizes, config)
+    plan, unhashed = _described(run, train, options, sizes, config), (*start.allow, "run.dataset_hash")
+    checked = open_run(run.output, plan, mode=start.mode, allow=unhashed)  # before a large data set is read
     if start.dry_run:
-        print(
-            dump_toml(open_run(run.output, plan, mode=start.mode, allow=(*start.allow, "run.dataset_hash")).table),
-            end="",
-        )
-        return
-    # before a large data set is read
-    open_run(run.output, plan, mode=start.mode, allow=(*start.allow, "run.dataset_hash"))
+        print(dump_toml(checked.table), end="")
+        return None
     from gencontrol.robotics.datasets.convert import read_episodes
     from gencontrol.robotics.policies.cloning import fingerprint
     from gencontrol.robotics.policies.cloning import prepare as prepare_cloning
 
-    keys = list(run.keys) or None
-    episodes = read_episodes(run.dataset, format=run.format or None, keys=keys, limit=run.limit or None)
+    episodes = live or read_episodes(
+        run.dataset, format=run.format or None, keys=list(run.keys) or None, limit=run.limit or None
+    )
     run = dataclasses.replace(run, dataset_hash=fingerprint(episodes))
     folder = open_run(run.output, _described(run, train, options, sizes, config), mode=start.mode, allow=start.allow)
     device = choose_device(train.device)
@@ -121,18 +176,16 @@ def run(table: dict[str, dict[str, Any]], start: Start) -> None:
     facts["episodes"] = dict(zip(("train", "held_out"), made.episodes, strict=True))
     cloned = algorithm(made.policy, made.train, options, held_out=made.held_out, seed=train.seed)
     with running(folder, train, facts) as trainer:
-        trainer.fit(cloned)
+        summary = trainer.fit(cloned)
+    return TrainResult(folder.path, summary["metrics"])
 
 
 def _check_dataset(path: str) -> None:
+    make = "make one: gencontrol collect --env … --output"
     if not path:
-        raise UsageError(
-            "--dataset is missing; name a data set (make one: gencontrol collect --env … --output data/demos)."
-        )
+        raise UsageError(f"--dataset is missing; name a data set ({make} data/demos).")
     if not Path(path).expanduser().exists():
-        raise UsageError(
-            f"there is no data set at '{path}'; check --dataset (make one: gencontrol collect --env … --output {path})."
-        )
+        raise UsageError(f"there is no data set at '{path}'; check --dataset ({make} {path}).")
 
 
 def _defaults(table: Mapping[str, Mapping[str, Any]], batch: int) -> dict[str, Any]:
@@ -158,8 +211,6 @@ def _policy(kind: Any, table: Mapping[str, Any]) -> tuple[Any, Any]:
     Raises:
         UsageError: an option that neither has.
     """
-    from gencontrol.robotics.policies.config import ChunkSizes
-
     sizes, options = ([field.name for field in dataclasses.fields(part)] for part in (ChunkSizes, kind.Config))
     if unknown := [key for key in table if key not in sizes and key not in options]:
         known = sorted([*sizes, *options])

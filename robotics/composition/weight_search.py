@@ -19,6 +19,7 @@ import numpy as np
 
 from gencontrol.errors import UsageError
 from gencontrol.robotics.composition.policy import ComposedPolicy
+from gencontrol.robotics.envs.types import EnvSource
 from gencontrol.robotics.evaluate import evaluate
 from gencontrol.stats import Estimate, bootstrap_mean, wilson
 
@@ -141,7 +142,7 @@ def simplex_grid(parents: int, step: float) -> list[Weighting]:
 
 def fit_weights(
     policy: ComposedPolicy,
-    env_id: str | None = None,
+    env: EnvSource | None = None,
     *,
     validation_seeds: Sequence[int],
     test_seeds: Sequence[int],
@@ -155,7 +156,7 @@ def fit_weights(
 
     Args:
         policy: its weights are not used.
-        env_id: environment of `gencontrol.robotics.evaluate`; not needed with `rollouts`.
+        env: environment of `gencontrol.robotics.evaluate`; not needed with `rollouts`.
         validation_seeds: of the search; "grid" runs every arm on all of them, "halving" starts with a few and keeps
             the better half of the arms while it doubles the seeds, "bandit" gives the next seeds to the arm with the
             highest upper confidence bound (UCB1), as many rollouts in all as "halving" makes.
@@ -168,7 +169,7 @@ def fit_weights(
     The result is a function of the arguments: nothing is drawn.
 
     Raises:
-        UsageError: seeds overlap or repeat, neither env_id nor rollouts is given, or an episode could not be run.
+        UsageError: seeds overlap or repeat, neither env nor rollouts is given, or an episode could not be run.
     """
     validation, test = _seeds(validation_seeds, "validation"), _seeds(test_seeds, "test")
     common = set(validation) & set(test)
@@ -177,14 +178,14 @@ def fit_weights(
     if method not in SEARCHES:
         raise UsageError(f"unknown method '{method}'; known: {', '.join(SEARCHES)}.")
     if rollouts is None:
-        if env_id is None:
-            raise UsageError("fit_weights needs an environment: give env_id, or rollouts.")
+        if env is None:
+            raise UsageError("fit_weights needs an environment: give env, or rollouts.")
         # a search makes dozens of short evaluations: one environment needs no process of its own to start each time
         isolation = "inline" if num_envs == 1 else "process"
         given: dict[str, Any] = {"num_envs": num_envs, "isolation": isolation, **(evaluation or {})}
 
         def rollouts(policy: Any, seeds: Sequence[int]) -> Sequence[bool]:
-            report = evaluate(policy, env_id, seeds=seeds, **given)
+            report = evaluate(policy, env, seeds=seeds, **given)
             for episode in report.episodes:
                 if not episode.valid:  # arms must meet equal seeds
                     raise UsageError(

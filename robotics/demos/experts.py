@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from gencontrol.errors import UsageError
 from gencontrol.rng import Keyed, row_keys, stream
 from gencontrol.robotics.envs.gymnasium import GymnasiumEnv
-from gencontrol.robotics.envs.make import make_env
+from gencontrol.robotics.envs.make import env_name, make_env
+from gencontrol.robotics.envs.types import EnvSource
 
 Rows = NDArray[np.float32]
 Observation = Mapping[str, Any]
@@ -205,27 +206,27 @@ class PointMazeExpert(Expert):
         return np.clip(self.STIFFNESS * (target - place) - self.DAMPING * speed, -1.0, 1.0).astype(np.float32)
 
 
-def expert_for(env_id: str, flaws: Flaws | None = None, kwargs: Mapping[str, Any] | None = None) -> Expert:
+def expert_for(env: EnvSource, flaws: Flaws | None = None, kwargs: Mapping[str, Any] | None = None) -> Expert:
     """Return the expert of an environment, found by the class of the simulation behind the id.
 
     Args:
-        env_id, kwargs: see `gencontrol.robotics.envs.vector.make_env`.
+        env, kwargs: see `gencontrol.robotics.envs.make.make_env`.
 
     Raises:
         UsageError: no expert is known for it, or no such environment.
         EnvironmentMissing: its package is not installed.
     """
-    env = make_env(env_id, kwargs=kwargs)
+    made = make_env(env, kwargs=kwargs)
     try:
-        inner = env.env.unwrapped if isinstance(env, GymnasiumEnv) else None
+        inner = made.env.unwrapped if isinstance(made, GymnasiumEnv) else None
         names = {kind.__name__ for kind in type(inner).__mro__}
         if "MujocoFetchPickAndPlaceEnv" in names:
             return FetchPickAndPlaceExpert(flaws)
         if inner is not None and "PointMazeEnv" in names:
             return PointMazeExpert(inner.maze.maze_map, inner.maze.maze_size_scaling, flaws)
     finally:
-        env.close()
+        made.close()
     raise UsageError(
-        f"no scripted expert is known for '{env_id}'; they exist for FetchPickAndPlace and PointMaze. Give a policy "
-        "folder or package.module:make_policy instead."
+        f"no scripted expert is known for '{env_name(env)}'; they exist for FetchPickAndPlace and PointMaze. Give a "
+        "policy folder or package.module:make_policy instead."
     )

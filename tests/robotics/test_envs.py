@@ -14,7 +14,6 @@ from gencontrol.errors import EnvironmentMissing, UsageError
 from gencontrol.robotics.envs import probe
 from gencontrol.robotics.envs.gymnasium import SuccessRule, flatten
 from gencontrol.robotics.envs.make import FAMILIES, family_of, make_env, require
-from gencontrol.robotics.envs.options import parse_kwargs
 from gencontrol.robotics.envs.types import EnvSpec, Timeouts, Transition
 from gencontrol.robotics.envs.vector import Envs, make_envs
 from gencontrol.robotics.envs.wire import (
@@ -197,12 +196,6 @@ def test_messages_come_back_unchanged() -> None:
     assert all(np.array_equal(again.observation[key], step.observation[key]) for key in step.observation)
     spec = EnvSpec("e", {"x": (2, 3)}, (-np.inf, -1.0), (np.inf, 1.0), 7, images=("i",), kwargs={"a": 1})
     assert spec_from_json(spec_to_json(spec)) == spec
-
-
-def test_arguments_as_typed() -> None:
-    assert parse_kwargs(["a=1", "b_c=true", "d=text", "E=[1, 2]"]) == {"a": 1, "b_c": True, "d": "text", "E": [1, 2]}
-    with pytest.raises(UsageError, match="key=value"):
-        parse_kwargs(["a"])
 
 
 def test_doctor_tells_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -361,7 +361,7 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
         ([f"{toy}:homing", "--env", f"{toy}:Discrete"], "takes actions of Discrete"),
         (["nowhere", "--env", POINT], "there is no policy at 'nowhere'"),
         (["zero", "--env", POINT, "--success", "sometimes"], "give auto"),
-        (["zero", "--env", POINT, "--env-kwarg", "nonsense"], "key=value"),
+        (["zero", "--env", POINT, "--env-kwarg", "nonsense"], "KEY=VALUE"),
         (["zero", "--env", POINT, "--time-limit", "0"], "time_limit = 0"),
     ):
         assert _command(*arguments, *out) == 2

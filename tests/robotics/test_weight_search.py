@@ -109,7 +109,7 @@ def test_overlapping_or_repeated_seeds_are_refused() -> None:
     [
         ({"method": "annealing"}, "unknown method"),
         ({"step": 0.3}, "divide 1"),
-        ({"rollouts": None}, "env_id"),
+        ({"rollouts": None}, "give env, or rollouts"),
         ({"rollouts": lambda composed, seeds: [True]}, "1 outcomes for"),
     ],
 )

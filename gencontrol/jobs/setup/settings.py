@@ -100,7 +100,7 @@ def called(given: Any) -> str:
     return f"a loaded {type(given).__name__}"
 
 
-def place(options: Mapping[str, Any], sections: Mapping[str, type]) -> dict[str, dict[str, Any]]:
+def place(options: Mapping[str, Any], sections: Mapping[str, type | tuple[type, ...]]) -> dict[str, dict[str, Any]]:
     """Return options by their sections, as `merge` does for the command line.
 
     Args:
@@ -110,8 +110,9 @@ def place(options: Mapping[str, Any], sections: Mapping[str, type]) -> dict[str,
         UsageError: a name that no section has (nearest one named), or that several have.
     """
     owners: dict[str, list[str]] = {}
-    for section, cls in sections.items():
-        for one in dataclasses.fields(cls):  # type: ignore[arg-type]  # dataclasses
+    for section, given in sections.items():
+        kinds = given if isinstance(given, tuple) else (given,)
+        for one in (one for cls in kinds for one in dataclasses.fields(cls)):
             owners.setdefault(one.name, []).append(section)
             owners[f"{section}__{one.name}"] = [section]
     table: dict[str, dict[str, Any]] = {section: {} for section in sections}
