@@ -231,11 +231,17 @@ def _kind(hint: Any) -> tuple[Any, str | None, Callable[[Any], Any], bool]:
         return type(inner[0]), "|".join(map(str, inner)), _text, _POSITIONAL in marks
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return list[str], "KEY=VALUE", lambda words: dict(_pair(word) for word in words), False
+    if origin in (tuple, list) and any(typing.get_origin(_bare(one)) in (tuple, list, dict) for one in inner):
+        return str, "TOML", _value, False  # lists of lists: [[1, 2], [3, 4]]
     if origin is tuple and inner[-1] is not Ellipsis:
         return tuple[tuple(_kind(one)[0] for one in inner)], None, list, False  # type: ignore[misc]  # made here
     if origin in (tuple, list):
         return list[_kind(inner[0])[0]], "…" if _POSITIONAL in marks else None, list, _POSITIONAL in marks  # type: ignore[misc]
     return hint if hint in (bool, int, float, str) else str, None, _text, _POSITIONAL in marks
+
+
+def _bare(hint: Any) -> Any:
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
 
 
 def _text(value: Any) -> Any:

@@ -118,7 +118,7 @@ def check(config: ServeConfig) -> tuple[str, str | None]:
     token = token_from_environment()
     if config.host not in _LOCAL and token is None:
         raise UsageError(
-            f"--host {parameters['host']} can be reached from other machines; set {TOKEN_VARIABLE} to a secret here "
+            f"--host {config.host} can be reached from other machines; set {TOKEN_VARIABLE} to a secret here "
             "and where the runs are, or serve at 127.0.0.1."
         )
     name = config.name or (parse_spec(specs[0])[0].rpartition(":")[2] if len(specs) == 1 else "reward")

@@ -111,7 +111,7 @@ def test_what_a_model_makes_is_read_from_its_folder(model: Path, tiny_model: Pat
     with pytest.raises(UsageError, match="--task audio, but --model .* makes images"):
         medium_of(str(model), "audio")
     (tmp_path / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
-    with pytest.raises(UsageError, match="is a DDPMPipeline; this command takes"):
+    with pytest.raises(UsageError, match="is a DDPMPipeline; this takes"):
         medium_of(str(tmp_path), "auto")
 
 

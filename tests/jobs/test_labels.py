@@ -155,4 +155,6 @@ def test_options_without_effect_are_refused(said: Said, tmp_path: Path) -> None:
     assert "does not use train.warmup" in said(*call, "train.warmup=3")
     assert "name the manifest" in said("pretrain", "classifier")
     weights = ["finetune", "--reward", "classifier", "--output", str(tmp_path / "run"), "--dry-run"]
-    assert "size = 0.0; expected a positive number" in said(*weights, "--set", "run.attribute_weights={size=0}")
+    assert "attribute_weights.size = 0; expected a number above 0" in said(
+        *weights, "--set", "run.attribute_weights={size=0}"
+    )
