@@ -1,7 +1,7 @@
 """Networks of other diffusion policies, rebuilt with their parameter names, so that weights load as they are.
 
 `ConditionalUnet1d` is the U-Net of Diffusion Policy (Chi et al. 2023) as LeRobot 0.4 and robomimic have it (FOUND: both
-sources read; LeRobot's output reproduced in tests/robotics/test_adapters_lerobot.py): Mish, FiLM after the first
+sources read; LeRobot's output reproduced in tests/robotics/policies): Mish, FiLM after the first
 convolution of a block, skips taken before the halving and joined before the doubling.  `RgbEncoder` is LeRobot's:
 ResNet-18 or -34 with GroupNorm, spatial softmax, a linear layer.
 """

@@ -27,7 +27,7 @@ def _healthy_bundle(folder: Path) -> Path:
 def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small bundle with a manifest, in place of the installed one."""
     folder = _healthy_bundle(tmp_path / "bundled")
-    monkeypatch.setattr(doctor, "_robots", lambda: iter(()))  # seconds; see tests/robotics/test_envs.py
+    monkeypatch.setattr(doctor, "_robots", lambda: iter(()))  # seconds; see tests/robotics/envs/test_envs.py
     monkeypatch.setattr(doctor, "BUNDLED", folder)
     monkeypatch.setattr(doctor, "check_manifest", lambda: check_manifest(folder))
     return folder

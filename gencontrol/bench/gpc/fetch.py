@@ -43,7 +43,7 @@ from gencontrol.robotics.policies.diffusion import (
 )
 from gencontrol.stats import Estimate, bootstrap_mean, wilson
 
-ENV = "gencontrol.robotics.envs.sensed:make_two_cameras"
+ENV = "gencontrol.bench.gpc.sensed:make_two_cameras"
 SIZES = ChunkSizes(horizon=8, n_obs=1, n_action=4)
 #: first seeds of demonstrations, validation and test; a training seed moves all of them
 DEMOS_A, DEMOS_B, VALIDATION, TEST, STRIDE = 1_000_000, 2_000_000, 3_000_000, 4_000_000, 10_000

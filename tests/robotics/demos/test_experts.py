@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gencontrol.bench.gpc.sensed import SENSED, sensor_error
 from gencontrol.cli import main
 from gencontrol.errors import UsageError
 from gencontrol.robotics.datasets.convert import read_episodes
 from gencontrol.robotics.demos.collect import collect
 from gencontrol.robotics.demos.experts import FetchPickAndPlaceExpert, Flaws, PointMazeExpert, expert_for
-from gencontrol.robotics.envs.sensed import SENSED, sensor_error
 from gencontrol.robotics.envs.vector import make_envs
 
 pytest.importorskip("gymnasium_robotics", reason='needs pip install "gencontrol[robotics]"')
-CAMERAS = "gencontrol.robotics.envs.sensed:make_two_cameras"
+CAMERAS = "gencontrol.bench.gpc.sensed:make_two_cameras"
 MAZE = [[1, 1, 1, 1, 1], [1, 0, 0, 0, 1], [1, 1, 1, 0, 1], [1, 0, 0, 0, 1], [1, 1, 1, 1, 1]]
 
 

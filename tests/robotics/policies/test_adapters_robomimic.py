@@ -19,7 +19,7 @@ from gencontrol.robotics.policies.loading import load_policy
 from gencontrol.robotics.policies.robomimic import ClonedPolicy, load_robomimic, unet_names
 from tests.helpers.composition_parents import noise
 
-HERE = Path(__file__).resolve().parents[1] / "fixtures" / "robomimic_policy"
+HERE = Path(__file__).resolve().parents[2] / "fixtures" / "robomimic_policy"
 
 
 def recorded() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

@@ -12,7 +12,7 @@ from gencontrol.robotics.datasets.convert import FORMATS, main, read_episodes, w
 from gencontrol.robotics.datasets.episodes import Episode, Episodes
 from tests.helpers.episode_samples import LENGTHS, RECORDED, TASKS, flat_image, sample_episode, sample_episodes
 
-FIXTURE = Path(__file__).resolve().parent.parent / "fixtures" / "lerobot_v3"
+FIXTURE = Path(__file__).resolve().parents[2] / "fixtures" / "lerobot_v3"
 NEEDS = {"robomimic": "h5py", "lerobot": "pyarrow", "minari": "h5py", "zarr": "zarr", "dppo": "numpy"}
 TARGET = {"robomimic": "demo.hdf5", "lerobot": "folder", "minari": "sample-v0", "zarr": "replay.zarr", "dppo": "dppo"}
 #: formats that hold all of an Episode but, for the last two, the final observation

@@ -24,7 +24,7 @@ from gencontrol.sampling import State, clip_x0
 from tests.fixtures.lerobot_policy_recipe import VARIANTS, weights_of
 from tests.helpers.composition_parents import noise
 
-HERE = Path(__file__).resolve().parents[1] / "fixtures" / "lerobot_policy"
+HERE = Path(__file__).resolve().parents[2] / "fixtures" / "lerobot_policy"
 TOLERANCE = {"rtol": 0, "atol": 2e-5}
 
 
