@@ -3,15 +3,36 @@
 A step of training is: `collect` (the data rule) → `updates` times [`minibatches` → `loss` of each micro-batch →
 optimizer step → `after_update`].  All randomness is a pure function of (seed, step, update, item) through
 `gencontrol.rng`, so a step that was interrupted is repeated identically after a resume.
+
+An algorithm with one loss trains `roles.trainable()`.  One with several (actor, critic, value) also has a method
+`parameter_groups`, and `loss` returns a LossOut per group:
+
+    class TwinDelayed:
+        def parameter_groups(self):
+            critic, actor = self.roles.trainable("critic"), self.roles.trainable("actor")
+            return {"critic": ParameterGroup(critic, lr=1e-3), "actor": ParameterGroup(actor, every=2, turn=1)}
+
+        def loss(self, micro, ctx):               # ctx.due: whose losses are asked for
+            if "actor" in ctx.due:                # turn 1: the critic has taken its step of this update already
+                return {"actor": self.actor_loss(micro)}
+            return {"critic": self.critic_loss(micro)}
+
+        def after_update(self, ctx, update):      # ctx.due: who took a step
+            if "actor" in ctx.due:
+                self.roles.lerp("target", 0.995)
+
+Each loss reaches the parameters of its own group only, whatever else lies in its graph; each group has its own clipping
+and finite check, so one that is not finite leaves the others' steps alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Shaped
 from torch import Tensor, nn
@@ -61,6 +82,9 @@ class StepContext:
         micro_batch: the largest number of items in one forward/backward pass.
         rank, world_size: this process's share of the work.
         group: exchanges between the processes of the run.
+        updates: optimizer updates of the run that were begun before this one, taken or not.
+        due: names of the parameter groups whose losses are asked for; in `after_update`, of those that took a step.
+            Empty in `collect` and `evaluate`, and for an algorithm that has no `parameter_groups`.
         poll: call it between units of work (a rollout chunk, a sampler step); raises `Preempted` on a signal.
         autocast: returns the context manager of the chosen precision; networks run inside it.
     """
@@ -71,8 +95,45 @@ class StepContext:
     rank: int = 0
     world_size: int = 1
     group: Collectives = field(default_factory=Collectives)
+    updates: int = 0
+    due: tuple[str, ...] = ()
     poll: Callable[[], None] = _nothing
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that one loss trains; settings left at None are the run's (section [train]).
+
+    Args:
+        parameters: trainable, float32, in no other group.  Values that no role holds (a temperature, say) belong into
+            the algorithm's `state_dict`.
+        lr: peak learning rate, > 0.
+        lr_schedule: "constant", "cosine" or "linear", after the run's warmup.
+        every: the group is due at the updates every, 2·every, … of the run, counted from 1.
+        turn: groups of one turn step together, from losses at the same weights; those of a higher turn are asked for
+            their losses after that, at the new weights.
+        max_grad_norm: of this group's gradient alone; 0 does not clip.
+        weight_decay, betas, eps: of AdamW.
+    """
+
+    parameters: Sequence[nn.Parameter]
+    lr: float | None = None
+    lr_schedule: Literal["constant", "cosine", "linear"] | None = None
+    every: int = 1
+    turn: int = 0
+    max_grad_norm: float | None = None
+    weight_decay: float | None = None
+    betas: tuple[float, float] | None = None
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.turn < 0 or (self.lr is not None and not 0 < self.lr < math.inf):
+            raise ValueError(
+                f"every = {self.every}, turn = {self.turn}, lr = {self.lr}; expected every ≥ 1, turn ≥ 0, lr > 0"
+            )
+        if self.lr_schedule not in (None, "constant", "cosine", "linear"):
+            raise ValueError(f"lr_schedule = {self.lr_schedule!r}; expected constant, cosine, linear or None")
 
 
 @dataclass(frozen=True)
@@ -116,7 +177,7 @@ class Evaluation:
 
 
 class RolesProtocol(Protocol):
-    """Named parameter sets of one backbone; see `gencontrol.models.roles`."""
+    """Named parameter sets of one network, or of several in a ModuleDict; see `gencontrol.models.roles`."""
 
     @property
     def module(self) -> nn.Module: ...
@@ -148,12 +209,16 @@ class Algorithm(Protocol):
         """Return the micro-batches of optimizer update number `update` of this step."""
         ...
 
-    def loss(self, micro: Any, ctx: StepContext) -> LossOut:
-        """Loss of one micro-batch under the policy role."""
+    def loss(self, micro: Any, ctx: StepContext) -> LossOut | Mapping[str, LossOut]:
+        """Loss of one micro-batch under the policy role; with `parameter_groups`, a LossOut for each name in `ctx.due`.
+
+        A due group that is left out is not stepped in this update (a warm-up); losses of groups that are not due are
+        ignored.  Metrics of different groups need different names.
+        """
         ...
 
     def after_update(self, ctx: StepContext, update: int) -> None:
-        """Move the other roles (EMA, old policies) after an optimizer step that was taken."""
+        """Move the other roles (EMA, old policies, targets) after an update in which a step was taken."""
         ...
 
     def evaluate(self, ctx: StepContext) -> Evaluation:
@@ -170,4 +235,13 @@ class Algorithm(Protocol):
 
     def save_final(self, folder: Path) -> None:
         """Write a folder that `from_pretrained` loads."""
+        ...
+
+
+@runtime_checkable
+class HasParameterGroups(Protocol):
+    """An algorithm with several losses; see the module."""
+
+    def parameter_groups(self) -> Mapping[str, ParameterGroup]:
+        """Return the groups by name, in the order in which those of one turn are treated; equal at every call."""
         ...

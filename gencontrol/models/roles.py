@@ -1,8 +1,15 @@
-"""Roles: named parameter sets of one backbone (policy, ref, ema, …), as LoRA adapter slots or as copies.
+"""Roles: named parameter sets of a network (policy, ref, ema, target, …), as LoRA adapter slots or as copies.
 
 `policy` is what the optimizer moves.  Without LoRA the other roles are copies of the trainable parameters; with LoRA
 (Hu et al. 2021, by peft) every role but `ref` is an adapter slot and `ref` is the base model with adapters off, so that
 no second copy of a large model is held.  Parameters that are frozen, and buffers, are shared by all roles.
+
+Several networks (actor, critic, value) are parts of one Roles, and a role may hold some of the parts only:
+
+    roles = Roles({"actor": actor, "critic": critic}, ("policy", "target"), only={"target": ["critic"]})
+    with torch.no_grad(), roles.use("target") as networks:
+        q = networks["critic"](observation, action)   # the target critic; the actor is the policy's
+    roles.lerp("target", 0.995)                       # Polyak average of what the target holds
 """
 
 from __future__ import annotations
@@ -79,44 +86,63 @@ def ema_decay(decay: float, update: int) -> float:
 
 
 class Roles:
-    """Named parameter sets of one module; `use(role)` switches them, the module's own state is the policy."""
+    """Named parameter sets of a module; `use(role)` switches them, the module's own state is the policy."""
 
     def __init__(
         self,
-        module: nn.Module,
+        module: nn.Module | Mapping[str, nn.Module],
         roles: Sequence[str] = ("policy", "ref", "ema"),
         lora: LoraConfig | None = None,
         seed: int = 0,
         whole: Sequence[str] = (),
+        only: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         """Prepare the roles, all equal to the module's present weights.
 
         Args:
-            module: the network; its parameters that require gradients are trained (with LoRA: only adapters).
+            module: the network, or several by name (`self.module` is then a ModuleDict of them); parameters that
+                require gradients are trained (with LoRA: only adapters).
             roles: names; must hold "policy".
             lora: adapters instead of full tuning.
             seed: of the adapters' initial draw (it does not touch the global generator).
             whole: with LoRA, beginnings of the names of parameters that are trained as they are beside the adapters
                 (a new condition); "ref" keeps their present values.
+            only: role → names (or beginnings of names, up to a dot) of the parts that it holds copies of; its other
+                parts, adapters too, are the policy's.  A role that is not listed holds everything that is trained.
 
         Raises:
-            UsageError: "policy" is missing, a name twice, nothing to train, or trainable weights not in fp32.
+            UsageError: "policy" is missing or restricted, a name twice, nothing to train, a part that does not exist, or
+                trainable weights not in fp32.
         """
         if "policy" not in roles or len(set(roles)) != len(roles):
             raise UsageError(f"roles {tuple(roles)}: each name once, and 'policy' among them.")
-        self.module, self.lora, self._names = module, lora, tuple(roles)
+        if not isinstance(module, nn.Module):
+            module = nn.ModuleDict(module)
+        self.module, self.lora, self._names, self._only = module, lora, tuple(roles), dict(only or {})
+        if "policy" in self._only or not self._only.keys() <= set(roles):
+            raise UsageError(f"only {sorted(self._only)}: roles other than 'policy', among {tuple(roles)}.")
         self._active = "policy"
         self._swap: Swap = _exchange
         if lora is None:
-            self._sets = _copies(module, self._names)
+            self._sets = self._chosen(_copies(module, self._names))
             self._swapped = self._sets
         else:
-            self._sets = _inject(module, self._names, lora, seed)
+            slots = [name for name in self._names if name != "ref" and name not in self._only]
+            self._sets = {name: {} for name in self._names} | _inject(module, slots, lora, seed)
             self._layers = _lora_layers(module)
-            self._swapped = _beside(module, self._names, whole)
+            self._swapped = self._chosen(_beside(module, self._names, whole))
             for role, weights in self._swapped.items():
                 self._sets[role] |= weights
             self._switch("policy")
+
+    def _chosen(self, sets: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """Leave in each role what it is to hold."""
+        for role, parts in self._only.items():
+            for part in parts:
+                if not any(_in_part(name, part) for name in sets["policy"]):
+                    raise UsageError(f"role '{role}': no trained parameter lies in the part '{part}'.")
+            sets[role] = {n: t for n, t in sets[role].items() if any(_in_part(n, part) for part in parts)}
+        return sets
 
     def names(self) -> Sequence[str]:
         """Names of the roles."""
@@ -127,9 +153,16 @@ class Roles:
         """The role whose weights the module has now."""
         return self._active
 
-    def trainable(self) -> list[nn.Parameter]:
-        """Parameters of the policy, for the optimizer."""
-        return [p for p in self._sets["policy"].values() if isinstance(p, nn.Parameter)]
+    def trainable(self, part: str = "") -> list[nn.Parameter]:
+        """Parameters of the policy, for the optimizer: all, or those of one part (a name, or its beginning up to a dot).
+
+        Raises:
+            UsageError: no trained parameter lies in that part.
+        """
+        found = [p for n, p in self._sets["policy"].items() if isinstance(p, nn.Parameter) and _in_part(n, part)]
+        if not found:
+            raise UsageError(f"no trained parameter lies in the part '{part}'.")
+        return found
 
     @contextmanager
     def use(self, role: str) -> Iterator[nn.Module]:
@@ -145,7 +178,7 @@ class Roles:
 
     def _switch(self, role: str) -> None:
         if self.lora is not None:
-            _select_adapter(self._layers, None if role == "ref" else role)
+            _select_adapter(self._layers, None if role == "ref" else "policy" if role in self._only else role)
         if role != self._active:
             self._swap(self._swapped["policy"], self._swapped[self._active])  # back to the policy
             self._swap(self._swapped["policy"], self._swapped[role])
@@ -158,23 +191,29 @@ class Roles:
             raise UsageError(f"no role '{role}'.{nearest(role, self._names)} Roles: {', '.join(self._names)}.")
 
     @torch.no_grad()
-    def copy(self, src: str, dst: str) -> None:
-        """Set the weights of role `dst` to those of `src`."""
-        source, target = self._pair(src, dst)
+    def copy(self, src: str, dst: str, part: str = "") -> None:
+        """Set the weights of role `dst` to those of `src`, as far as both hold them; `part` as in `trainable`."""
+        source, target = self._pair(src, dst, part)
         torch._foreach_copy_(target, source)
 
     @torch.no_grad()
-    def lerp(self, dst: str, decay: float) -> None:
-        """Move role `dst` towards the policy: dst ← decay·dst + (1 − decay)·policy, decay in [0, 1].
+    def lerp(self, dst: str, decay: float, part: str = "") -> None:
+        """Move role `dst` (or one part of it) towards the policy: dst ← decay·dst + (1 − decay)·policy.
 
-        With LoRA the two factors are averaged, not their product.
+        The Polyak average of target networks with τ = 1 − decay; its period is how often this is called.  With LoRA
+        the two factors are averaged, not their product.
+
+        Args:
+            dst: a role other than the policy.
+            decay: in [0, 1].
+            part: as in `trainable`.
         """
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"decay {decay} is not in [0, 1]")
-        source, target = self._pair("policy", dst)
+        source, target = self._pair("policy", dst, part)
         torch._foreach_lerp_(target, source, 1.0 - decay)
 
-    def _pair(self, src: str, dst: str) -> tuple[list[Tensor], list[Tensor]]:
+    def _pair(self, src: str, dst: str, part: str) -> tuple[list[Tensor], list[Tensor]]:
         self._check(src)
         self._check(dst)
         self._follow_device()
@@ -184,7 +223,10 @@ class Roles:
             raise UsageError(f"role '{dst}' cannot be written from '{src}' (with LoRA, ref is the frozen base).")
         if self.lora is not None and src == "ref":
             raise UsageError("with LoRA the role 'ref' has no weights of its own to copy.")
-        return list(self._sets[src].values()), list(self._sets[dst].values())
+        names = [name for name in self._sets[dst] if name in self._sets[src] and _in_part(name, part)]
+        if not names:
+            raise UsageError(f"the roles '{src}' and '{dst}' hold nothing in common of the part '{part}'.")
+        return [self._sets[src][name] for name in names], [self._sets[dst][name] for name in names]
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Weights of every role, detached; with LoRA `ref` has no adapter (it is the base model)."""
@@ -242,9 +284,13 @@ class Roles:
     def _follow_device(self) -> None:
         """Bring copies to where the module has been moved since."""
         for role, weights in self._swapped.items():
-            for name, parameter in self._swapped["policy"].items():
-                if weights[name].device != parameter.device:
-                    weights[name] = self._sets[role][name] = weights[name].to(parameter.device)
+            for name, weight in weights.items():
+                if weight.device != (device := self._swapped["policy"][name].device):
+                    weights[name] = self._sets[role][name] = weight.to(device)
+
+
+def _in_part(name: str, part: str) -> bool:
+    return not part or name.startswith(part if part.endswith(".") else part + ".") or name == part
 
 
 def _short(names: list[str]) -> str:
@@ -277,8 +323,8 @@ def _exchange(policy: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None
     """Swap storages of two sets in place; parameters keep their identity."""
     if policy is other:
         return
-    for name, parameter in policy.items():
-        parameter.data, other[name].data = other[name].data, parameter.data
+    for name, tensor in other.items():
+        policy[name].data, tensor.data = tensor.data, policy[name].data
 
 
 def _lora_layers(module: nn.Module) -> list[Any]:
@@ -287,8 +333,8 @@ def _lora_layers(module: nn.Module) -> list[Any]:
     return [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
 
 
-def _inject(module: nn.Module, names: Sequence[str], lora: LoraConfig, seed: int) -> dict[str, dict[str, Tensor]]:
-    """Add one adapter slot per role except `ref`; all slots start equal, and at zero effect."""
+def _inject(module: nn.Module, slots: Sequence[str], lora: LoraConfig, seed: int) -> dict[str, dict[str, Tensor]]:
+    """Add adapter slots; all of them start equal, and at zero effect."""
     try:
         import peft
     except ImportError as error:
@@ -298,14 +344,13 @@ def _inject(module: nn.Module, names: Sequence[str], lora: LoraConfig, seed: int
     targets = lora_targets(module, lora.targets)
     module.requires_grad_(False)
     settings = peft.LoraConfig(r=lora.rank, lora_alpha=lora.scale_alpha, target_modules=targets)
-    slots = [name for name in names if name != "ref"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # one tuner for all slots: a second one would find the first one's configuration on the module, and warn
         tuner = peft.LoraModel(module, dict.fromkeys(slots, settings), slots[0])
         for slot in slots[1:]:
             tuner.inject_adapter(module, slot)
-    sets: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+    sets: dict[str, dict[str, Tensor]] = {name: {} for name in slots}
     for name, parameter in module.named_parameters():
         path, _, rest = name.rpartition(".lora_")
         part, _, slot = rest.removesuffix(".weight").partition(".")

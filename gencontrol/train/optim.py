@@ -14,18 +14,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gencontrol.algorithms.base import Algorithm, HasParameterGroups, ParameterGroup
 from gencontrol.errors import CheckpointError, UsageError
 from gencontrol.train.config import TrainConfig
 
 
-def learning_rate(config: TrainConfig, position: float) -> float:
-    """Learning rate at `position` = step index + update / updates of that step, in [0, steps)."""
+def learning_rate(
+    config: TrainConfig, position: float, peak: float | None = None, schedule: str | None = None
+) -> float:
+    """Learning rate at `position` = step index + update / updates of that step, in [0, steps).
+
+    Args:
+        config: of the run; its warmup and steps always hold.
+        peak, schedule: in the place of its `lr` and `lr_schedule`.
+    """
+    peak, schedule = peak or config.lr, schedule or config.lr_schedule
     rise = min(1.0, (position + 1) / config.warmup) if config.warmup else 1.0
-    if config.lr_schedule == "constant" or position < config.warmup:
-        return config.lr * rise
+    if schedule == "constant" or position < config.warmup:
+        return peak * rise
     progress = min(1.0, (position - config.warmup) / max(1, config.steps - config.warmup))
-    fall = 1 - progress if config.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return config.lr * fall
+    fall = 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * fall
 
 
 def name_parameters(module: nn.Module, parameters: Sequence[nn.Parameter]) -> dict[str, nn.Parameter]:
@@ -51,26 +60,67 @@ def name_parameters(module: nn.Module, parameters: Sequence[nn.Parameter]) -> di
     return named
 
 
+def make_optimizers(algorithm: Algorithm, config: TrainConfig) -> dict[str, Optimizer]:
+    """Return the optimizer of each parameter group, in the order of their turns; one called "" without groups.
+
+    Raises:
+        UsageError: no groups, a parameter in none or in two of them, or what `name_parameters` refuses.
+    """
+    roles = algorithm.roles
+    if not isinstance(algorithm, HasParameterGroups):
+        return {"": Optimizer(name_parameters(roles.module, roles.trainable()), config)}
+    groups = dict(sorted(algorithm.parameter_groups().items(), key=lambda item: item[1].turn))
+    named = name_parameters(roles.module, [p for group in groups.values() for p in group.parameters])
+    names = {id(parameter): name for name, parameter in named.items()}
+    every = dict(roles.module.named_parameters())
+    left = [name for name, p in every.items() if id(p) not in names and any(p is q for q in roles.trainable())]
+    empty = [name for name, group in groups.items() if not group.parameters]
+    if left or empty:
+        raise UsageError(
+            f"parameter_groups(): parameters in no group {left[:5]}, groups without a parameter {empty}; put each "
+            "trainable parameter into one group, or switch its gradient off before the roles are made."
+        )
+    return {
+        name: Optimizer({names[id(p)]: p for p in group.parameters}, config, group) for name, group in groups.items()
+    }
+
+
 def strip_prefix(name: str) -> str:
     """Remove what torch.compile and DDP put into parameter names."""
     return name.replace("_orig_mod.", "").removeprefix("module.")
 
 
 class Optimizer:
-    """AdamW over named parameters, with weight decay on those of two or more axes only."""
+    """AdamW over the named parameters of one group, with weight decay on those of two or more axes only.
 
-    def __init__(self, named: Mapping[str, nn.Parameter], config: TrainConfig) -> None:
-        self.named = dict(named)
+    Args:
+        named: parameters by their names in the checkpoint.
+        config: of the run.
+        group: the settings that differ from the run's; its `parameters` are not looked at.
+    """
+
+    def __init__(
+        self, named: Mapping[str, nn.Parameter], config: TrainConfig, group: ParameterGroup | None = None
+    ) -> None:
+        self.named, self.config, self.group = dict(named), config, group or ParameterGroup(())
+        mine = self.group
+        self.max_grad_norm = config.max_grad_norm if mine.max_grad_norm is None else mine.max_grad_norm
+        decays = config.weight_decay if mine.weight_decay is None else mine.weight_decay
         groups = [
             {"params": [p for p in named.values() if (p.ndim >= 2) is wide and type(p) is kind], "weight_decay": decay}
-            for wide, decay in ((True, config.weight_decay), (False, 0.0))
-            for kind in dict.fromkeys(
-                type(p) for p in named.values()
-            )  # fused steps take no mixture of shards and whole
+            for wide, decay in ((True, decays), (False, 0.0))
+            # fused steps take no mixture of shards and whole
+            for kind in dict.fromkeys(type(p) for p in named.values())
         ]
         groups = [group for group in groups if group["params"]]
         fused = all(p.device.type in ("cpu", "cuda") for p in named.values())
-        self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=1e-8, fused=fused)
+        self.adamw = torch.optim.AdamW(
+            groups, lr=mine.lr or config.lr, betas=mine.betas or config.betas, eps=mine.eps, fused=fused
+        )
+
+    def rate(self, position: float) -> float:
+        """Learning rate of this group at a position of the run; see `learning_rate`."""
+        return learning_rate(self.config, position, self.group.lr, self.group.lr_schedule)
 
     def parameters(self) -> list[nn.Parameter]:
         """The trained parameters, in the order of their names' first appearance."""

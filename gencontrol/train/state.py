@@ -16,15 +16,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gencontrol._version import __version__
 from gencontrol.algorithms.base import Algorithm
 from gencontrol.errors import DiskError, EnvironmentMissing, UsageError
+from gencontrol.train.accounting import Window
 from gencontrol.train.checkpoint import Checkpoints, TrainState, join_tensors, restore_names, split_tensors
 from gencontrol.train.config import TrainConfig
-from gencontrol.train.distributed.layout import Layout, Table
+from gencontrol.train.distributed.dist import Layout, Table
 from gencontrol.train.health import Health
-from gencontrol.train.optim import LossScale, Optimizer, name_parameters
+from gencontrol.train.optim import LossScale, make_optimizers
 from gencontrol.train.run_folder import settings_hash
 
 
@@ -47,12 +49,13 @@ class RunState:
         checkpoints: Checkpoints,
         layout: Layout,
     ) -> None:
-        named = name_parameters(algorithm.roles.module, algorithm.roles.trainable())
-        self.device = _check_device(config, next(iter(named.values())).device)
-        self.optimizer = Optimizer(named, config)
+        self.optimizers = make_optimizers(algorithm, config)
+        self.named = {name: p for optimizer in self.optimizers.values() for name, p in optimizer.named.items()}
+        self.device = _check_device(config, next(iter(self.named.values())).device)
         self.scale = LossScale.start(config)
         self.health = Health(config.max_bad_steps)
-        self.step, self.updates, self.items, self.wall_s = 0, 0, 0, 0.0
+        self.step, self.updates, self.begun, self.items, self.wall_s = 0, 0, 0, 0, 0.0
+        self.window = Window()
         self.record: dict[str, Any] = {"step": 0}
         self.saved_step: int | None = None
         self._settings, self._algorithm, self._checkpoints = settings, algorithm, checkpoints
@@ -64,13 +67,22 @@ class RunState:
         """Remember the present state as that of a whole step."""
         tree, tensors = split_tensors(self._algorithm.state_dict())
         copies = {key: tensor.detach().clone() for key, tensor in tensors.items()}
-        self._boundary = (join_tensors(tree, copies), self._meta())
+        self._boundary = (
+            join_tensors(tree, copies),
+            {
+                "counters": {"updates": self.updates, "begun": self.begun, "items": self.items, "wall_s": self.wall_s},
+                "health": self.health.state_dict(),
+                "loss_scale": self.scale.state_dict(),
+                "record": dict(self.record),
+                "window": self.window.state_dict(),
+            },
+        )
         self._frozen = None
 
     def freeze(self) -> None:
         """Copy roles and optimizer before the first of several updates; further calls do nothing."""
         if self._frozen is None:
-            now = self._algorithm.roles.state_dict(), self.optimizer.state_dict()
+            now = self._algorithm.roles.state_dict(), self._moments()
             self._frozen = (self._layout.copied(now[0]), self._layout.copied(now[1]))
 
     def save(self) -> None:
@@ -82,10 +94,10 @@ class RunState:
         algorithm, meta = self._boundary
         step = int(meta["record"]["step"])
         if step != self.saved_step:
-            held = self._frozen or (self._algorithm.roles.state_dict(), self.optimizer.state_dict())
+            held = self._frozen or (self._algorithm.roles.state_dict(), self._moments())
             roles, optimizer = self._layout.whole(held[0]), self._layout.whole(held[1])
             if self._writes:
-                self._checkpoints.save(TrainState(step, roles, optimizer, algorithm, meta))
+                self._checkpoints.save(TrainState(step, roles, optimizer, algorithm, meta | self._surroundings()))
         self.saved_step = step
 
     def check_space(self) -> None:
@@ -96,7 +108,7 @@ class RunState:
         """
         roles = self._algorithm.roles.state_dict().values()
         weights = sum(t.numel() * t.element_size() for role in roles for t in role.values())
-        moments = sum(2 * p.numel() * p.element_size() for p in self.optimizer.parameters())
+        moments = sum(2 * p.numel() * p.element_size() for p in self.named.values())
         free = self._checkpoints.files.free_bytes(self._checkpoints.folder.parent)
         if free < weights + moments:
             raise DiskError(
@@ -123,29 +135,35 @@ class RunState:
             {role: {name: placed(t, live[role][name]) for name, t in row.items()} for role, row in roles.items()}
         )
         self._algorithm.load_state_dict(state.algorithm)
-        named = self.optimizer.named
-        self.optimizer.load_state_dict(
-            {name: {key: placed(t, named.get(name)) for key, t in row.items()} for name, row in state.optimizer.items()}
-        )
+        left = {
+            name: {key: placed(t, self.named.get(name)) for key, t in row.items()}
+            for name, row in state.optimizer.items()
+        }
+        first, *others = self.optimizers.values()
+        for optimizer in others:  # a group that was never due has no moments yet
+            optimizer.load_state_dict({name: left.pop(name) for name in optimizer.named if name in left})
+        first.load_state_dict(left)  # refuses what no group knows
         self.health.load_state_dict(state.meta["health"])
         self.scale.load_state_dict(state.meta["loss_scale"])
         counters = state.meta["counters"]
         self.updates, self.items, self.wall_s = counters["updates"], counters["items"], counters["wall_s"]
+        self.begun = counters.get("begun", self.updates)  # checkpoints of 0.1 lack it, and have a single group
+        self.window.load_state_dict(state.meta.get("window", {}))
         self.step, self.record, self.saved_step = state.step, dict(state.meta["record"]), state.step
-        now = self._meta()
+        now = self._surroundings()
         return [
             f"{name} changed from {state.meta[name]} to {now[name]}: the result may differ in the last digits."
             for name in ("topology", "versions")
             if now[name] != state.meta[name]
         ]
 
-    def _meta(self) -> dict[str, Any]:
+    def _moments(self) -> dict[str, dict[str, Tensor]]:
+        return {key: row for optimizer in self.optimizers.values() for key, row in optimizer.state_dict().items()}
+
+    def _surroundings(self) -> dict[str, Any]:
+        """What a checkpoint tells of its run, the same at every step."""
         return {
             "time_unix": time.time(),
-            "counters": {"updates": self.updates, "items": self.items, "wall_s": self.wall_s},
-            "health": self.health.state_dict(),
-            "loss_scale": self.scale.state_dict(),
-            "record": dict(self.record),
             "versions": {
                 "gencontrol": __version__,
                 "torch": torch.__version__,

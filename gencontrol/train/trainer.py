@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
 import sys
 import time
@@ -21,17 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from gencontrol.algorithms.base import Algorithm, Collected, Evaluation, StepContext
+from gencontrol.algorithms.base import Algorithm, Collected, Evaluation, HasParameterGroups, LossOut, StepContext
 from gencontrol.errors import NumericsError, Preempted, UsageError
 from gencontrol.files import FileLayer, disk_errors
-from gencontrol.train.accounting import Sums, average, global_rng_untouched, peak_mb
+from gencontrol.train.accounting import Sums, Window, global_rng_untouched, numbers, peak_mb
 from gencontrol.train.checkpoint import Checkpoints
 from gencontrol.train.config import TrainConfig, check_processes
-from gencontrol.train.distributed.dist import Group, is_there, no_note, nothing
-from gencontrol.train.distributed.layout import make_layout
+from gencontrol.train.distributed.dist import Group, Layout
 from gencontrol.train.health import write_dump
-from gencontrol.train.optim import clip_gradients, gradients, learning_rate, scale_gradients
+from gencontrol.train.optim import Optimizer, clip_gradients, gradients, scale_gradients
 from gencontrol.train.run_folder import Lock, MetricsFile, check_settings, clean_leftovers, write_samples
 from gencontrol.train.signals import SignalGuard
 from gencontrol.train.state import RunState
@@ -85,7 +84,8 @@ class Trainer:
             group = stack.enter_context(Group())
             check_processes(self.config, group.world_size)
             signals = stack.enter_context(SignalGuard())
-            group.together(lambda: stack.enter_context(self._open_folder(group)), no_note, signals)
+            with group.exchange(signals):
+                stack.enter_context(self._open_folder(group))
             run = _Run(self, algorithm, group, signals)
             stack.callback(run.close)
             return run.loop(stop_at)
@@ -114,7 +114,7 @@ class _Run:
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
         self.checkpoints = Checkpoints(self.run_dir / "checkpoints", self.config.keep, trainer.files)
-        self.layout = make_layout(algorithm.roles, group, signals, shard=self.config.shard)
+        self.layout = self._make_layout()
         self.state = RunState(self.config, trainer.settings, algorithm, self.checkpoints, self.layout)
         self.metrics = MetricsFile(self.run_dir / "metrics.jsonl", trainer.files)
         self.tracker: Tracker = NoTracker()
@@ -130,7 +130,9 @@ class _Run:
             self.layout.release()
             return self._summary("finished")
         if config.compile:
-            self.algorithm.roles.module.compile()
+            module = self.algorithm.roles.module
+            for part in module.values() if isinstance(module, nn.ModuleDict) else (module,):
+                part.compile()
         self.progress.start(state.step)
         try:
             if not line_written:
@@ -144,7 +146,8 @@ class _Run:
                 if state.step % config.save_every == 0 or state.step == config.steps:
                     self._save()
                 self._close_step()
-                self.group.together(nothing, no_note, self.signals)
+                with self.group.exchange(self.signals):
+                    pass
         except Preempted:
             if state.step != state.saved_step:
                 self._save()
@@ -160,107 +163,156 @@ class _Run:
         begin = time.perf_counter()
         state, context = self.state, self._context()
         self._quiet = False
-        collected, notes = self.group.together(
-            lambda: self.algorithm.collect(context),
-            lambda c: {"updates": c.updates, "metrics": {key: float(value) for key, value in c.metrics.items()}},
-            self.signals,
-        )
-        if len({note["updates"] for note in notes}) > 1:
+        with self.group.exchange(self.signals) as exchange:
+            collected = self.algorithm.collect(context)
+            metrics = {key: float(value) for key, value in collected.metrics.items()}
+            exchange.note = {"updates": collected.updates, "metrics": metrics}
+        if len({note["updates"] for note in exchange.notes}) > 1:
             raise UsageError("ranks collected different numbers of updates; make `updates` a function of the step.")
         collected_at = time.perf_counter()
-        sums, norms = Sums(), []
+        items = 0
         for update in range(collected.updates):
-            norm = self._update(collected, update, context, sums)
-            if norm is not None:
-                norms.append(norm)
+            items += self._update(collected, update)
         self._quiet = True
-        metrics = average([note["metrics"] for note in notes])
-        if norms:
-            metrics |= sums.means() | {"loss/total": sums.mean_loss(), "grad_norm": sum(norms) / len(norms)}
+        update_s = time.perf_counter() - collected_at
         state.step += 1
-        state.items += sums.count
-        self._record(metrics, collected_at - begin, time.perf_counter() - collected_at, sums.count)
+        state.items += items
+        state.wall_s += collected_at - begin + update_s
+        rows = [note["metrics"] for note in exchange.notes]
+        state.window.add_step(rows, items, collected_at - begin, update_s)
+        every = (self.config.log_every, self.config.eval_every or self.config.steps, self.config.steps)
+        state.record = {"step": state.step}
+        if any(state.step % number == 0 for number in every):
+            self._record(state.window)
+            state.window = Window()
         state.mark()
         self._quiet = False
 
-    def _record(self, metrics: Mapping[str, float], collect_s: float, update_s: float, items: int) -> None:
+    def _record(self, window: Window) -> None:
+        """Make this step's line from what was summed up since the last one."""
         state = self.state
-        state.wall_s += collect_s + update_s
-        state.record = {
-            "step": state.step,
-            **{key: metrics[key] for key in sorted(metrics)},
-            "lr": learning_rate(self.config, state.step - 1),
+        rates = {f"lr/{n}" if n else "lr": o.rate(state.step - 1) for n, o in state.optimizers.items()}
+        state.record |= {
+            **window.metrics(),
+            **rates,
             "updates": state.updates,
             "items": state.items,
             "health/skipped": state.health.skipped,
             "time/wall": state.wall_s,
-            "time/collect": collect_s,
-            "time/update": update_s,
-            "samples/s": items / max(collect_s + update_s, 1e-9),
+            **window.times(),
             "memory/peak_mb": peak_mb(state.device),
         }
         if state.scale.enabled:
             state.record["health/loss_scale"] = state.scale.scale
 
-    def _update(self, collected: Collected, update: int, context: StepContext, into: Sums) -> float | None:
-        """One optimizer step; returns the gradient norm, or None when the step was skipped."""
-        state = self.state
-        state.optimizer.zero_grad()
-        _, notes = self.group.together(
-            lambda: self._accumulate(collected.data, update, context), Sums.note, self.signals
-        )
-        parameters = state.optimizer.parameters()
-        self.layout.sum_gradients(parameters)
-        batch = Sums()
-        for note in notes:
-            batch.add(note)
-        if batch.count == 0:
-            return None
-        grads = self.layout.local(gradients(parameters))
-        scale_gradients(grads, 1.0 / (batch.count * state.scale.scale))
-        norm = clip_gradients(grads, self.layout.norm(parameters), self.config.max_grad_norm)
-        if not self._healthy(batch.mean_loss(), norm, collected, update):
-            return None
-        if collected.updates > 1:
-            state.freeze()
-        self._quiet = update == collected.updates - 1
-        state.optimizer.step(learning_rate(self.config, state.step + update / collected.updates))
-        state.updates += 1
-        self.algorithm.after_update(context, update)
-        into.add(batch.note())
-        return norm
+    def _update(self, collected: Collected, update: int) -> int:
+        """Let every group that is due take its step, turn by turn; returns the items of the groups that did."""
+        state, algorithm, stepped, items = self.state, self.algorithm, [], 0
+        due = {name: o for name, o in state.optimizers.items() if (state.begun + 1) % o.group.every == 0}
+        for turn in sorted({optimizer.group.turn for optimizer in due.values()}):
+            groups = {name: optimizer for name, optimizer in due.items() if optimizer.group.turn == turn}
+            context = self._context(tuple(groups))
+            sums = {name: Sums() for name in groups}
+            for optimizer in groups.values():
+                optimizer.zero_grad()
+            # gradients of sums over all micro-batches of this rank, so that their split cannot matter
+            with self.group.exchange(self.signals, heed=not self._quiet) as exchange:
+                for micro in algorithm.minibatches(collected.data, update, context):
+                    self._poll()
+                    losses = algorithm.loss(micro, context)
+                    self._backward(losses, groups, sums)
+                exchange.note = sums if self.group.world_size == 1 else {n: part.note() for n, part in sums.items()}
+            batches = {name: Sums() for name in groups}
+            for name, batch in batches.items():
+                for note in exchange.notes:
+                    batch.add(note[name])
+            ready = self._ready({name: o for name, o in groups.items() if batches[name].count}, batches)
+            taken = self._healthy(ready, batches, collected, update)
+            if taken and collected.updates > 1:
+                state.freeze()
+            # from here on the step is finished whatever signal comes: its boundary is no longer in memory
+            self._quiet = self._quiet or (bool(taken) and update == collected.updates - 1)
+            for name in taken:
+                groups[name].step(groups[name].rate(state.step + update / collected.updates))
+                state.window.add_update(name, batches[name], ready[name])
+            stepped += taken
+            items += max((batches[name].count for name in taken), default=0)
+        if stepped:
+            state.updates += 1
+            algorithm.after_update(self._context(tuple(stepped)), update)
+        state.begun += 1
+        return items
 
-    def _accumulate(self, data: Any, update: int, context: StepContext) -> Sums:
-        """Backward of all micro-batches of this rank; gradients of sums, so that their split cannot matter."""
-        sums = Sums()
-        for micro in self.algorithm.minibatches(data, update, context):
-            self._poll()
-            out = self.algorithm.loss(micro, context)
-            self.layout.backward(out.total * self.state.scale.scale)
-            sums.add_loss(out)
-        return sums
+    def _backward(
+        self, losses: LossOut | Mapping[str, LossOut], groups: Mapping[str, Optimizer], sums: Mapping[str, Sums]
+    ) -> None:
+        """Add the gradients of a micro-batch, each loss to the parameters of its own group alone."""
+        scale = self.state.scale.scale
+        if isinstance(losses, LossOut):
+            if "" not in groups:
+                raise UsageError(
+                    f"loss() returned one LossOut; with parameter_groups() it is one of {sorted(groups)} each."
+                )
+            self.layout.backward(losses.total * scale)
+            sums[""].add(losses)
+            return
+        unknown = sorted(losses.keys() - self.state.optimizers.keys())
+        if unknown or "" in groups:
+            raise UsageError(
+                f"loss() returned losses of the groups {unknown or sorted(losses)}, which parameter_groups() "
+                "does not declare."
+            )
+        asked = [name for name in groups if name in losses]
+        for name in asked:
+            # losses may share a part of their graph: it is kept until the last of them
+            keep = name != asked[-1]
+            (losses[name].total * scale).backward(inputs=groups[name].parameters(), retain_graph=keep)
+            sums[name].add(losses[name])
 
-    def _healthy(self, total: float, norm: float, collected: Collected, update: int) -> bool:
-        """Whether the step may be taken; counts it when not, and stops the run past the budget."""
+    def _ready(self, groups: Mapping[str, Optimizer], batches: dict[str, Sums]) -> dict[str, float]:
+        """Sum gradients over the ranks, divide and clip them; returns their norms, and makes all sums floats."""
+        norms: dict[str, float] = {}
+        for name, optimizer in groups.items():
+            parameters, batch = optimizer.parameters(), batches[name]
+            self.layout.sum_gradients(parameters)
+            grads = self.layout.local(gradients(parameters))
+            scale_gradients(grads, 1.0 / (batch.count * self.state.scale.scale))
+            # one wait for the device: the norm is not finite when any gradient is not
+            norm, total, *rest = numbers([self.layout.norm(parameters), batch.total, *batch.metrics.values()])
+            batches[name] = Sums(batch.count, total, dict(zip(batch.metrics, rest, strict=True)))
+            norms[name] = clip_gradients(grads, norm, optimizer.max_grad_norm)
+        return norms
+
+    def _healthy(
+        self, norms: Mapping[str, float], batches: Mapping[str, Sums], collected: Collected, update: int
+    ) -> list[str]:
+        """Return the groups that may step; counts it when one may not, and stops the run past the budget."""
         state = self.state
-        bad = not (math.isfinite(total) and math.isfinite(norm))
-        searching = state.scale.enabled and math.isfinite(total) and state.scale.scale > 1
+        if not norms:
+            return []
+        totals = {name: float(batches[name].total) / batches[name].count for name in norms}
+        good = [name for name in norms if math.isfinite(totals[name]) and math.isfinite(norms[name])]
+        bad = len(good) < len(norms)
+        searching = state.scale.enabled and all(map(math.isfinite, totals.values())) and state.scale.scale > 1
         state.scale.update(overflow=bad)
         if bad and searching:  # fp16 finds its scale by overflowing now and then
-            return False
+            return good
         reason = state.health.note(bad=bad)
         if reason is None:
-            return not bad
+            return good
+        name = next(name for name in norms if name not in good)
         folder = self.run_dir / "dump" / f"step_{state.step:08d}"
-        weights = self.layout.whole({"policy": state.optimizer.named})["policy"]
+        weights = self.layout.whole({"policy": state.named})["policy"]
         if self.writes:
-            facts = {"seed": self.config.seed, "step": state.step, "update": update, "loss": repr(total)}
-            facts |= {"grad_norm": repr(norm), "health": state.health.state_dict()}
+            facts = {"seed": self.config.seed, "step": state.step, "update": update, "loss": repr(totals[name])}
+            facts |= {"grad_norm": repr(norms[name]), "health": state.health.state_dict(), "group": name}
             with disk_errors("the dump", folder):
                 write_dump(folder, facts, collected.data, weights)
+        what = f"{name}: " if name else ""
         raise NumericsError(
-            f"step {state.step}: {reason}; loss {total}, gradient norm {norm}. Batch and weights are in '{folder}'; "
-            "try a lower lr or precision = bf16/fp32, then run the same command to go on from the last checkpoint."
+            f"step {state.step}: {what}{reason}; loss {totals[name]}, gradient norm {norms[name]}. Batch and weights "
+            f"are in '{folder}'; try a lower lr or precision = bf16/fp32, then run the same command to go on from the "
+            "last checkpoint."
         )
 
     # ---------------------------------------------------------------- step boundary
@@ -289,23 +341,20 @@ class _Run:
         context = self._context()
         for micro_batch in (context.micro_batch, max(1, context.micro_batch // 2)):
             smaller = dataclasses.replace(context, micro_batch=micro_batch)
-            with global_rng_untouched(self.state.device):
-                attempt = functools.partial(self._try_evaluate, smaller)
-                result, fits = self.group.together(attempt, is_there, self.signals)
-            if result is not None and all(fits):
+            result: Evaluation | None = None
+            with global_rng_untouched(self.state.device), self.group.exchange(self.signals) as exchange:
+                try:
+                    result = self.algorithm.evaluate(smaller)
+                except torch.OutOfMemoryError:
+                    if self.config.shard:  # the other ranks wait inside this very pass
+                        raise
+                    if self.state.device.type == "cuda":
+                        torch.cuda.empty_cache()
+                exchange.note = result is not None
+            if result is not None and all(exchange.notes):
                 return result
             self._say(f"warning: evaluation at step {self.state.step} ran out of memory (micro_batch {micro_batch}).")
         return Evaluation({"eval/failed": 1.0})
-
-    def _try_evaluate(self, context: StepContext) -> Evaluation | None:
-        try:
-            return self.algorithm.evaluate(context)
-        except torch.OutOfMemoryError:
-            if self.config.shard:  # the other ranks wait inside this very pass
-                raise
-            if self.state.device.type == "cuda":
-                torch.cuda.empty_cache()
-            return None
 
     def _save(self) -> None:
         if self.writes:
@@ -317,11 +366,12 @@ class _Run:
 
     def _resume(self) -> bool:
         """Load the newest intact checkpoint; returns whether its line of metrics.jsonl is written."""
-        self.group.together(self._prepare_folder, no_note, self.signals)
-        saved, steps = self.group.together(
-            self.checkpoints.load_newest, lambda found: found.step if found else None, self.signals
-        )
-        if len(set(steps)) > 1:
+        with self.group.exchange(self.signals):
+            self._prepare_folder()
+        with self.group.exchange(self.signals) as exchange:
+            saved = self.checkpoints.load_newest()
+            exchange.note = saved.step if saved else None
+        if len(set(exchange.notes)) > 1:
             raise UsageError(f"ranks see different checkpoints in '{self.run_dir}'; put it on a shared file system.")
         if saved is not None:
             for note in self.state.restore(saved):
@@ -370,7 +420,17 @@ class _Run:
         if self.tracker.dropped:
             self._say(f"warning: the tracker dropped {self.tracker.dropped} records; metrics.jsonl has all of them.")
 
-    def _context(self) -> StepContext:
+    def _make_layout(self) -> Layout:
+        """Return how the weights lie; with `shard` the network and its roles are split over the ranks in place."""
+        if not self.config.shard:
+            return Layout(self.group)
+        if isinstance(self.algorithm, HasParameterGroups) or isinstance(self.algorithm.roles.module, nn.ModuleDict):
+            raise UsageError("train.shard splits one network with one loss; leave it out for several parameter groups.")
+        from gencontrol.train.distributed.shard import Shards  # takes half a second to import
+
+        return Shards(self.algorithm.roles, self.group, self.signals)
+
+    def _context(self, due: tuple[str, ...] = ()) -> StepContext:
         return StepContext(
             seed=self.config.seed,
             step=self.state.step,
@@ -378,6 +438,8 @@ class _Run:
             rank=self.group.rank,
             world_size=self.group.world_size,
             group=self.group,
+            updates=self.state.begun,
+            due=tuple(name for name in due if name),
             poll=self._poll,
             autocast=self._autocast,
         )

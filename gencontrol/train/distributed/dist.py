@@ -14,9 +14,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Shaped
@@ -27,7 +27,6 @@ from gencontrol.errors import GencontrolError, Preempted, UsageError
 from gencontrol.train.optim import gradients
 from gencontrol.train.signals import SignalGuard
 
-T = TypeVar("T")
 #: How long a rank waits for the reason after another rank has failed.
 _PATIENCE_S = 60.0
 _ERROR, _STOP = "gencontrol/error", "gencontrol/stop"
@@ -35,19 +34,6 @@ _ERROR, _STOP = "gencontrol/error", "gencontrol/stop"
 
 class PeerError(GencontrolError):
     """Another rank failed; the message carries its rank and error."""
-
-
-def nothing() -> None:
-    """Work of an exchange that only asks for signals and errors."""
-
-
-def no_note(result: object) -> None:
-    """Note of an exchange that has nothing to tell."""
-
-
-def is_there(result: object) -> bool:
-    """Note that says whether there is a result."""
-    return result is not None
 
 
 def _choose_device() -> None:
@@ -156,44 +142,9 @@ class Group(Collectives):
         pairs = zip(parts, sizes, strict=True)
         return [json.loads(bytes(part[: int(size)].tolist()).decode()) for part, size in pairs]
 
-    def together(self, work: Callable[[], T], note: Callable[[T], Any], signals: SignalGuard) -> tuple[T, list[Any]]:
-        """Run `work` on all ranks; returns its result and every rank's `note` (JSON) of it.
-
-        Raises:
-            the rank's own error; PeerError when only another rank failed; Preempted on all ranks when one got a signal.
-        """
-        if self.world_size == 1:
-            result = work()
-            signals.poll()
-            return result, [note(result)]
-        done: list[T] = []
-        error: Exception | None = None
-        report = {"error": "", "stop": False, "note": None}
-        try:
-            done.append(work())
-            report["note"] = note(done[0])
-            if self.turns is not None:
-                self.turns.synchronize()
-            report["stop"] = signals.pending is not None
-        except Preempted:
-            report["stop"] = True
-        except Exception as caught:  # reported to all ranks, then raised again
-            error = caught
-            report["error"] = self.announce(caught)
-            if self.turns is not None:
-                self.turns.failed()
-        reports = self.gather(report)
-        self._raise_first(error, reports)
-        if any(row["stop"] for row in reports):
-            raise signals.error()
-        return done[0], [row["note"] for row in reports]
-
-    def _raise_first(self, error: Exception | None, reports: Sequence[dict[str, Any]]) -> None:
-        if error is not None:
-            raise error
-        for rank, row in enumerate(reports):
-            if row["error"] and not row["error"].startswith("PeerError"):
-                raise PeerError(f"rank {rank} failed: {row['error']}")
+    def exchange(self, signals: SignalGuard, *, heed: bool = True) -> Exchange:
+        """Return a block of work that all ranks do together; with heed = False signals wait for a later one."""
+        return Exchange(self, signals, heed)
 
     def announce(self, error: BaseException) -> str:
         """Tell the other ranks of an error of this one; returns its text."""
@@ -295,6 +246,100 @@ class Group(Collectives):
             finally:
                 faulthandler.cancel_dump_traceback_later()
         return value
+
+
+class Exchange:
+    """A block of rank-local work with a common end: `notes` holds every rank's `note` (a JSON value) afterwards.
+
+    Leaving the block raises the rank's own error; PeerError when only another rank failed; Preempted on all ranks when
+    one got a signal.
+    """
+
+    def __init__(self, group: Group, signals: SignalGuard, heed: bool) -> None:
+        self.note: Any = None
+        self.notes: list[Any] = []
+        self._group, self._signals, self._heed = group, signals, heed
+
+    def __enter__(self) -> Exchange:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        group, signals = self._group, self._signals
+        if group.world_size == 1 or (error is not None and not isinstance(error, Exception)):
+            if error is None and self._heed:
+                signals.poll()
+            self.notes = [self.note]
+            return
+        stop = isinstance(error, Preempted)
+        failed = None if stop else error
+        if error is None:
+            try:
+                if group.turns is not None:
+                    group.turns.synchronize()
+                stop = self._heed and signals.pending is not None
+            except Preempted:
+                stop = True
+            except Exception as caught:
+                failed = caught
+        text = ""
+        if failed is not None:
+            text = group.announce(failed)
+            if group.turns is not None:
+                group.turns.failed()
+        reports = group.gather({"error": text, "stop": stop, "note": self.note})
+        if failed is not None:
+            raise failed
+        for rank, row in enumerate(reports):
+            if row["error"] and not row["error"].startswith("PeerError"):
+                raise PeerError(f"rank {rank} failed: {row['error']}") from None
+        if any(row["stop"] for row in reports):
+            raise signals.error() from None
+        self.notes = [row["note"] for row in reports]
+
+
+Table = dict[str, dict[str, Tensor]]
+
+
+class Layout:
+    """How the weights of a run lie in memory; here every rank holds all of every tensor.
+
+    The Trainer, the optimizer and the checkpoints see tensors through a Layout alone;
+    `gencontrol.train.distributed.shard` splits them.  Gradients are summed after the last micro-batch of an update.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Make all gradients sums over the ranks."""
+        self.group.sum_gradients(parameters)
+
+    def local(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the parts of tensors that this rank holds, as plain tensors on the same memory."""
+        return list(tensors)
+
+    def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Return the 2-norm of all gradients, a scalar on their device."""
+        return torch.nn.utils.get_total_norm(gradients(parameters))
+
+    def copied(self, table: Mapping[str, Mapping[str, Tensor]]) -> Table:
+        """Return a copy that later optimizer steps do not alter."""
+        return {name: {key: t.detach().to("cpu", copy=True) for key, t in row.items()} for name, row in table.items()}
+
+    def whole(self, table: Mapping[str, Mapping[str, Tensor]]) -> Table:
+        """Return the tensors as a checkpoint stores them, on rank 0; all ranks must call it."""
+        return {name: dict(row) for name, row in table.items()}
+
+    def placed(self, stored: Tensor, live: Tensor | None) -> Tensor:
+        """Undo `whole`: the stored tensor in the form of the live one."""
+        return stored
+
+    def release(self) -> None:
+        """Make the network an ordinary module again, whole on every rank; all ranks must call it."""
+
+    def backward(self, total: Tensor) -> None:
+        """Add the gradients of a loss."""
+        total.backward()
 
 
 def _wire_device(device: torch.device) -> torch.device:

@@ -14,7 +14,6 @@ after training the network itself lies whole on every rank.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -28,8 +27,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from gencontrol.algorithms.base import RolesProtocol
 from gencontrol.errors import UsageError
-from gencontrol.train.distributed.dist import Group
-from gencontrol.train.distributed.layout import Layout, Table
+from gencontrol.train.distributed.dist import Group, Layout, Table
 from gencontrol.train.distributed.lockstep import Lockstep
 from gencontrol.train.optim import gradients
 from gencontrol.train.signals import SignalGuard
@@ -156,14 +154,14 @@ class Shards(Layout):
         """Return this rank's parts."""
         return [local_part(tensor) for tensor in tensors]
 
-    def norm(self, parameters: Sequence[nn.Parameter]) -> float:
+    def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Return the 2-norm over the shards of all ranks (squares summed in float64)."""
         grads = gradients(parameters)
         squares = torch.zeros(2, dtype=torch.float64, device=grads[0].device)
         for grad in grads:
             split = isinstance(grad, DTensor)
             squares[int(split)] += torch.linalg.vector_norm(local_part(grad)).double().square()
-        return math.sqrt(float(squares[0] + self.group.sum(squares[1])))
+        return (squares[0] + self.group.sum(squares[1])).sqrt()
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -230,8 +228,8 @@ def exchange(policy: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
     """Swap the contents of two sets of shards; the memory that fully_shard gathers from stays where it is."""
     if policy is other:
         return
-    for name, parameter in policy.items():
-        mine, theirs = local_part(parameter.detach()), local_part(other[name].detach())
+    for name, tensor in other.items():
+        mine, theirs = local_part(policy[name].detach()), local_part(tensor.detach())
         held = mine.clone()
         mine.copy_(theirs)
         theirs.copy_(held)
