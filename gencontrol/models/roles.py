@@ -111,8 +111,8 @@ class Roles:
                 parts, adapters too, are the policy's.  A role that is not listed holds everything that is trained.
 
         Raises:
-            UsageError: "policy" is missing or restricted, a name twice, nothing to train, a part that does not exist, or
-                trainable weights not in fp32.
+            UsageError: "policy" is missing or restricted, a name twice, nothing to train, an unknown part, or trainable
+                weights not in fp32.
         """
         if "policy" not in roles or len(set(roles)) != len(roles):
             raise UsageError(f"roles {tuple(roles)}: each name once, and 'policy' among them.")
@@ -154,7 +154,7 @@ class Roles:
         return self._active
 
     def trainable(self, part: str = "") -> list[nn.Parameter]:
-        """Parameters of the policy, for the optimizer: all, or those of one part (a name, or its beginning up to a dot).
+        """Parameters of the policy, for the optimizer: all, or those of one part (a name or its beginning up to a dot).
 
         Raises:
             UsageError: no trained parameter lies in that part.

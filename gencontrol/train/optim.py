@@ -106,16 +106,15 @@ class Optimizer:
         mine = self.group
         self.max_grad_norm = config.max_grad_norm if mine.max_grad_norm is None else mine.max_grad_norm
         decays = config.weight_decay if mine.weight_decay is None else mine.weight_decay
-        groups = [
-            {"params": [p for p in named.values() if (p.ndim >= 2) is wide and type(p) is kind], "weight_decay": decay}
-            for wide, decay in ((True, decays), (False, 0.0))
-            # fused steps take no mixture of shards and whole
-            for kind in dict.fromkeys(type(p) for p in named.values())
-        ]
-        groups = [group for group in groups if group["params"]]
+        # one group of torch's for each decay (a second costs half a step of a small network), and for each kind of
+        # tensor, because fused steps take no mixture of shards and whole ones
+        groups: dict[Any, dict[str, Any]] = {}
+        for p in named.values():
+            decay = decays if p.ndim >= 2 else 0.0
+            groups.setdefault((decay, type(p)), {"params": [], "weight_decay": decay})["params"].append(p)
         fused = all(p.device.type in ("cpu", "cuda") for p in named.values())
         self.adamw = torch.optim.AdamW(
-            groups, lr=mine.lr or config.lr, betas=mine.betas or config.betas, eps=mine.eps, fused=fused
+            list(groups.values()), lr=mine.lr or config.lr, betas=mine.betas or config.betas, eps=mine.eps, fused=fused
         )
 
     def rate(self, position: float) -> float:
@@ -134,7 +133,8 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
-        self.adamw.zero_grad(set_to_none=True)
+        for parameter in self.named.values():
+            parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         """Moments and step counts: {parameter: {"step" [], "exp_avg", "exp_avg_sq" shaped like it}}."""

@@ -119,6 +119,8 @@ class _Run:
         self.metrics = MetricsFile(self.run_dir / "metrics.jsonl", trainer.files)
         self.tracker: Tracker = NoTracker()
         self.progress = Progress(self.config.steps, visible=self.writes)
+        self._place: tuple[int, int, tuple[str, ...]] | None = None  # of the context `_at`
+        self._at = StepContext(seed=self.config.seed, step=0, micro_batch=self.config.micro_batch)
         self._quiet = False  # polls do nothing while a step is between its last update and its boundary
 
     def loop(self, stop_at: int | None) -> dict[str, Any]:
@@ -206,12 +208,12 @@ class _Run:
             state.record["health/loss_scale"] = state.scale.scale
 
     def _update(self, collected: Collected, update: int) -> int:
-        """Let every group that is due take its step, turn by turn; returns the items of the groups that did."""
+        """Let every group that is due take its step, turn by turn; returns the largest number of items of one."""
         state, algorithm, stepped, items = self.state, self.algorithm, [], 0
         due = {name: o for name, o in state.optimizers.items() if (state.begun + 1) % o.group.every == 0}
         for turn in sorted({optimizer.group.turn for optimizer in due.values()}):
             groups = {name: optimizer for name, optimizer in due.items() if optimizer.group.turn == turn}
-            context = self._context(tuple(groups))
+            context = self._context(tuple(filter(None, groups)))
             sums = {name: Sums() for name in groups}
             for optimizer in groups.values():
                 optimizer.zero_grad()
@@ -221,11 +223,13 @@ class _Run:
                     self._poll()
                     losses = algorithm.loss(micro, context)
                     self._backward(losses, groups, sums)
-                exchange.note = sums if self.group.world_size == 1 else {n: part.note() for n, part in sums.items()}
-            batches = {name: Sums() for name in groups}
-            for name, batch in batches.items():
+                if self.group.world_size > 1:
+                    exchange.note = {name: part.note() for name, part in sums.items()}
+            batches = sums if self.group.world_size == 1 else {name: Sums() for name in groups}
+            if self.group.world_size > 1:
                 for note in exchange.notes:
-                    batch.add(note[name])
+                    for name, batch in batches.items():
+                        batch.add(note[name])
             ready = self._ready({name: o for name, o in groups.items() if batches[name].count}, batches)
             taken = self._healthy(ready, batches, collected, update)
             if taken and collected.updates > 1:
@@ -236,10 +240,10 @@ class _Run:
                 groups[name].step(groups[name].rate(state.step + update / collected.updates))
                 state.window.add_update(name, batches[name], ready[name])
             stepped += taken
-            items += max((batches[name].count for name in taken), default=0)
+            items = max([items, *(batches[name].count for name in taken)])
         if stepped:
             state.updates += 1
-            algorithm.after_update(self._context(tuple(stepped)), update)
+            algorithm.after_update(self._context(tuple(filter(None, stepped))), update)
         state.begun += 1
         return items
 
@@ -431,7 +435,11 @@ class _Run:
         return Shards(self.algorithm.roles, self.group, self.signals)
 
     def _context(self, due: tuple[str, ...] = ()) -> StepContext:
-        return StepContext(
+        place = (self.state.step, self.state.begun, due)
+        if place == self._place:
+            return self._at
+        self._place = place
+        self._at = StepContext(
             seed=self.config.seed,
             step=self.state.step,
             micro_batch=self.config.micro_batch,
@@ -439,10 +447,11 @@ class _Run:
             world_size=self.group.world_size,
             group=self.group,
             updates=self.state.begun,
-            due=tuple(name for name in due if name),
+            due=due,
             poll=self._poll,
             autocast=self._autocast,
         )
+        return self._at
 
     def _poll(self) -> None:
         if not self._quiet:

@@ -26,7 +26,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gencontrol.algorithms.base import Algorithm, LossOut, StepContext
+from gencontrol.algorithms.base import Algorithm, HasParameterGroups, LossOut, StepContext
 from gencontrol.errors import Preempted
 from gencontrol.files import FileLayer
 from gencontrol.train.checkpoint import read_verified, split_tensors
@@ -71,8 +71,10 @@ class SignalInLoss:
         self.collect, self.minibatches, self.after_update = inner.collect, inner.minibatches, inner.after_update
         self.evaluate, self.save_final = inner.evaluate, inner.save_final
         self.state_dict, self.load_state_dict = inner.state_dict, inner.load_state_dict
+        if isinstance(inner, HasParameterGroups):
+            self.parameter_groups = inner.parameter_groups
 
-    def loss(self, micro: Any, ctx: StepContext) -> LossOut:
+    def loss(self, micro: Any, ctx: StepContext) -> LossOut | Mapping[str, LossOut]:
         """The inner loss, after the signal when it is time."""
         self.calls += 1
         if self.calls == self.at:
@@ -177,13 +179,15 @@ class AlgorithmContract(ABC):
 
     def _gradient(self, micro_batch: int) -> tuple[Tensor, int, Tensor]:
         algorithm = self.make()
-        context = StepContext(seed=0, step=0, micro_batch=micro_batch)
+        names = tuple(algorithm.parameter_groups()) if isinstance(algorithm, HasParameterGroups) else ()
+        context = StepContext(seed=0, step=0, micro_batch=micro_batch, due=names)
         collected = algorithm.collect(context)
         total, count = torch.zeros(()), 0
         for micro in algorithm.minibatches(collected.data, 0, context):
-            out = algorithm.loss(micro, context)
-            out.total.backward()
-            total, count = total + out.total.detach().cpu(), count + out.count
+            losses = algorithm.loss(micro, context)
+            for out in [losses] if isinstance(losses, LossOut) else losses.values():
+                out.total.backward(retain_graph=bool(names))
+                total, count = total + out.total.detach().cpu(), count + out.count
         flat = [p.grad.flatten() for p in algorithm.roles.trainable() if p.grad is not None]
         assert flat and count, "no item reached the loss; give the contract a step that trains"
         return total / count, count, torch.cat(flat).cpu() / count

@@ -320,7 +320,8 @@ class Layout:
 
     def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Return the 2-norm of all gradients, a scalar on their device."""
-        return torch.nn.utils.get_total_norm(gradients(parameters))
+        # what torch.nn.utils.get_total_norm does for one device, at a third of its cost for a small network
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients(parameters))))
 
     def copied(self, table: Mapping[str, Mapping[str, Tensor]]) -> Table:
         """Return a copy that later optimizer steps do not alter."""
