@@ -1,8 +1,8 @@
 """What our loops cost beside their networks: `sample` and the Trainer against bare loops over the same networks.
 
 Claims: at 16 steps and batch 8 the sampling loop (times, coefficients, prediction types, steps, callbacks) takes at
-most 5 % more CPU time than `x = x + dt·network(x, t)`; 400 steps of the Trainer on a perceptron of 9k weights, checkpoints
-and a metrics line every 10 steps included, at most 30 % more than a loop with the same batches, AdamW and clipping.
+most 5 % more CPU time than `x = x + dt·network(x, t)`; 400 steps of the Trainer on a perceptron of 7k weights, with
+checkpoints and a metrics line every 10 steps, at most 30 % more than a loop with the same batches, AdamW and clipping.
 Interleaved runs in one process, CPU time, median of pairwise ratios.
 """
 
