@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from gencontrol.config import dump_toml, load_toml
+from gencontrol.config import RENAMED, dump_toml, load_toml
 from gencontrol.errors import UsageError
 from gencontrol.files import FileLayer, digest, disk_errors
 from gencontrol.train.config import differences, flatten, is_harmless
@@ -88,24 +88,52 @@ class Lock:
             self._touched = now
 
 
-def check_settings(run_dir: Path, settings: Mapping[str, Any], allow: Sequence[str], files: FileLayer) -> list[str]:
-    """Compare with the run's config.toml, write it, and return lines about harmless differences.
+_LISTED = 6  # differences named in a refusal
+
+
+def changed_settings(run_dir: Path, settings: Mapping[str, Any], allow: Sequence[str]) -> list[str]:
+    """Compare with the run's config.toml, where there is one; returns lines about the differences that are allowed.
+
+    A file of an earlier version is read with the names that its options have today.
 
     Raises:
-        UsageError: a setting that alters the result differs (each with old → new) and is not in `allow`.
+        UsageError: a setting that alters the result differs (each with old and new value) and is not in `allow`.
     """
     path = run_dir / "config.toml"
-    notes = []
-    if path.exists():
-        changed = differences(load_toml(path), json.loads(json.dumps(_without_none(settings))))
-        bad = {key: pair for key, pair in changed.items() if not (is_harmless(key, settings) or key in allow)}
-        if bad:
-            rows = "; ".join(f"{key}: {old!r} → {new!r}" for key, (old, new) in bad.items())
-            raise UsageError(
-                f"'{run_dir}' was begun with other settings: {rows}. Use the old values, or another --output folder."
-            )
-        notes = [f"{key}: {old!r} → {new!r}" for key, (old, new) in changed.items()]
-    files.replace_file(path, dump_toml(_without_none(settings)).encode())
+    if not path.exists():
+        return []
+    found = differences(_named_as_today(load_toml(path)), json.loads(json.dumps(_without_none(settings))))
+    serious = {key: pair for key, pair in found.items() if key not in allow and not is_harmless(key, settings)}
+    if "run.algorithm" in serious:  # all options of the algorithm differ then, which helps nobody
+        before, after = serious["run.algorithm"]
+        raise UsageError(f"{run_dir} holds a run of {before}, this one is {after}; name another --output.")
+    if serious:
+        pairs = [f"{key} was {before!r}, now {after!r}" for key, (before, after) in serious.items()]
+        rest = len(pairs) - _LISTED
+        listed = "; ".join(pairs[:_LISTED]) + (f"; and {rest} more" if rest > 0 else "")
+        raise UsageError(
+            f"{run_dir} was begun with other settings: {listed}. Name another --output, repeat the old options, or "
+            f"give --allow-change {next(iter(serious))} for each."
+        )
+    return [f"{key} was {before!r}, now {after!r}" for key, (before, after) in found.items()]
+
+
+def _named_as_today(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of [algorithm] under their present names; a name that is new and old at once keeps what it says."""
+    section = table.get("algorithm", {})
+    renamed = {RENAMED[key]: value for key, value in section.items() if key in RENAMED and RENAMED[key] not in section}
+    kept = {key: value for key, value in section.items() if RENAMED.get(key) not in renamed}
+    return {**table, "algorithm": kept | renamed} if renamed else dict(table)
+
+
+def check_settings(run_dir: Path, settings: Mapping[str, Any], allow: Sequence[str], files: FileLayer) -> list[str]:
+    """Compare as `changed_settings`, write config.toml, and return the lines.
+
+    Raises:
+        UsageError: as `changed_settings`.
+    """
+    notes = changed_settings(run_dir, settings, allow)
+    files.replace_file(run_dir / "config.toml", dump_toml(_without_none(settings)).encode())
     return notes
 
 

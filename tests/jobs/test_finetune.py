@@ -174,13 +174,15 @@ def test_a_used_folder_with_other_options_is_refused(
 )
 def test_a_refusal_of_many_differences_stays_short(algorithm: str, text: str, tmp_path: Path) -> None:
     """Another algorithm has other options altogether: naming it is enough."""
-    from gencontrol.jobs.setup.runs import _compare
+    from gencontrol.config import dump_toml
+    from gencontrol.train.run_folder import changed_settings
 
     options = {f"option{i}": i for i in range(9)}
     old = {"run": {"algorithm": "dragon"}, "algorithm": options}
+    (tmp_path / "config.toml").write_text(dump_toml(old))
     new = {"run": {"algorithm": algorithm}, "algorithm": {name: value + 1 for name, value in options.items()}}
     with pytest.raises(UsageError, match=re.escape(text)):
-        _compare(tmp_path, old, new, ())
+        changed_settings(tmp_path, new, ())
 
 
 # ---------------------------------------------------------------- refused before loading

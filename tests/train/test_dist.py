@@ -220,7 +220,7 @@ def test_bad_settings_on_the_writing_rank_are_told_to_the_other(tmp_path: Path) 
     arguments = [str(tmp_path / "run"), "steps=3", "lr=0.5"]
     codes, said = finish(start(tmp_path / "run", lambda rank: main(arguments)), tmp_path / "run")
     assert codes[0] == 2 and codes[1] == 1
-    assert "train.lr: 0.0001 → 0.5" in said[0] and "rank 0 failed: UsageError" in said[1]
+    assert "train.lr was 0.0001, now 0.5" in said[0] and "rank 0 failed: UsageError" in said[1]
 
 
 def test_environment_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:

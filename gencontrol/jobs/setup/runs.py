@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gencontrol._version import __version__
-from gencontrol.config import load_toml
 from gencontrol.errors import CheckpointError, DiskError, Preempted, UsageError
 from gencontrol.files import FileLayer
 from gencontrol.jobs.setup.settings import check_output
@@ -30,7 +29,6 @@ CONFIG, RECORD = "config.toml", "run.json"
 
 #: options of [run] that may change between two commands on one folder: they cannot alter what is learned
 HARMLESS = ("run.output", "run.online", "run.cache")
-_LISTED = 6  # differences named in a refusal
 
 
 @dataclass(frozen=True)
@@ -80,8 +78,9 @@ def open_run(
         raise UsageError(f"{path} holds other files ({', '.join(sorted(entries)[:3])}); name a new or a run folder.")
     _check_writable(path)
     allowed = (*HARMLESS, *(key.replace("-", "_") for key in allow))
-    notes = _compare(path, load_toml(path / CONFIG), table, allowed) if (path / CONFIG).exists() else []
-    return RunFolder(path, table, allowed, tuple(notes))
+    from gencontrol.train.run_folder import changed_settings
+
+    return RunFolder(path, table, allowed, tuple(changed_settings(path, table, allowed)))
 
 
 def _check_writable(path: Path) -> None:
@@ -91,26 +90,6 @@ def _check_writable(path: Path) -> None:
         existing = existing.parent
     if not os.access(existing, os.W_OK | os.X_OK):
         raise DiskError(f"{existing} cannot be written; choose another --output or mend the permission.")
-
-
-def _compare(path: Path, old: Mapping[str, Any], new: Mapping[str, Any], allowed: Sequence[str]) -> list[str]:
-    """Return the allowed differences; raise for the others."""
-    from gencontrol.train.config import differences, is_harmless
-
-    found = differences(old, json.loads(json.dumps(new)))
-    serious = {key: pair for key, pair in found.items() if key not in allowed and not is_harmless(key, new)}
-    if "run.algorithm" in serious:  # all options of the algorithm differ then, which helps nobody
-        before, after = serious["run.algorithm"]
-        raise UsageError(f"{path} holds a run of {before}, this one is {after}; name another --output.")
-    if serious:
-        pairs = [f"{key} was {before!r}, now {after!r}" for key, (before, after) in serious.items()]
-        rest = len(pairs) - _LISTED
-        listed = "; ".join(pairs[:_LISTED]) + (f"; and {rest} more" if rest > 0 else "")
-        raise UsageError(
-            f"{path} was begun with other settings: {listed}. Name another --output, repeat the old options, or give "
-            f"--allow-change {next(iter(serious))} for each."
-        )
-    return [f"{key} was {before!r}, now {after!r}" for key, (before, after) in found.items()]
 
 
 def record(run: RunFolder, extra: Mapping[str, Any]) -> None:
@@ -185,8 +164,6 @@ def running(run: RunFolder, train: TrainConfig, facts: Mapping[str, Any]) -> Ite
     from gencontrol.reports.run import write_report
     from gencontrol.train.trainer import Trainer
 
-    for note in run.notes:
-        print(f"changed since the last start: {note}", file=sys.stderr)
     first = int(os.environ.get("RANK", "0")) == 0
     if first:
         record(run, facts)
