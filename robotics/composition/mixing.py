@@ -7,7 +7,6 @@ Names: gpc.md §4 (ours); the paper's own list of weighting strategies is not kn
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,44 +83,23 @@ class PerDim:
     weights: tuple[tuple[float, ...], ...]
 
     def __post_init__(self) -> None:
-        """Refuse columns that are not convex."""
-        object.__setattr__(self, "weights", _matrix(self.weights, "per_dim"))
+        rows = tuple(tuple(float(w) for w in row) for row in self.weights)
+        if not rows or len({len(row) for row in rows}) != 1 or not rows[0]:
+            raise UsageError(f"{type(self).__name__} needs one row of equal length per parent.")
+        _check_rows(torch.tensor(rows, dtype=torch.float64).T, type(self).__name__)
+        object.__setattr__(self, "weights", rows)
 
     def __call__(self, logsnr: Scalar) -> list[Scalar]:
         """Return one [A] tensor per parent."""
         return [torch.tensor(row) for row in self.weights]
 
 
-@dataclass(frozen=True)
-class PerChunkIndex:
-    """A weight per parent and action of the chunk, the same at every noise level.
-
-    Args:
-        weights: one row per parent, one number per action of the chunk (from the oldest observation on); every column
-            sums to 1.
-
-    Raises:
-        UsageError: a column is not convex.
-    """
-
-    weights: tuple[tuple[float, ...], ...]
-
-    def __post_init__(self) -> None:
-        """Refuse columns that are not convex."""
-        object.__setattr__(self, "weights", _matrix(self.weights, "per_chunk_index"))
+class PerChunkIndex(PerDim):
+    """The same per parent and action of the chunk: one number per action, from the oldest observation on."""
 
     def __call__(self, logsnr: Scalar) -> list[Scalar]:
         """Return one [H 1] tensor per parent."""
         return [torch.tensor(row)[:, None] for row in self.weights]
-
-
-def _matrix(weights: Sequence[Sequence[float]], what: str) -> tuple[tuple[float, ...], ...]:
-    """Rows of floats whose columns are convex."""
-    rows = tuple(tuple(float(w) for w in row) for row in weights)
-    if not rows or len({len(row) for row in rows}) != 1 or not rows[0]:
-        raise UsageError(f"{what} needs one row of equal length per parent.")
-    _check_rows(torch.tensor(rows, dtype=torch.float64).T, what)
-    return rows
 
 
 def best_weights(gram: Float[Tensor, "m m"]) -> Float[Tensor, " m"]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gencontrol.data.normalize import Normalizer, fit_normalizers
+from gencontrol.data.normalize import fit_normalizers
 from gencontrol.errors import UsageError
 from gencontrol.rng import stream
 from gencontrol.robotics.datasets.episodes import Episodes, shapes_of
@@ -97,32 +97,23 @@ def prepare(
     """
     train, other = split_episodes(episodes, held_out, seed)
     spec = spec_of(episodes, keys, sizes)
-    normalizers, limits = _fit(train, spec, config)
-    policy = kind(spec, config, normalizers, limits, seed=seed).to(device)
-    windows = [None if part is None else _windows(part, spec, normalizers["action"], device) for part in (train, other)]
-    assert windows[0] is not None
-    return Cloning(policy, windows[0], windows[1], (len(train), 0 if other is None else len(other)))
-
-
-def _fit(
-    episodes: Episodes, spec: PolicySpec, config: PolicyConfig
-) -> tuple[dict[str, Normalizer], tuple[torch.Tensor, torch.Tensor]]:
-    """Fit normalisers of states and actions, and the actions' limits."""
     states = [key for key, shape in spec.observations.items() if len(shape) != 3]
-    rows = {key: np.concatenate([e.observations[key][: len(e)] for e in episodes]) for key in states}
-    actions = np.concatenate([episode.actions for episode in episodes])
+    rows = {key: np.concatenate([e.observations[key][: len(e)] for e in train]) for key in states}
+    actions = np.concatenate([episode.actions for episode in train])
     modes = {**dict.fromkeys(states, config.state_norm), "action": config.action_norm}
     normalizers = fit_normalizers({**rows, "action": actions}, modes)
-    low, high = torch.from_numpy(actions.min(0)).float(), torch.from_numpy(actions.max(0)).float()
-    return normalizers, (low, high)
+    limits = torch.from_numpy(actions.min(0)).float(), torch.from_numpy(actions.max(0)).float()
+    policy = kind(spec, config, normalizers, limits, seed=seed).to(device)
 
+    def windows(part: Episodes) -> Windows:
+        cut = Windows.of(
+            part, n_obs=spec.n_obs, horizon=spec.horizon, n_action=spec.n_action, keys=list(spec.observations)
+        )
+        # their actions are normalised once for the whole run
+        return dataclasses.replace(cut, actions=normalizers["action"].normalize(cut.actions.float())).to(device)
 
-def _windows(episodes: Episodes, spec: PolicySpec, action: Normalizer, device: torch.device | str) -> Windows:
-    """Cut windows and normalise their actions once for the whole run."""
-    windows = Windows.of(
-        episodes, n_obs=spec.n_obs, horizon=spec.horizon, n_action=spec.n_action, keys=list(spec.observations)
-    )
-    return dataclasses.replace(windows, actions=action.normalize(windows.actions.float())).to(device)
+    held = None if other is None else windows(other)
+    return Cloning(policy, windows(train), held, (len(train), 0 if other is None else len(other)))
 
 
 def fingerprint(episodes: Episodes) -> str:

@@ -119,23 +119,17 @@ class ConditionalUnet1d(nn.Module):
         h, kept = x.transpose(1, 2), []
         feature = torch.cat([self.diffusion_step_encoder(index.to(x.dtype)), cond], dim=-1)
         for level in self.down_modules:
-            first, second, shrink = _three(level)
+            first, second, shrink = level  # type: ignore[misc]  # a ModuleList of three
             h = second(first(h, feature), feature)
             kept.append(h)
             h = shrink(h)
         for block in self.mid_modules:
             h = block(h, feature)
         for level in self.up_modules:
-            first, second, grow = _three(level)
+            first, second, grow = level  # type: ignore[misc]  # a ModuleList of three
             h = grow(second(first(torch.cat([h, kept.pop()], dim=1), feature), feature))
         out: Tensor = self.final_conv(h)
         return out.transpose(1, 2)
-
-
-def _three(level: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """Two blocks and a change of length."""
-    assert isinstance(level, nn.ModuleList)
-    return level[0], level[1], level[2]
 
 
 class _BasicBlock(nn.Module):
@@ -159,22 +153,6 @@ class _BasicBlock(nn.Module):
 
 def _norm(channels: int, *, group_norm: bool) -> nn.Module:
     return nn.GroupNorm(channels // 16, channels) if group_norm else nn.BatchNorm2d(channels)
-
-
-def _resnet(blocks: Sequence[int], channels: int, *, group_norm: bool) -> nn.Sequential:
-    """ResNet without its pool and classifier, numbered as torchvision's children."""
-    stem = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
-    layers: list[nn.Module] = [stem, _norm(64, group_norm=group_norm), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
-    size = 64
-    for level, count in enumerate(blocks):
-        after, stride = 64 * 2**level, 1 if level == 0 else 2
-        parts = [
-            _BasicBlock(size if i == 0 else after, after, stride if i == 0 else 1, group_norm=group_norm)
-            for i in range(count)
-        ]
-        layers.append(nn.Sequential(*parts))
-        size = after
-    return nn.Sequential(*layers)
 
 
 RESNETS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
@@ -223,7 +201,15 @@ class RgbEncoder(nn.Module):
         if backbone not in RESNETS:
             raise UsageError(f"vision backbone '{backbone}' has no adapter; known: {', '.join(RESNETS)}.")
         self.resize, self.crop = resize, crop
-        self.backbone = _resnet(RESNETS[backbone], image[0], group_norm=group_norm)
+        # ResNet without its pool and classifier, numbered as torchvision's children
+        stem = nn.Conv2d(image[0], 64, 7, 2, 3, bias=False)
+        layers: list[nn.Module] = [stem, _norm(64, group_norm=group_norm), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+        for level, count in enumerate(RESNETS[backbone]):
+            before, after = 64 * 2 ** max(level - 1, 0), 64 * 2**level
+            parts = [_BasicBlock(before, after, 1 if level == 0 else 2, group_norm=group_norm)]
+            parts += [_BasicBlock(after, after, 1, group_norm=group_norm) for _ in range(count - 1)]
+            layers.append(nn.Sequential(*parts))
+        self.backbone = nn.Sequential(*layers)
         height, width = crop or resize or image[1:]
         for _ in range(5):  # five halvings, rounded up
             height, width = (height + 1) // 2, (width + 1) // 2

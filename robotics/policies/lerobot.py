@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from gencontrol.data.normalize import Normalizer
 from gencontrol.errors import UsageError
 from gencontrol.robotics.policies.chunked import PolicySpec
-from gencontrol.robotics.policies.denoising import ChunkSampler, History
+from gencontrol.robotics.policies.denoising import History
 from gencontrol.robotics.policies.foreign import ForeignPolicy, diffusers_sampler, named_schedule, noise_model
 from gencontrol.robotics.policies.foreign_nets import ConditionalUnet1d, RgbEncoder
 
@@ -85,7 +85,19 @@ class LeRobotEncoder(nn.Module):
         self.separate = bool(config.get("use_separate_rgb_encoder_per_camera", False))
         self.channels = sum(int(features[key]["shape"][0]) for key in self.states)
         if self.images:
-            encoders = [_rgb_encoder(config) for _ in (self.images if self.separate else self.images[:1])]
+            first = features[self.images[0]]["shape"]
+            resize, crop = (tuple(config[k]) if config.get(k) else None for k in ("resize_shape", "crop_shape"))
+            encoders = [
+                RgbEncoder(
+                    config["vision_backbone"],
+                    (first[0], first[1], first[2]),
+                    resize,
+                    crop,
+                    config["spatial_softmax_num_keypoints"],
+                    group_norm=config["use_group_norm"],
+                )
+                for _ in (self.images if self.separate else self.images[:1])
+            ]
             self.channels += encoders[0].out.out_features * len(self.images)
             self.rgb_encoder: nn.Module = nn.ModuleList(encoders) if self.separate else encoders[0]
 
@@ -149,43 +161,24 @@ def load_lerobot(folder: str | Path, *, rename: Mapping[str, str] | None = None)
     schedule = named_schedule(
         config["beta_schedule"], config["num_train_timesteps"], config["beta_start"], config["beta_end"]
     )
+    shapes = {}
+    for key, feature in config["input_features"].items():
+        shape = tuple(int(n) for n in feature["shape"])
+        # images have their channels last in our environments
+        shapes[names.get(key, key)] = (*shape[1:], shape[0]) if feature["type"] == "VISUAL" else shape
     spec = PolicySpec(
-        {names.get(key, key): _shape(feature) for key, feature in config["input_features"].items()},
+        shapes,
         action,
         horizon=int(config["horizon"]),
         n_obs=n_obs,
         n_action=int(config["n_action_steps"]),
     )
     denoiser = noise_model(unet.eval(), schedule=schedule, prediction=config["prediction_type"])
-    normalizer = scalings[ACTION].inverse(action)
-    return ForeignPolicy(spec, denoiser, normalizer, _sampler(config), encoder.eval().requires_grad_(False))
-
-
-def _sampler(config: Mapping[str, Any]) -> ChunkSampler:
-    """LeRobot's scheduler: DDPM or deterministic DDIM of diffusers, "leading" spacing."""
     steps = int(config.get("num_inference_steps") or config["num_train_timesteps"])
     clip = float(config["clip_sample_range"]) if config["clip_sample"] else None
-    return diffusers_sampler(config["noise_scheduler_type"], steps, clip)
-
-
-def _rgb_encoder(config: Mapping[str, Any]) -> RgbEncoder:
-    """A fresh image encoder of the config."""
-    images = [f["shape"] for f in config["input_features"].values() if f["type"] == "VISUAL"]
-    resize, crop = config.get("resize_shape"), config.get("crop_shape")
-    return RgbEncoder(
-        config["vision_backbone"],
-        (images[0][0], images[0][1], images[0][2]),
-        None if resize is None else (resize[0], resize[1]),
-        None if crop is None else (crop[0], crop[1]),
-        config["spatial_softmax_num_keypoints"],
-        group_norm=config["use_group_norm"],
-    )
-
-
-def _shape(feature: Mapping[str, Any]) -> tuple[int, ...]:
-    """The shape of an observation in our environments: images have their channels last."""
-    shape = tuple(int(n) for n in feature["shape"])
-    return (*shape[1:], shape[0]) if feature["type"] == "VISUAL" else shape
+    sampler = diffusers_sampler(config["noise_scheduler_type"], steps, clip)
+    normalizer = scalings[ACTION].inverse(action)
+    return ForeignPolicy(spec, denoiser, normalizer, sampler, encoder.eval().requires_grad_(False))
 
 
 def _scalings(place: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Scaling]:
@@ -207,7 +200,10 @@ def _scalings(place: Path, config: Mapping[str, Any], weights: Mapping[str, Tens
                 raise UsageError(
                     f"'{place}': normalisation '{mode}' of '{key}' is unknown; known: {', '.join(_MODES)}."
                 )
-            ends = [side.get(f"{key}.{name}", _buffer(weights, key, name)) for name in _MODES[mode]]
+            # before 0.4 the statistics were buffers among the weights
+            part = "unnormalize_outputs" if key == ACTION else "normalize_inputs"
+            old = f"{part}.buffer_{key.replace('.', '_')}"
+            ends = [side.get(f"{key}.{name}", weights.get(f"{old}.{name}")) for name in _MODES[mode]]
             if ends[0] is None or ends[1] is None:
                 raise UsageError(
                     f"'{place}' has no statistics {' and '.join(_MODES[mode])} of '{key}'; save the policy with its "
@@ -228,12 +224,6 @@ def _processor(place: Path, name: str, step: str) -> tuple[dict[str, Tensor], fl
             state = load_file(str(_there(place / entry["state_file"])))
             return state, float(entry.get("config", {}).get("eps", 1e-8))
     return {}, 1e-8
-
-
-def _buffer(weights: Mapping[str, Tensor], key: str, name: str) -> Tensor | None:
-    """Statistics as older versions keep them."""
-    side = "unnormalize_outputs" if key == ACTION else "normalize_inputs"
-    return weights.get(f"{side}.buffer_{key.replace('.', '_')}.{name}")
 
 
 def _load(module: nn.Module, weights: Mapping[str, Tensor], prefix: str, place: Path) -> None:

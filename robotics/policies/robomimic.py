@@ -108,15 +108,32 @@ def load_robomimic(path: str | Path) -> ClonedPolicy | ForeignPolicy:
     """
     place = Path(path)
     checkpoint = _read(place)
-    config = _config(place, checkpoint)
-    algo, name = config["algo"], checkpoint["algo_name"]
-    shapes = _shapes(place, checkpoint, config)
+    try:  # robomimic keeps its configuration as a JSON text
+        config = json.loads(checkpoint["config"])
+        modalities = config["observation"]["modalities"]
+        algo, name = config["algo"], checkpoint["algo_name"]
+    except (TypeError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"the config in '{place}' is no robomimic configuration; save the checkpoint again."
+        ) from error
+    wanted = [key for keys in modalities["obs"].values() for key in keys]
+    others = [key for kind, keys in modalities["obs"].items() if kind != "low_dim" for key in keys]
+    others += [key for keys in modalities.get("goal", {}).values() for key in keys]
+    if others:
+        raise UsageError(
+            f"'{place}' reads {', '.join(others)}; its adapter reads states alone (no images or goals). Run it with "
+            f"robomimic, or train a policy here on the same data."
+        )
+    found = checkpoint["shape_metadata"]["all_shapes"]
+    shapes = {key: tuple(int(n) for n in shape) for key, shape in found.items() if key in wanted}
     statistics = {
         key: _offset_scale(entry, place) for key, entry in (checkpoint.get("obs_normalization_stats") or {}).items()
     }
     observations = Observations(shapes, statistics)
     size = int(checkpoint["shape_metadata"]["ac_dim"])
-    normalizer = _action_normalizer(checkpoint, size, place)
+    parts = [_offset_scale(entry, place) for entry in (checkpoint.get("action_normalization_stats") or {}).values()]
+    ends = [torch.cat([part[i].reshape(-1) for part in parts]) for i in (0, 1)] if parts else None
+    normalizer = Normalizer(*ends) if ends else Normalizer(torch.zeros(size), torch.ones(size))
     model = checkpoint["model"]
     if name == "diffusion_policy":
         return _diffusion(place, algo, model, observations, shapes, size, normalizer)
@@ -151,36 +168,6 @@ def _read(place: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def _config(place: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON text that robomimic keeps its configuration in."""
-    try:
-        found = json.loads(checkpoint["config"])
-        if isinstance(found, dict) and {"algo", "observation"} <= set(found):
-            return found
-    except (TypeError, ValueError):
-        pass
-    raise UsageError(f"the config in '{place}' is no robomimic configuration; save the checkpoint again.")
-
-
-def _shapes(place: Path, checkpoint: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Observation keys that the policy reads, in robomimic's order.
-
-    Raises:
-        UsageError: images or goals among them.
-    """
-    modalities = config["observation"]["modalities"]
-    wanted = [key for keys in modalities["obs"].values() for key in keys]
-    others = [key for kind, keys in modalities["obs"].items() if kind != "low_dim" for key in keys]
-    others += [key for keys in modalities.get("goal", {}).values() for key in keys]
-    if others:
-        raise UsageError(
-            f"'{place}' reads {', '.join(others)}; its adapter reads states alone (no images or goals). Run it with "
-            f"robomimic, or train a policy here on the same data."
-        )
-    found = checkpoint["shape_metadata"]["all_shapes"]
-    return {key: tuple(int(n) for n in shape) for key, shape in found.items() if key in wanted}
-
-
 def _offset_scale(entry: Mapping[str, Any], place: Path) -> tuple[Tensor, Tensor]:
     """Statistics of a key: mean and std (0.3), offset and scale (since 0.4)."""
     for low, high in (("mean", "std"), ("offset", "scale")):
@@ -188,16 +175,6 @@ def _offset_scale(entry: Mapping[str, Any], place: Path) -> tuple[Tensor, Tensor
             offset, scale = (torch.as_tensor(entry[name]).float().squeeze(0) for name in (low, high))
             return offset, scale
     raise UsageError(f"'{place}' has statistics {', '.join(entry)}; expected mean and std, or offset and scale.")
-
-
-def _action_normalizer(checkpoint: Mapping[str, Any], size: int, place: Path) -> Normalizer:
-    """What turns the network's actions into the environment's."""
-    found = checkpoint.get("action_normalization_stats")
-    if not found:
-        return Normalizer(torch.zeros(size), torch.ones(size))
-    parts = [_offset_scale(entry, place) for entry in found.values()]
-    shift, scale = (torch.cat([part[i].reshape(-1) for part in parts]) for i in (0, 1))
-    return Normalizer(shift, scale)
 
 
 def _cloned(place: Path, weights: Mapping[str, Tensor]) -> tuple[nn.Sequential, dict[str, nn.Linear]]:
