@@ -30,6 +30,17 @@ FORMATS = {
 }
 #: ending of a name → the format that is written there; everything else is a LeRobot folder
 ENDINGS = {".hdf5": "robomimic", ".h5": "robomimic", ".zarr": "zarr"}
+#: a file or folder that a format always has → the format
+SIGNS = {
+    "meta/info.json": "lerobot",
+    "data/main_data.hdf5": "minari",
+    "main_data.hdf5": "minari",
+    "data/metadata.json": "minari",
+    "meta/episode_ends": "zarr",
+    ".zgroup": "zarr",
+    "zarr.json": "zarr",
+    "train.npz": "dppo",
+}
 HDF5 = b"\x89HDF\r\n\x1a\n"
 
 
@@ -58,7 +69,8 @@ def read_episodes(
     """
     place = Path(path).expanduser()
     if not place.exists():
-        raise UsageError(_absent(place))
+        names = [child.name for child in place.parent.iterdir()] if place.parent.is_dir() else []
+        raise UsageError(f"there is no '{place}'; give the file or folder of a data set.{nearest(place.name, names)}")
     kind = find_format(place) if format is None else _known(format)
     if limit is not None and limit < 1:
         raise UsageError(f"limit is {limit}; give at least 1 episode, or None for all.")
@@ -66,7 +78,16 @@ def read_episodes(
     # a file that its own package did not write can be wrong in any way: the reader's surprise is its fault
     with naming(f"'{place}'"), reading(place, TypeError, ValueError, AttributeError, IndexError):
         episodes: Episodes = module.read(place, Request(keys, split, limit))
-        return _renamed(episodes, rename) if rename else episodes
+        have = episodes[0].observations
+        if missing := [old for old in rename or () if old not in have]:
+            raise UsageError(f"there is no observation '{missing[0]}' to rename; there are {', '.join(have)}.")
+        new = {key: (rename or {}).get(key, key) for key in have}
+        if len(set(new.values())) < len(new):
+            raise UsageError(f"renaming gives two observations one name: {', '.join(new.values())}.")
+        if not rename:
+            return episodes
+        items = [replace(e, observations={new[key]: rows for key, rows in e.observations.items()}) for e in episodes]
+        return Episodes(tuple(items), episodes.env)
 
 
 def write_episodes(
@@ -133,9 +154,20 @@ def find_format(path: Path) -> str:
     Raises:
         UsageError: it is none of ours; the message says what was found.
     """
-    found = _of_folder(path) if path.is_dir() else _of_file(path)
+    if path.is_dir():
+        holds = ", ".join(sorted(child.name for child in path.iterdir())[:6])
+        found = next((kind for sign, kind in SIGNS.items() if (path / sign).exists()), None)
+    else:
+        with open(path, "rb") as file:
+            head, holds = file.read(8), "no known header"
+        if head == HDF5:
+            return "minari" if path.name == "main_data.hdf5" else "robomimic"
+        if path.suffix in (".hdf5", ".h5"):
+            raise UsageError(
+                f"'{path}' is no HDF5 file: it is truncated, damaged or a Git LFS pointer; fetch it again."
+            )
+        found = {".npz": "dppo", ".zip": "zarr"}.get(path.suffix)
     if found is None:
-        holds = ", ".join(sorted(child.name for child in path.iterdir())[:6]) if path.is_dir() else "no known header"
         raise UsageError(
             f"'{path}' is no data set that can be read ({holds or 'an empty folder'}); expected robomimic *.hdf5, a "
             "LeRobot v3, Minari or zarr folder, or DPPO's train.npz. Pass format=… if its name misleads."
@@ -143,59 +175,11 @@ def find_format(path: Path) -> str:
     return found
 
 
-def _of_folder(path: Path) -> str | None:
-    """Recognise a folder by the files that its format always has."""
-    signs = {
-        "meta/info.json": "lerobot",
-        "data/main_data.hdf5": "minari",
-        "main_data.hdf5": "minari",
-        "data/metadata.json": "minari",
-        "meta/episode_ends": "zarr",
-        ".zgroup": "zarr",
-        "zarr.json": "zarr",
-        "train.npz": "dppo",
-    }
-    return next((kind for sign, kind in signs.items() if (path / sign).exists()), None)
-
-
-def _of_file(path: Path) -> str | None:
-    """Recognise a file by its first bytes and its name."""
-    with open(path, "rb") as file:
-        head = file.read(8)
-    if head == HDF5:
-        return "minari" if path.name == "main_data.hdf5" else "robomimic"
-    if path.suffix in (".hdf5", ".h5"):
-        raise UsageError(f"'{path}' is no HDF5 file: it is truncated, damaged or a Git LFS pointer; fetch it again.")
-    return {".npz": "dppo", ".zip": "zarr"}.get(path.suffix)
-
-
 def _known(format: str) -> str:
     """Return a format's name, checked."""
     if format not in FORMATS:
         raise UsageError(f"unknown format '{format}'; choose from {', '.join(FORMATS)}.{nearest(format, FORMATS)}")
     return format
-
-
-def _absent(path: Path) -> str:
-    """Say that there is nothing at a path, with the nearest name beside it."""
-    names = [child.name for child in path.parent.iterdir()] if path.parent.is_dir() else []
-    return f"there is no '{path}'; give the file or folder of a data set.{nearest(path.name, names)}"
-
-
-def _renamed(episodes: Episodes, rename: Mapping[str, str]) -> Episodes:
-    """Give observations other names."""
-    have = episodes[0].observations
-    for old in rename:
-        if old not in have:
-            raise UsageError(f"there is no observation '{old}' to rename; there are {', '.join(have)}.")
-    names = [rename.get(key, key) for key in have]
-    if len(set(names)) < len(names):
-        raise UsageError(f"renaming gives two observations one name: {', '.join(names)}.")
-    items = [
-        replace(item, observations={rename.get(key, key): value for key, value in item.observations.items()})
-        for item in episodes
-    ]
-    return Episodes(tuple(items), episodes.env)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -5,21 +5,25 @@ Checked by reading the result with lerobot 0.4.4 (tests/fixtures/README.md).  Fe
 ".".  The names, row shapes and the environment are kept in info.json's field "gencontrol", each episode's task, seed
 and meta in the column "gencontrol" of meta/episodes.  An observation after the last action has no place in the format
 and is left out.
+
+Statistics are exact: of numbers over their rows, of pictures per channel by histograms; lerobot itself samples some
+frames and interpolates quantiles in bins (FOUND, compute_stats.py), shapes and keys agree.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from gencontrol.data.normalize import QUANTILES, statistics
 from gencontrol.errors import UsageError
 from gencontrol.robotics.datasets import storage
 from gencontrol.robotics.datasets.episodes import Array, Episode, Episodes
 from gencontrol.robotics.datasets.lerobot import DATA, EPISODES, NEXT, STATES, TASKS, VERSION, VIDEO
-from gencontrol.robotics.datasets.lerobot_stats import Numbers, Pictures
 from gencontrol.robotics.datasets.lerobot_video import FrameWriter
 
 Images = Literal["png", "video"]
@@ -67,11 +71,70 @@ def _place(number: int) -> dict[str, int]:
     return {"chunk_index": number // FILES_IN_CHUNK, "file_index": number % FILES_IN_CHUNK}
 
 
+class Numbers:
+    """Rows of several features, side by side in one table: a single pass serves all of them."""
+
+    def __init__(self) -> None:
+        self.parts: list[Array] = []
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def add(self, columns: Mapping[str, Array]) -> None:
+        """Add feature → [T *d]; scalars become [T 1]."""
+        self.shapes = {name: rows.shape[1:] or (1,) for name, rows in columns.items()}
+        flat = [rows.reshape(len(rows), -1).astype(np.float64) for rows in columns.values()]
+        self.parts.append(np.concatenate(flat, axis=1))
+
+    def statistics(self) -> dict[str, dict[str, Array]]:
+        """Return feature → statistic → [*d]."""
+        table = statistics(np.concatenate(self.parts))
+        count = table.pop("count")
+        found, start = {}, 0
+        for name, shape in self.shapes.items():
+            end = start + math.prod(shape)
+            found[name] = {key: value[start:end].reshape(shape) for key, value in table.items()} | {"count": count}
+            start = end
+        return found
+
+
+class Pictures:
+    """Histograms of the three channels."""
+
+    def __init__(self) -> None:
+        self.counts = np.zeros((3, 256), dtype=np.int64)
+        self.frames = 0
+
+    def add(self, images: Array) -> None:
+        """Add uint8 [T h w 3]."""
+        self.frames += len(images)
+        for channel in range(3):
+            self.counts[channel] += np.bincount(images[..., channel].reshape(-1), minlength=256)
+
+    def statistics(self) -> dict[str, Array]:
+        """Return statistic → [3 1 1] of values in [0, 1]."""
+        share = self.counts / self.counts.sum(axis=1, keepdims=True)
+        values = np.arange(256) / 255
+        mean = share @ values
+        below = np.cumsum(share, axis=1)
+        found = {
+            "min": values[np.argmax(self.counts > 0, axis=1)],
+            "max": values[255 - np.argmax(self.counts[:, ::-1] > 0, axis=1)],
+            "mean": mean,
+            "std": np.sqrt(np.maximum(share @ values**2 - mean**2, 0)),
+            # the least value that at least this share of the pixels does not exceed
+            **{name: values[np.argmax(below >= level - 1e-12, axis=1)] for name, level in QUANTILES.items()},
+        }
+        shaped = {name: value.reshape(3, 1, 1) for name, value in found.items()}
+        return {**shaped, "count": np.array([self.frames])}
+
+
 class _Writer:
     """Files that grow episode by episode."""
 
     def __init__(self, first: Episode, target: Path, images: Images, file_mb: float) -> None:
-        self.table = _Table(target, file_mb)
+        self.pa, self.pq = storage.require("pyarrow"), storage.require("pyarrow.parquet")
+        self.number = -1  # of the open parquet file
+        self.file: Any = None
+        self.parquet: Any = None
         self.target, self.file_mb, self.fps = target, file_mb, first.fps
         self.pictures = "video" if images == "video" else "image"
         #: feature → our key
@@ -116,8 +179,14 @@ class _Writer:
         for name in self.cameras:
             if self.features[name]["dtype"] == "video":
                 row |= self._video(name, columns.pop(name))
-        file = self.table.append(columns, self.features)
-        row |= {f"data/{key}": value for key, value in _place(file).items()}
+        table = self.pa.table({name: self._arrow(rows, self.features[name]) for name, rows in columns.items()})
+        if self.file is None or self.file.tell() >= self.file_mb * MB:
+            self._end_parquet()
+            self.number += 1
+            self.file = open(self._at(DATA, self.number), "wb")
+            self.parquet = self.pq.ParquetWriter(self.file, table.schema, compression="snappy")
+        self.parquet.write_table(table, row_group_size=len(table))
+        row |= {f"data/{key}": value for key, value in _place(self.number).items()}
         row |= {f"meta/episodes/{key}": value for key, value in _place(0).items()}
         row |= {"dataset_from_index": self.frames, "dataset_to_index": self.frames + count}
         self.rows.append({**row, "gencontrol": storage.Extras.of(episode).text()})
@@ -171,9 +240,38 @@ class _Writer:
         found = {**_place(number), "from_timestamp": start, "to_timestamp": end}
         return {f"videos/{name}/{key}": value for key, value in found.items()}
 
+    def _arrow(self, rows: Array, feature: Mapping[str, Any]) -> Any:
+        """Turn [T ...] into a column: scalars, fixed lists, nested lists, or PNG bytes."""
+        pa = self.pa
+        if feature["dtype"] == "image":
+            kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+            return pa.array([{"bytes": storage.png(row), "path": None} for row in rows], type=kind)
+        shape = feature["shape"]
+        values = pa.array(np.ascontiguousarray(rows).reshape(-1))
+        if shape == [1]:
+            return values
+        if len(shape) == 1:
+            return pa.FixedSizeListArray.from_arrays(values, shape[0])
+        for size in reversed(shape):
+            values = pa.ListArray.from_arrays(pa.array(np.arange(0, len(values) + 1, size, dtype=np.int32)), values)
+        return values
+
+    def _at(self, pattern: str, number: int = 0) -> Path:
+        """Return the path of the number-th file of a kind, in a folder that exists."""
+        path = self.target / pattern.format(**_place(number))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def _end_parquet(self) -> None:
+        """Write the footer of the open file."""
+        if self.file is not None:
+            self.parquet.close()
+            self.file.close()
+            self.file = None
+
     def close(self) -> None:
         """Finish all files."""
-        self.table.close()
+        self._end_parquet()
         for _, writer in self.videos.values():
             writer.close()
 
@@ -182,8 +280,16 @@ class _Writer:
         meta = self.target / "meta"
         found = self.numbers.statistics() | {name: total.statistics() for name, total in self.cameras.items()}
         stats = {name: {key: value.tolist() for key, value in one.items()} for name, one in found.items()}
-        self.table.write_tasks(self.tasks)
-        self.table.write_rows(self.rows)
+        self.pq.write_table(self.pa.Table.from_pylist(self.rows), self._at(EPISODES), compression="snappy")
+        # pandas reads this table as a frame with the sentences for an index
+        kinds = {"task_index": ("int64", "int64"), "task": ("unicode", "object")}
+        columns = [
+            {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": dtype, "metadata": None}
+            for name, (kind, dtype) in kinds.items()
+        ]
+        pandas = {"index_columns": ["task"], "column_indexes": [], "columns": columns, "pandas_version": "2.0.0"}
+        table = self.pa.table({"task_index": np.fromiter(self.tasks.values(), np.int64), "task": list(self.tasks)})
+        self.pq.write_table(table.replace_schema_metadata({"pandas": storage.json_text(pandas)}), self._at(TASKS))
         (meta / "stats.json").write_text(storage.json_text(stats), encoding="utf-8")
         (meta / "info.json").write_text(storage.json_text(self._info(episodes)), encoding="utf-8")
 
@@ -211,69 +317,3 @@ class _Writer:
                 "env": dict(episodes.env),
             },
         }
-
-
-class _Table:
-    """The parquet files."""
-
-    def __init__(self, target: Path, file_mb: float) -> None:
-        self.pa, self.pq = storage.require("pyarrow"), storage.require("pyarrow.parquet")
-        self.target, self.file_mb, self.number = target, file_mb, -1
-        self.file: Any = None
-        self.parquet: Any = None
-
-    def append(self, columns: Mapping[str, Array], features: Mapping[str, Mapping[str, Any]]) -> int:
-        """Write one episode as a row group and return the number of its file."""
-        arrays = {name: self._arrow(rows, features[name]) for name, rows in columns.items()}
-        table = self.pa.table(arrays)
-        if self.file is None or self.file.tell() >= self.file_mb * MB:
-            self.close()
-            self.number += 1
-            path = self.target / DATA.format(**_place(self.number))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(path, "wb")
-            self.parquet = self.pq.ParquetWriter(self.file, table.schema, compression="snappy")
-        self.parquet.write_table(table, row_group_size=len(table))
-        return self.number
-
-    def close(self) -> None:
-        """Write the footer of the open file."""
-        if self.file is not None:
-            self.parquet.close()
-            self.file.close()
-            self.file = None
-
-    def _arrow(self, rows: Array, feature: Mapping[str, Any]) -> Any:
-        """Turn [T ...] into a column: scalars, fixed lists, nested lists, or PNG bytes."""
-        pa = self.pa
-        if feature["dtype"] == "image":
-            kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-            return pa.array([{"bytes": storage.png(row), "path": None} for row in rows], type=kind)
-        shape = feature["shape"]
-        values = pa.array(np.ascontiguousarray(rows).reshape(-1))
-        if shape == [1]:
-            return values
-        if len(shape) == 1:
-            return pa.FixedSizeListArray.from_arrays(values, shape[0])
-        for size in reversed(shape):
-            values = pa.ListArray.from_arrays(pa.array(np.arange(0, len(values) + 1, size, dtype=np.int32)), values)
-        return values
-
-    def write_rows(self, rows: list[dict[str, Any]]) -> None:
-        """Write meta/episodes."""
-        path = self.target / EPISODES.format(**_place(0))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.pq.write_table(self.pa.Table.from_pylist(rows), path, compression="snappy")
-
-    def write_tasks(self, tasks: Mapping[str, int]) -> None:
-        """Write the table that pandas reads as a frame with the sentences for an index."""
-        kinds = {"task_index": ("int64", "int64"), "task": ("unicode", "object")}
-        columns = [
-            {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": dtype, "metadata": None}
-            for name, (kind, dtype) in kinds.items()
-        ]
-        pandas = {"index_columns": ["task"], "column_indexes": [], "columns": columns, "pandas_version": "2.0.0"}
-        table = self.pa.table({"task_index": np.fromiter(tasks.values(), np.int64), "task": list(tasks)})
-        path = self.target / TASKS
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.pq.write_table(table.replace_schema_metadata({"pandas": storage.json_text(pandas)}), path)

@@ -16,8 +16,7 @@ from typing import Any
 from gencontrol.errors import EnvironmentMissing, UsageError
 from gencontrol.robotics.envs.make import env_name, make_env
 from gencontrol.robotics.envs.types import Array, EnvSpec, RobotEnv, Timeouts, Transition
-from gencontrol.robotics.envs.wire import pack, spec_from_json, unpack, unpack_transition
-from gencontrol.robotics.envs.worker import describe
+from gencontrol.robotics.envs.worker import describe, pack, spec_from_json, unpack, unpack_transition
 
 _LOG_BYTES = 1 << 20
 

@@ -48,7 +48,7 @@ def write_results(folder: EvaluationFolder, reports: Sequence[EvaluationReport])
 
 
 def _environment(spec: Any) -> dict[str, Any]:
-    from gencontrol.robotics.envs.wire import spec_to_json
+    from gencontrol.robotics.envs.worker import spec_to_json
 
     return spec_to_json(spec)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -118,15 +119,15 @@ class ConditionalUnet1d(nn.Module):
         """Return the output at the noise level `index`."""
         h, kept = x.transpose(1, 2), []
         feature = torch.cat([self.diffusion_step_encoder(index.to(x.dtype)), cond], dim=-1)
-        for level in self.down_modules:
-            first, second, shrink = level  # type: ignore[misc]  # a ModuleList of three
+        down: Any = self.down_modules  # ModuleLists of three
+        up: Any = self.up_modules
+        for first, second, shrink in down:
             h = second(first(h, feature), feature)
             kept.append(h)
             h = shrink(h)
         for block in self.mid_modules:
             h = block(h, feature)
-        for level in self.up_modules:
-            first, second, grow = level  # type: ignore[misc]  # a ModuleList of three
+        for first, second, grow in up:
             h = grow(second(first(torch.cat([h, kept.pop()], dim=1), feature), feature))
         out: Tensor = self.final_conv(h)
         return out.transpose(1, 2)

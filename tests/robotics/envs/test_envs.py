@@ -16,7 +16,7 @@ from gencontrol.robotics.envs.gymnasium import SuccessRule, flatten
 from gencontrol.robotics.envs.make import FAMILIES, family_of, make_env, require
 from gencontrol.robotics.envs.types import EnvSpec, Timeouts, Transition
 from gencontrol.robotics.envs.vector import Envs, make_envs
-from gencontrol.robotics.envs.wire import (
+from gencontrol.robotics.envs.worker import (
     pack_transition,
     spec_from_json,
     spec_to_json,
