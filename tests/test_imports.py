@@ -17,6 +17,8 @@ PACKAGE = ROOT / "gencontrol"
 GROUND = {"types", "errors", "files", "stats", "rng", "config", "registry", "weights", "_compat", "_version"}
 BELOW = {*GROUND, "process", "kernels", "models", "data"}
 METHODS = {*BELOW, "sampling", "rewards", "algorithms"}
+#: a table of names and traits, which loads nothing
+NAMES = {"sampling.samplers"}
 #: room → rooms that it may import at the top of a file
 TOP = {
     **dict.fromkeys(GROUND, GROUND),
@@ -28,11 +30,11 @@ TOP = {
     "rewards": {*GROUND, "rewards"},
     "algorithms": METHODS,
     "train": {*GROUND, "train", "algorithms.base"},
-    "reports": {*GROUND, "reports", "train", "robotics"},
+    "reports": {*GROUND, *NAMES, "reports", "train", "robotics"},
     "pipelines": {*BELOW, "sampling", "algorithms.online.task", "robotics", "pipelines"},
     "robotics": {*METHODS, "robotics", "reports.page"},
     "recipes": {*METHODS, "recipes", "jobs.setup", "reports", "bench.base", "pipelines"},
-    "jobs": {*GROUND, "jobs", "recipes", "train.config", "robotics.evaluation.settings", "robotics.policies.config"},
+    "jobs": {*GROUND, *NAMES, "jobs", "recipes", "train.config", "robotics.evaluation.settings", "robotics.policies.config"},
     "cli": {*GROUND, "cli"},
     "bench": {*METHODS, "robotics", "pipelines", "train", "recipes", "bench"},
     "__main__": {"cli"},

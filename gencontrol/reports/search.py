@@ -16,28 +16,17 @@ from gencontrol.reports.data import BUDGET_BYTES, RunData, Sound, is_number
 from gencontrol.reports.histogram import histogram
 from gencontrol.reports.parts import duration, number, side, signed, table, tables, tile
 from gencontrol.reports.tree import TreeData, tree_figure
+from gencontrol.sampling.samplers import SAMPLERS, TREES
 
 #: Prompts that are shown open; the others are folded.
 _OPEN = 6
-_TREES = ("dts", "dts-star")
-_NAMES = {
-    "dts": "diffusion tree sampling (DTS)",
-    "dts-star": "diffusion tree search (DTS*)",
-    "best-of-n": "best of n",
-    "snis": "importance sampling",
-    "smc": "sequential Monte Carlo",
-    "tds": "twisted sequential Monte Carlo (TDS)",
-    "das": "tempered sequential Monte Carlo (DAS)",
-    "beam": "greedy search (beam)",
-    "dps": "gradient guidance (DPS)",
-}
 
 
 def title(run: RunData) -> str:
     """One line about the search."""
     rewards = " + ".join(str(spec) for spec in run.config.get("run", {}).get("reward", []))
     sampler = str(run.config.get("search", {}).get("sampler", ""))
-    return f"{_NAMES.get(sampler, sampler)} towards {rewards}"
+    return f"{SAMPLERS[sampler].title if sampler in SAMPLERS else sampler} towards {rewards}"
 
 
 def body(run: RunData) -> str:
@@ -208,7 +197,7 @@ def _rewards(run: RunData, row: Mapping[str, Any], unit: str) -> str:
     """Rewards of plain samples and of those that the search made."""
     base = [value for value in row.get("base_rewards", []) if is_number(value)]
     grown = [value for value in row.get("grown_rewards", []) if is_number(value)]
-    tree = run.config.get("search", {}).get("sampler") in _TREES
+    tree = run.config.get("search", {}).get("sampler") in TREES
     names = ("plain samples", "grown inside the tree") if tree else ("", "particles")
     groups = [(names[0], "base", base if tree else []), (names[1], "tuned", grown)]
     return histogram(groups, title="Rewards of the samples", x_label=unit)

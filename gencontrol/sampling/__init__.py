@@ -1,63 +1,64 @@
-"""Sampling: stateless steps, the loop, time grids and the controls (Model → Model)."""
+"""Sampling: stateless steps, the loop, time grids, the controls (Model → Model), and searches by reward.
+
+Names are found on first use, so that the table of samplers (`gencontrol.sampling.samplers`) costs no torch.
+"""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gencontrol.sampling.guidance import cfg, clip_x0, compose, inpaint, own_conditions, retime, score_shift
-from gencontrol.sampling.loop import STEPS, Callback, Path, make_step, sample
-from gencontrol.sampling.masked_steps import Ancestral as ancestral
-from gencontrol.sampling.masked_steps import Blocks as blocks
-from gencontrol.sampling.masked_steps import Confidence as confidence
-from gencontrol.sampling.state import State, Step, gaussian_log_prob
-from gencontrol.sampling.steps import Ddim as ddim
-from gencontrol.sampling.steps import DpmPp2M as dpmpp2m
-from gencontrol.sampling.steps import Euler as euler
-from gencontrol.sampling.steps import Heun as heun
-from gencontrol.sampling.steps import Sde as sde
+if TYPE_CHECKING:
+    from gencontrol.sampling.guidance import cfg, clip_x0, compose, inpaint, own_conditions, retime, score_shift
+    from gencontrol.sampling.loop import STEPS, Callback, Path, make_step, sample
+    from gencontrol.sampling.masked_steps import Ancestral as ancestral
+    from gencontrol.sampling.masked_steps import Blocks as blocks
+    from gencontrol.sampling.masked_steps import Confidence as confidence
+    from gencontrol.sampling.state import State, Step, gaussian_log_prob
+    from gencontrol.sampling.steps import Ddim as ddim
+    from gencontrol.sampling.steps import DpmPp2M as dpmpp2m
+    from gencontrol.sampling.steps import Euler as euler
+    from gencontrol.sampling.steps import Heun as heun
+    from gencontrol.sampling.steps import Sde as sde
 
-#: Found on first use: they load rewards, which plain sampling does not need.
-_LATER = {
-    "best_of_n": "particles.particles",
-    "importance_sampling": "particles.particles",
-    "smc": "particles.particles",
-    "beam": "particles.particles",
-    "tds": "particles.guided",
-    "das": "particles.guided",
-    "dps": "particles.guided",
-    "Particles": "particles.population",
+_WHERE = {
+    **dict.fromkeys(("cfg", "clip_x0", "compose", "inpaint", "own_conditions", "retime", "score_shift"), "guidance:"),
+    **dict.fromkeys(("STEPS", "Callback", "Path", "make_step", "sample"), "loop:"),
+    **dict.fromkeys(("State", "Step", "gaussian_log_prob"), "state:"),
+    "ancestral": "masked_steps:Ancestral",
+    "blocks": "masked_steps:Blocks",
+    "confidence": "masked_steps:Confidence",
+    "ddim": "steps:Ddim",
+    "dpmpp2m": "steps:DpmPp2M",
+    "euler": "steps:Euler",
+    "heun": "steps:Heun",
+    "sde": "steps:Sde",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Load a particle sampler."""
-    if name not in _LATER:
+    """Import an exported name when it is first asked for."""
+    if name not in _WHERE:
         raise AttributeError(f"module 'gencontrol.sampling' has no attribute '{name}'")
-    return getattr(import_module(f"gencontrol.sampling.{_LATER[name]}"), name)
+    module, _, attribute = _WHERE[name].partition(":")
+    return getattr(import_module(f"gencontrol.sampling.{module}"), attribute or name)
 
 
 __all__ = [
     "STEPS",
     "Callback",
-    "Particles",
     "Path",
     "State",
     "Step",
     "ancestral",
-    "beam",
-    "best_of_n",
     "blocks",
     "cfg",
     "clip_x0",
     "compose",
     "confidence",
-    "das",
     "ddim",
     "dpmpp2m",
-    "dps",
     "euler",
     "gaussian_log_prob",
     "heun",
-    "importance_sampling",
     "inpaint",
     "make_step",
     "own_conditions",
@@ -65,6 +66,4 @@ __all__ = [
     "sample",
     "score_shift",
     "sde",
-    "smc",
-    "tds",
 ]

@@ -19,6 +19,7 @@ from torch import Tensor
 from gencontrol.errors import RewardError, UsageError
 from gencontrol.rewards.base import Reward, checked
 from gencontrol.rewards.loading import UserItemReward
+from gencontrol.sampling.samplers import NO_GRADIENT
 from gencontrol.types import RewardContext
 
 #: After this many samples without one valid score the search stops (ours).
@@ -128,7 +129,7 @@ class Scorer:
         if not self.reward.differentiable:
             raise UsageError(
                 f"reward '{self.reward.name}' is not differentiable; choose a sampler that needs no gradient: "
-                "dts, dts-star, smc, beam, snis or best-of-n."
+                f"{NO_GRADIENT}."
             )
         self.calls += len(x0)
         samples = x0 if self.decode is None else self.decode(x0)

@@ -19,8 +19,9 @@ from gencontrol.pipelines.search.searchable import Problem
 from gencontrol.rng import stream_seed
 from gencontrol.sampling.chain import cond_leaves, make_chain
 from gencontrol.sampling.loop import model_device
+from gencontrol.sampling.particles import Target, spend
 from gencontrol.sampling.particles.population import Particles
-from gencontrol.sampling.particles.table import SAMPLERS, run_particles
+from gencontrol.sampling.samplers import PARTICLES
 from gencontrol.sampling.scoring import Scorer
 from gencontrol.sampling.state import Step
 from gencontrol.sampling.tree import readout as tree_readout
@@ -101,7 +102,7 @@ class Found:
 
 def known_sampler(name: str) -> str:
     """Return the name of a sampler, or raise UsageError if there is none of this name."""
-    known = (*TREES, *SAMPLERS)
+    known = (*TREES, *PARTICLES)
     if name not in known:
         raise UsageError(f"unknown sampler '{name}'.{nearest(name, known)} Known: {', '.join(known)}.")
     return name
@@ -272,9 +273,7 @@ def _population(problem: Problem, reward: Any, plan: Plan, index: int) -> Partic
     scorer = Scorer(reward, problem.decode, context, plan.reward_batch)
     seed = stream_seed(plan.seed, "search/prompt", index)
     batch = plan.leaf_batch or LEAF_BATCH
-    return run_particles(
-        plan.sampler, chain, scorer, plan.nfe, plan.temperature, seed, batch=batch, options=plan.options
-    )
+    return spend(plan.sampler, Target(chain, scorer, plan.temperature, seed, batch), plan.nfe, **plan.options)
 
 
 def _progress(populations: Sequence[Particles]) -> Progress:

@@ -184,10 +184,10 @@ def test_branch_and_widening_texts() -> None:
 
 
 def test_samplers_are_those_of_the_library() -> None:
-    from gencontrol.sampling.particles.table import SAMPLERS
+    from gencontrol.sampling.samplers import PARTICLES as KNOWN
     from gencontrol.sampling.tree.rules import RULES, WIDENINGS
 
-    assert set(PARTICLES) == set(SAMPLERS)
+    assert set(PARTICLES) == set(KNOWN)
     assert all(rule in RULES and widening in WIDENINGS for rule, widening in TREES.values())
     assert all(SearchConfig(sampler="dts", select=rule).select == rule for rule in RULES)
 

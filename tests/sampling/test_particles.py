@@ -14,23 +14,12 @@ from torch import Tensor
 from gencontrol.errors import RewardError, UsageError
 from gencontrol.models import EnumerableTokens, GaussianMixture
 from gencontrol.process import GaussianProcess, Linear, MaskedProcess
-from gencontrol.sampling import (
-    Particles,
-    beam,
-    best_of_n,
-    confidence,
-    das,
-    ddim,
-    dps,
-    importance_sampling,
-    sde,
-    smc,
-    tds,
-)
-from gencontrol.sampling.chain import Chain, make_chain
+from gencontrol.sampling import confidence, ddim, sde
+from gencontrol.sampling.chain import Chain, Twist, make_chain
+from gencontrol.sampling.particles import Particles, Target, options_of, particles_for_budget, run, spend
 from gencontrol.sampling.particles.resampling import effective_size, multinomial, systematic
 from gencontrol.sampling.particles.steering import POTENTIALS, das_tempering
-from gencontrol.sampling.particles.table import SAMPLERS, particles_for_budget, run_particles
+from gencontrol.sampling.samplers import PARTICLES
 from gencontrol.sampling.scoring import Scorer
 from gencontrol.types import RewardContext, RewardOut
 
@@ -78,29 +67,36 @@ def weighted_mean(particles: Particles) -> float:
 
 
 #: samplers whose weights are right, with their options
-EXACT: dict[str, tuple[Callable[..., Particles], dict[str, Any]]] = {
-    "snis": (importance_sampling, {}),
-    "smc": (smc, {}),
-    "smc-max": (smc, {"potential": "max", "ess_threshold": 1.0}),
-    "smc-add": (smc, {"potential": "add", "ess_threshold": 1.0, "resample_at": 3}),
-    "smc-always": (smc, {"ess_threshold": 1.0}),
-    "tds": (tds, {}),
-    "tds-all": (tds, {"resample_at": "all", "ess_threshold": 1.0}),
-    "das": (das, {}),
-    "dps-weighted": (dps, {"importance": True, "scale": 0.7}),
-    "tds-clipped": (tds, {"max_norm": 0.3}),
+EXACT: dict[str, tuple[str, dict[str, Any]]] = {
+    "snis": ("snis", {}),
+    "smc": ("smc", {}),
+    "smc-max": ("smc", {"potential": "max", "ess_threshold": 1.0}),
+    "smc-add": ("smc", {"potential": "add", "ess_threshold": 1.0, "resample_at": 3}),
+    "smc-always": ("smc", {"ess_threshold": 1.0}),
+    "tds": ("tds", {}),
+    "tds-all": ("tds", {"resample_at": "all", "ess_threshold": 1.0}),
+    "das": ("das", {}),
+    "dps-weighted": ("dps", {"importance": True, "scale": 0.7}),
+    "tds-clipped": ("tds", {"max_norm": 0.3}),
 }
-ALL = {"best-of-n": (best_of_n, {}), "beam": (beam, {"children": 3}), "dps": (dps, {}), **EXACT}
+ALL = {"best-of-n": ("best-of-n", {}), "beam": ("beam", {"children": 3}), "dps": ("dps", {}), **EXACT}
 
 
 @pytest.mark.parametrize("name", EXACT)
 def test_law_and_evidence_of_a_gaussian_chain(name: str, fenced_rng: None) -> None:
     """p·exp(a·x) of N(m, v) is N(m + a·v, v) with log Z = a·m + a²·v/2 (dts.md 6.6, for the discretised chain)."""
-    call, options = EXACT[name]
+    sampler, options = EXACT[name]
     model, temperature = one_gaussian(), 0.5
     mean, variance = chain_law(make_chain(model, (1,), steps=STEPS))
-    found = call(
-        model, linear(GENTLE * temperature), (4000, 1), steps=STEPS, temperature=temperature, generator=1, **options
+    found = run(
+        sampler,
+        model,
+        linear(GENTLE * temperature),
+        (4000, 1),
+        steps=STEPS,
+        temperature=temperature,
+        generator=1,
+        **options,
     )
     # relative variance of one weight is at most exp(a²·v)·few; the standard error of log Z is 1/sqrt(ess) at most
     tolerance = 4 / math.sqrt(found.ess)
@@ -113,13 +109,13 @@ def test_law_and_evidence_of_a_gaussian_chain(name: str, fenced_rng: None) -> No
     assert abs(mean - (mean + GENTLE * variance)) > 2 * tolerance  # the base law would be seen
 
 
-@pytest.mark.parametrize("call", [smc, tds])
-def test_evidence_is_unbiased(call: Callable[..., Particles]) -> None:
+@pytest.mark.parametrize("name", ["smc", "tds"])
+def test_evidence_is_unbiased(name: str) -> None:
     """The mean of exp(log_z) over small runs is Z within 3 standard errors, with resampling in each run."""
     model, steps = one_gaussian(), 5
     mean, variance = chain_law(make_chain(model, (1,), steps=steps))
     exact = GENTLE * mean + GENTLE**2 * variance / 2
-    runs = [call(model, linear(GENTLE), (16, 1), steps=steps, generator=s, ess_threshold=1.0) for s in range(50)]
+    runs = [run(name, model, linear(GENTLE), (16, 1), steps=steps, generator=s, ess_threshold=1.0) for s in range(50)]
     assert all(run.extras["resampled"][-2:] == [2, 3] for run in runs)
     ratios = torch.tensor([math.exp(run.log_z - exact) for run in runs], dtype=torch.float64)
     error = float(ratios.std()) / math.sqrt(len(ratios))
@@ -129,8 +125,8 @@ def test_evidence_is_unbiased(call: Callable[..., Particles]) -> None:
 
 def test_tds_with_the_exact_twist_has_equal_weights() -> None:
     """At constant variance the linear tilt's optimal transition is the shifted mean; TDS finds most of it."""
-    plain = importance_sampling(one_gaussian(), linear(2.0), (1000, 1), steps=STEPS, generator=0)
-    climbed = tds(one_gaussian(), linear(2.0), (1000, 1), steps=STEPS, generator=0, ess_threshold=0.0)
+    plain = run("snis", one_gaussian(), linear(2.0), (1000, 1), steps=STEPS, generator=0)
+    climbed = run("tds", one_gaussian(), linear(2.0), (1000, 1), steps=STEPS, generator=0, ess_threshold=0.0)
     assert climbed.extras["resampled"] == []
     assert climbed.ess > 2 * plain.ess
 
@@ -138,12 +134,12 @@ def test_tds_with_the_exact_twist_has_equal_weights() -> None:
 @pytest.mark.parametrize("name", ["snis", "smc", "tds"])
 def test_mixture_tilted_by_linear_and_quadratic_rewards(name: str) -> None:
     """Weights of the modes, means and log Z of the tilted mixture; 40 steps, whose own error is about 0.03."""
-    call, options = EXACT[name]
+    sampler, options = EXACT[name]
     model = two_modes()
     slope, curve = torch.tensor([0.8, -0.3], dtype=torch.float64), torch.diag(torch.tensor([0.4, 0.2])).double()
     reward = lambda x: (x.double() @ slope - 0.5 * ((x.double() @ curve) * x).sum(1)).float()  # noqa: E731
     exact = model.tilt(slope, curve)
-    found = call(model, reward, (3000, 2), steps=40, generator=2, **options)
+    found = run(sampler, model, reward, (3000, 2), steps=40, generator=2, **options)
     tolerance = 4 / math.sqrt(found.ess) + 0.03
     assert abs(found.log_z - model.log_normaliser(slope, curve)) < tolerance
     right = (found.samples[:, 0] > 0).double()
@@ -163,8 +159,8 @@ def test_tokens_tilted_by_a_table(name: str) -> None:
     values = 0.8 * torch.randn(3, 3, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     reward = lambda x: values[tuple(x.unbind(1))].float()  # noqa: E731
     options = {"resample_at": "all", "ess_threshold": 1.0} if name == "smc" else {}
-    call, step = EXACT[name][0], confidence(temperature=1.0)
-    found = call(model, reward, (3000, 3), steps=3, step=step, generator=1, **options)
+    step = confidence(temperature=1.0)
+    found = run(name, model, reward, (3000, 3), steps=3, step=step, generator=1, **options)
     place = (found.samples * torch.tensor([9, 3, 1])).sum(1)
     law = torch.zeros(27, dtype=torch.float64).index_add(0, place, found.weights)
     exact = model.tilt(values).table.reshape(-1)
@@ -180,7 +176,9 @@ def test_forgotten_weights_are_measurably_wrong() -> None:
     model = one_gaussian()
     mean, variance = chain_law(make_chain(model, (1,), steps=16))
     runs = {
-        potential: smc(model, linear(1.0), (2000, 1), steps=16, generator=0, resample_at="all", potential=potential)
+        potential: run(
+            "smc", model, linear(1.0), (2000, 1), steps=16, generator=0, resample_at="all", potential=potential
+        )
         for potential in ("diff", "fk-published")
     }
     ours, theirs = (weighted_mean(run) - (mean + variance) for run in runs.values())
@@ -190,15 +188,19 @@ def test_forgotten_weights_are_measurably_wrong() -> None:
     assert torch.allclose(runs["fk-published"].weights, torch.full((2000,), 1 / 2000).double())
 
 
-@pytest.mark.parametrize("call", [smc, tds])
-def test_values_move_with_their_particles(call: Callable[..., Particles]) -> None:
+@pytest.mark.parametrize("name", ["smc", "tds"])
+def test_values_move_with_their_particles(name: str) -> None:
     """DAS issue 1: the law survives values that stay behind in resampling, but the weights collapse to 1-3 of 200."""
-    found = call(one_gaussian(), linear(2.0), (200, 1), steps=12, resample_at="all", ess_threshold=1.0, generator=0)
-    assert found.ess > (100 if call is smc else 190)
+    found = run(
+        name, one_gaussian(), linear(2.0), (200, 1), steps=12, resample_at="all", ess_threshold=1.0, generator=0
+    )
+    assert found.ess > (100 if name == "smc" else 190)
 
 
 def test_copies_diverge_and_origins_are_counted() -> None:
-    found = smc(one_gaussian(), linear(2.0), (200, 1), steps=6, resample_at="all", ess_threshold=1.0, generator=0)
+    found = run(
+        "smc", one_gaussian(), linear(2.0), (200, 1), steps=6, resample_at="all", ess_threshold=1.0, generator=0
+    )
     assert len(found.samples.unique()) == 200
     assert 1 <= found.extras["origins"] < 150
     assert found.extras["resampled"] == [1, 2, 3, 4]
@@ -220,29 +222,29 @@ def test_systematic_resampling_is_unbiased_and_even() -> None:
 @pytest.mark.parametrize("kind", ["gaussian", "tokens"])
 def test_beam_of_one_child_is_the_base_sampler(kind: str) -> None:
     model, shape, steps = (two_modes(), (6, 2), 5) if kind == "gaussian" else (table(), (6, 3), 3)
-    plain = best_of_n(model, first, shape, steps=steps, generator=4)
-    assert torch.equal(beam(model, first, shape, steps=steps, generator=4, children=1).samples, plain.samples)
-    wide = beam(model, first, shape, steps=steps, generator=4, children=6)
+    plain = run("best-of-n", model, first, shape, steps=steps, generator=4)
+    assert torch.equal(run("beam", model, first, shape, steps=steps, generator=4, children=1).samples, plain.samples)
+    wide = run("beam", model, first, shape, steps=steps, generator=4, children=6)
     assert float(wide.rewards.mean()) > float(plain.rewards.mean())
 
 
 def test_gradient_without_scale_is_the_base_sampler() -> None:
     model = two_modes()
-    plain = best_of_n(model, first, (8, 2), steps=5, generator=4)
-    still = dps(model, first, (8, 2), steps=5, generator=4, scale=0.0)
+    plain = run("best-of-n", model, first, (8, 2), steps=5, generator=4)
+    still = run("dps", model, first, (8, 2), steps=5, generator=4, scale=0.0)
     assert torch.equal(still.samples, plain.samples)
     assert torch.equal(still.extras["log_ratio"], torch.zeros(8, dtype=torch.float64))
-    moved = dps(model, first, (8, 2), steps=5, generator=4)
+    moved = run("dps", model, first, (8, 2), steps=5, generator=4)
     assert float(moved.rewards.mean()) > float(plain.rewards.mean())
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_constant_reward_gives_equal_weights(name: str) -> None:
-    call, options = ALL[name]
+    sampler, options = ALL[name]
     if options.get("importance"):
         options = {**options, "scale": 1.0}
     reward = lambda x: 0.0 * first(x) + 3.0  # noqa: E731
-    found = call(two_modes(), reward, (16, 2), steps=5, temperature=0.5, generator=0, **options)
+    found = run(sampler, two_modes(), reward, (16, 2), steps=5, temperature=0.5, generator=0, **options)
     assert torch.allclose(found.weights, torch.full((16,), 1 / 16, dtype=torch.float64), atol=1e-6)
     assert found.ess == pytest.approx(16, rel=1e-6)
     if not math.isnan(found.log_z):
@@ -252,9 +254,9 @@ def test_constant_reward_gives_equal_weights(name: str) -> None:
 @pytest.mark.parametrize("name", ["best-of-n", "snis", "smc", "tds", "das", "dps", "beam", "smc-max"])
 def test_samples_without_a_score_have_no_weight(name: str) -> None:
     """NaN where x > 0.5: the law is the tilt of what remains."""
-    call, options = ALL[name]
+    sampler, options = ALL[name]
     reward = lambda x: torch.where(x[:, 0] > 0.5, float("nan"), first(x))  # noqa: E731
-    found = call(one_gaussian(), reward, (40, 1), steps=5, generator=0, **options)
+    found = run(sampler, one_gaussian(), reward, (40, 1), steps=5, generator=0, **options)
     assert torch.equal(found.valid, ~(found.samples[:, 0] > 0.5))
     assert 0 < int(found.valid.sum())
     assert torch.equal(found.weights > 0, found.valid) or name == "best-of-n"
@@ -265,7 +267,7 @@ def test_samples_without_a_score_have_no_weight(name: str) -> None:
 
 def test_nothing_scored_is_an_error() -> None:
     with pytest.raises(RewardError, match="finite weight.*NaN"):
-        smc(one_gaussian(), lambda x: first(x) * float("nan"), (4, 1), steps=4, generator=0)
+        run("smc", one_gaussian(), lambda x: first(x) * float("nan"), (4, 1), steps=4, generator=0)
 
 
 @dataclass
@@ -284,7 +286,7 @@ class Counting:
         return self.inner(xt, t, cond)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", PARTICLES)
 def test_budget_is_kept_and_counted(name: str) -> None:
     model, steps = Counting(two_modes()), 6
     calls: list[int] = []
@@ -292,24 +294,24 @@ def test_budget_is_kept_and_counted(name: str) -> None:
     chain = make_chain(model, (2,), steps=steps)
     each = 1 + 10 * (steps - 1) if name == "beam" else steps
     budget = 3 * each + each - 1
-    found = run_particles(name, chain, scorer, budget, 1.0, 0)
+    found = spend(name, Target(chain, scorer), budget)
     assert found.nfe == model.rows == 3 * each <= budget
     assert found.reward_calls == sum(calls)
     assert len(found) == particles_for_budget(name, budget, steps)
     with pytest.raises(UsageError, match="costs"):
-        run_particles(name, chain, Scorer(first), each - 1, 1.0, 0)
+        spend(name, Target(chain, Scorer(first)), each - 1)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_micro_batches_change_nothing(name: str) -> None:
-    call, options = ALL[name]
+    sampler, options = ALL[name]
     whole, parts = (
-        call(two_modes(), first, (12, 2), steps=5, generator=7, batch=batch, **options) for batch in (None, 5)
+        run(sampler, two_modes(), first, (12, 2), steps=5, generator=7, batch=batch, **options) for batch in (None, 5)
     )
     assert torch.allclose(whole.samples, parts.samples, atol=1e-6)
     assert torch.allclose(whole.weights, parts.weights, atol=1e-6)
     assert (whole.nfe, whole.reward_calls) == (parts.nfe, parts.reward_calls)
-    other = call(two_modes(), first, (12, 2), steps=5, generator=8, **options)
+    other = run(sampler, two_modes(), first, (12, 2), steps=5, generator=8, **options)
     assert not torch.allclose(whole.samples, other.samples, atol=1e-3)
 
 
@@ -322,7 +324,8 @@ def test_conditions_and_contexts_reach_every_row() -> None:
         assert len(context.prompts or []) == len(x)
         return first(x)
 
-    found = smc(
+    found = run(
+        "smc",
         two_modes(),
         reward,
         (9, 2),
@@ -345,12 +348,12 @@ def test_das_fades_the_reward_in_as_published() -> None:
 
 
 def test_readout() -> None:
-    found = importance_sampling(one_gaussian(), linear(1.0), (500, 1), steps=5, generator=0)
+    found = run("snis", one_gaussian(), linear(1.0), (500, 1), steps=5, generator=0)
     top = found.best(3)[:, 0]
     assert torch.equal(top, found.samples[:, 0].sort(descending=True).values[:3])
     drawn = found.sample(4000, torch.Generator().manual_seed(0))
     assert abs(float(drawn.mean()) - weighted_mean(found)) < 4 / math.sqrt(4000)
-    assert len(best_of_n(one_gaussian(), first, (5, 1), steps=4, generator=0).sample(7).unique()) == 1
+    assert len(run("best-of-n", one_gaussian(), first, (5, 1), steps=4, generator=0).sample(7).unique()) == 1
 
 
 class NoGradient:
@@ -364,31 +367,40 @@ class NoGradient:
 
 def test_errors_say_what_to_do() -> None:
     model = one_gaussian()
-    for call in (tds, das, dps):
+    for name in ("tds", "das", "dps"):
         with pytest.raises(UsageError, match="not differentiable"):
-            call(model, NoGradient(), (3, 1), steps=3, generator=0)
+            run(name, model, NoGradient(), (3, 1), steps=3, generator=0)
         with pytest.raises(UsageError, match="no gradient"):
-            call(model, lambda x: first(x).detach(), (3, 1), steps=3, generator=0)
+            run(name, model, lambda x: first(x).detach(), (3, 1), steps=3, generator=0)
         with pytest.raises(UsageError, match="tokens"):
-            call(table(), first, (3, 3), steps=3, generator=0)
-    for call in (best_of_n, smc, beam, tds):
+            run(name, table(), first, (3, 3), steps=3, generator=0)
+    for name in ("best-of-n", "smc", "beam", "tds"):
         with pytest.raises(UsageError, match="deterministic"):
-            call(model, first, (3, 1), steps=3, step="euler")
+            run(name, model, first, (3, 1), steps=3, step="euler")
         with pytest.raises(UsageError, match="deterministic"):
-            call(model, first, (3, 1), steps=3, step=sde(level=0.0))
+            run(name, model, first, (3, 1), steps=3, step=sde(level=0.0))
         with pytest.raises(UsageError, match="temperature"):
-            call(model, first, (3, 1), steps=3, temperature=0.0, generator=0)
+            run(name, model, first, (3, 1), steps=3, temperature=0.0, generator=0)
         with pytest.raises(UsageError, match="shape"):
-            call(model, first, (3,), steps=3, generator=0)
+            run(name, model, first, (3,), steps=3, generator=0)
         with pytest.raises(UsageError, match="batch 1"):
-            call(model, first, (3, 1), steps=3, cond=torch.ones(3, 1), generator=0)
+            run(name, model, first, (3, 1), steps=3, cond=torch.ones(3, 1), generator=0)
     with pytest.raises(UsageError, match="mean 'max'"):
-        smc(model, first, (3, 1), steps=3, potential="maxx", generator=0)
+        run("smc", model, first, (3, 1), steps=3, potential="maxx", generator=0)
     with pytest.raises(UsageError, match="not in the time grid"):
-        smc(model, first, (3, 1), steps=4, resample_at=[0.61], generator=0)
+        run("smc", model, first, (3, 1), steps=4, resample_at=[0.61], generator=0)
     chain = make_chain(model, (1,), steps=3)
     with pytest.raises(UsageError, match="no option 'childs'"):
-        run_particles("beam", chain, Scorer(first), 100, 1.0, 0, options={"childs": 3})
+        spend("beam", Target(chain, Scorer(first)), 100, childs=3)
     with pytest.raises(UsageError, match="mean 'smc'"):
-        run_particles("smcc", chain, Scorer(first), 100, 1.0, 0)
+        spend("smcc", Target(chain, Scorer(first)), 100)
+    with pytest.raises(UsageError, match="'dts' is no particle sampler"):
+        run("dts", model, first, (3, 1), steps=3, generator=0)
+    with pytest.raises(UsageError, match="without a twist"):
+        spend(
+            "smc",
+            Target(make_chain(model, (1,), steps=3, twist=Twist(lambda x, r: x, lambda t: 1.0)), Scorer(first)),
+            9,
+        )
     assert set(POTENTIALS) == {"diff", "max", "add", "fk-published"}
+    assert options_of("smc") == ["resample_at", "ess_threshold", "potential"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gencontrol.models.exact import GaussianMixture
 from gencontrol.sampling.chain import Chain
-from gencontrol.sampling.particles.table import run_particles
+from gencontrol.sampling.particles import Target, spend
 from gencontrol.sampling.scoring import Scorer
 from gencontrol.sampling.tree.readout import gather, leaf_law
 from gencontrol.sampling.tree.tree import DiffusionTree
@@ -155,7 +155,7 @@ class Peer:
     def run(self, chain: Chain, reward: Any, nfe: int, *, temperature: float, seed: int, **scoring: Any) -> Any:
         """Return its Particles; `scoring` are options of the Scorer."""
         scorer = Scorer(reward, batch=self.batch, **scoring)
-        return run_particles(self.name, chain, scorer, nfe, temperature, seed, batch=self.batch, options=self.options)
+        return spend(self.name, Target(chain, scorer, temperature, seed, self.batch), nfe, **self.options)
 
 
 def one_root(chain: Chain) -> Chain:

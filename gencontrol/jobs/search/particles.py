@@ -6,7 +6,6 @@ it draws the same numbers.
 
 from __future__ import annotations
 
-import inspect
 import json
 import time
 from collections.abc import Mapping
@@ -94,7 +93,7 @@ def run(job: SearchJob, model: SearchModel, reward: Any) -> None:
 def _search(job: SearchJob, model: SearchModel, reward: Any, index: int, guard: SignalGuard) -> _Found:
     """Run the sampler for one prompt; the base sample beside it costs one more path, which is not counted."""
     from gencontrol.sampling.chain import make_chain
-    from gencontrol.sampling.particles.table import run_particles
+    from gencontrol.sampling.particles import Target, spend
 
     config, begin = job.search, time.monotonic()
     problem = model.problem
@@ -107,17 +106,9 @@ def _search(job: SearchJob, model: SearchModel, reward: Any, index: int, guard: 
         autocast=model.autocast,
     )
     scorer = _scorer(model, reward, index)
-    found = run_particles(
-        config.sampler,
-        chain,
-        scorer,
-        config.nfe,
-        config.temperature,
-        stream_seed(config.seed, "search", index),
-        batch=config.leaf_batch,
-        poll=guard.poll,
-        options=_options(config, problem.steps),
-    )
+    seed = stream_seed(config.seed, "search", index)
+    target = Target(chain, scorer, config.temperature, seed, config.leaf_batch, guard.poll)
+    found = spend(config.sampler, target, config.nfe, **_options(config, problem.steps))
     base, base_reward = _base(job, model, reward, index, chain)
     facts = {
         "nfe": found.nfe,
@@ -141,18 +132,9 @@ def _scorer(model: SearchModel, reward: Any, index: int) -> Scorer:
 
 def _options(config: SearchConfig, steps: int) -> dict[str, Any]:
     """The options that the sampler has."""
-    from gencontrol.sampling.particles import steering, unguided
+    from gencontrol.sampling.particles import options_of
 
-    functions: dict[str, Any] = {
-        "best-of-n": unguided.run_best_of_n,
-        "snis": unguided.run_snis,
-        "beam": unguided.run_beam,
-        "smc": steering.run_smc,
-        "tds": steering.run_tds,
-        "das": steering.run_das,
-        "dps": steering.run_dps,
-    }
-    known = inspect.signature(functions[config.sampler]).parameters
+    known = options_of(config.sampler)
     wanted = {
         "resample_at": branch_of(config, steps),
         "max_norm": config.max_grad_norm or None,
@@ -163,11 +145,11 @@ def _options(config: SearchConfig, steps: int) -> dict[str, Any]:
 
 def _base(job: SearchJob, model: SearchModel, reward: Any, index: int, chain: Chain) -> tuple[Tensor, float | None]:
     """One sample of the model alone, and its reward."""
-    from gencontrol.sampling.particles.population import Search, base_samples
+    from gencontrol.sampling.particles.population import Target, base_samples
 
     seed = stream_seed(job.search.seed, "search", index)
-    search = Search(chain, _scorer(model, reward, index), job.search.temperature, seed)
-    walk, scores = base_samples(search, 1)
+    target = Target(chain, _scorer(model, reward, index), job.search.temperature, seed)
+    walk, scores = base_samples(target, 1)
     return walk.x, clean(float(scores.values[0]))
 
 

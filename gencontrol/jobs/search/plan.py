@@ -84,7 +84,7 @@ def _words(widening: str | tuple[float, float]) -> str:
 
 def _particles(search: SearchConfig, law: Law) -> Iterator[str]:
     """How many particles the budget pays for, and their memory."""
-    from gencontrol.sampling.particles.table import particles_for_budget
+    from gencontrol.sampling.particles import particles_for_budget
 
     number = particles_for_budget(search.sampler, search.nfe, law.steps, children=search.children)
     state = 4 * math.prod(law.shape)

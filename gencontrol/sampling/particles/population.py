@@ -23,8 +23,8 @@ from gencontrol.sampling.scoring import Scorer, Scores
 
 
 @dataclass(frozen=True)
-class Search:
-    """A target p(x)·exp(r(x)/temperature) and how to work on it, the same for every sampler.
+class Target:
+    """The law p(x)·exp(r(x)/temperature) and how to work on it, the same for every sampler.
 
     Args:
         chain: the base law p, with one root (one prompt).
@@ -120,10 +120,10 @@ def roots_of(n: int) -> Int64[Tensor, " n"]:
     return torch.zeros(n, dtype=torch.int64)
 
 
-def walk(search: Search, x: Shaped[Tensor, "n *d"], keys: Int64[Tensor, " n"], span: tuple[int, int]) -> Walk:
+def walk(target: Target, x: Shaped[Tensor, "n *d"], keys: Int64[Tensor, " n"], span: tuple[int, int]) -> Walk:
     """Take the steps span[0] ≤ i < span[1] in micro-batches."""
-    chain, roots = search.chain, roots_of(len(x))
-    parts = [chain.advance(x[s], roots[s], keys[s], span, search.poll) for s in search.slices(len(x))]
+    chain, roots = target.chain, roots_of(len(x))
+    parts = [chain.advance(x[s], roots[s], keys[s], span, target.poll) for s in target.slices(len(x))]
     return Walk(
         torch.cat([part.x for part in parts]),
         torch.cat([part.log_ratio for part in parts]),
@@ -131,21 +131,21 @@ def walk(search: Search, x: Shaped[Tensor, "n *d"], keys: Int64[Tensor, " n"], s
     )
 
 
-def base_samples(search: Search, n: int) -> tuple[Walk, Scores]:
-    """Draw n whole paths of the search's chain and score where they end.
+def base_samples(target: Target, n: int) -> tuple[Walk, Scores]:
+    """Draw n whole paths of the target's chain and score where they end.
 
     Raises:
         UsageError: n < 1.
     """
     if n < 1:
         raise UsageError(f"{n} particles; give at least 1.")
-    keys = search.keys(torch.arange(n))
-    found = walk(search, search.chain.prior(keys), keys, (0, search.chain.steps))
-    return found, search.scorer(found.x, roots_of(n))
+    keys = target.keys(torch.arange(n))
+    found = walk(target, target.chain.prior(keys), keys, (0, target.chain.steps))
+    return found, target.scorer(found.x, roots_of(n))
 
 
 def collect(
-    search: Search,
+    target: Target,
     x: Shaped[Tensor, "n *d"],
     scores: Scores,
     log_weights: Float[Tensor, " n"],
@@ -160,15 +160,15 @@ def collect(
     """
     log, total = normalised(log_weights.masked_fill(~scores.valid, -math.inf))
     if not math.isfinite(total):
-        raise RewardError(no_weight(search))
+        raise RewardError(no_weight(target))
     return Particles(
-        x, scores.values, scores.valid, log, nfe, search.scorer.calls, log_z, effective_size(log), extras or {}
+        x, scores.values, scores.valid, log, nfe, target.scorer.calls, log_z, effective_size(log), extras or {}
     )
 
 
-def no_weight(search: Search) -> str:
+def no_weight(target: Target) -> str:
     """The message for a population without any weight."""
-    scorer = search.scorer
+    scorer = target.scorer
     why = "; ".join(f"{reason} ({count})" for reason, count in scorer.reasons.items())
     return (
         f"none of the particles has a finite weight with reward '{scorer.reward.name}'"

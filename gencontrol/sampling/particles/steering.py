@@ -24,8 +24,9 @@ from torch import Tensor
 from gencontrol.errors import RewardError, UsageError, nearest
 from gencontrol.rng import stream
 from gencontrol.sampling.chain import Twist, token_step
-from gencontrol.sampling.particles.population import Particles, Search, base_samples, collect, no_weight, roots_of, walk
+from gencontrol.sampling.particles.population import Particles, Target, base_samples, collect, no_weight, roots_of, walk
 from gencontrol.sampling.particles.resampling import effective_size, multinomial, normalised, systematic
+from gencontrol.sampling.samplers import NO_GRADIENT
 from gencontrol.sampling.scoring import Scores
 from gencontrol.sampling.steps import StochasticStep
 from gencontrol.sampling.tree.growth import branch_indices
@@ -71,15 +72,29 @@ POTENTIALS: dict[str, Potential] = {
 }
 
 
-def run_smc(
-    search: Search,
+def smc(
+    target: Target,
     n: int,
     *,
     resample_at: ResampleAt = None,
     ess_threshold: float = 0.5,
     potential: str = "diff",
 ) -> Particles:
-    """Run sequential Monte Carlo with proposals of the base chain; see `particles.smc`.
+    """Run sequential Monte Carlo on the base chain: FK steering (arXiv 2501.06848) with weights carried correctly.
+
+    Values are rewards of one-step estimates x̂0, taken from the model calls that are made anyway: NFE = n·steps.
+    Resampling is systematic, and the final weights are returned, so that the law is right for every potential; exp of
+    log_z is unbiased.
+
+    Args:
+        resample_at: number of equal segments, "all", or times of the grid; None is five segments (DTS table 2, FOUND).
+        ess_threshold: resample where the effective sample size is below this share of n (0: never, 1: always).
+        potential: "diff" exp(λΔv), "max" exp(λ·max v), "add" exp(λ·Σv); or "fk-published", which reproduces the public
+            code's bias (CODE, dts.md P14): differences, weights forgotten wherever it does not resample, multinomial,
+            clamped at 1e10, equal final weights, no log_z.  It is there to compare with, not to use.
+
+    extras: "ess" {grid index: effective sample size}, "resampled" [grid index], "origins" (starting particles with
+    descendants).
 
     Raises:
         UsageError: unknown potential, a count or threshold out of range, or times that are not in the grid.
@@ -87,65 +102,87 @@ def run_smc(
     if potential not in POTENTIALS:
         known = ", ".join(POTENTIALS)
         raise UsageError(f"unknown potential '{potential}'.{nearest(potential, POTENTIALS)} Known: {known}.")
-    return _run(search, n, resample_at, ess_threshold, POTENTIALS[potential], lambda index: 1.0)
+    return _run(target, n, resample_at, ess_threshold, POTENTIALS[potential], lambda index: 1.0)
 
 
-def run_tds(
-    search: Search,
+def tds(
+    target: Target,
     n: int,
     *,
     resample_at: ResampleAt = None,
     ess_threshold: float = 0.5,
     max_norm: float | None = None,
 ) -> Particles:
-    """Run SMC with proposals that climb the reward; see `particles.tds`.
+    """Run the twisted diffusion sampler (arXiv 2306.17775): SMC whose transitions climb the reward.
+
+    Every transition's mean moves by std²·∇r(x̂0)/temperature and the weight pays it back by log p/q, so the law and
+    log_z are right.  NFE = n·steps; each step but the last also costs a backward pass through model, decode and reward
+    (extras["gradients"]).
+
+    Args:
+        resample_at, ess_threshold: as in `smc`.
+        max_norm: gradients longer than this are shortened (still exact).
 
     Raises:
-        UsageError: as `run_smc`; tokens, or a reward without gradient.
+        UsageError: as `smc`; tokens, or a reward without gradient.
     """
-    climbing = _twisted(search, "tds", lambda t: search.inverse_temperature, max_norm)
+    climbing = _twisted(target, "tds", lambda t: target.inverse_temperature, max_norm)
     return _run(climbing, n, resample_at, ess_threshold, POTENTIALS["diff"], lambda index: 1.0)
 
 
-def run_das(
-    search: Search,
+def das(
+    target: Target,
     n: int,
     *,
     resample_at: ResampleAt = None,
     ess_threshold: float = 0.5,
     max_norm: float | None = None,
 ) -> Particles:
-    """Run TDS on a reward that is faded in; see `particles.das`.
+    """Run DAS (arXiv 2501.05803): TDS on γ·r, with γ from 0 at noise to 1 at data.
+
+    γ = min(1.008^i - 1, 1) at step i of 100 (CODE), the same curve for other numbers of steps (ours): early estimates,
+    which know little, count little.  Resampling is systematic where the public code has ssp.
 
     Raises:
-        UsageError: as `run_tds`.
+        UsageError: as `tds`.
     """
-    share = {t: das_tempering(index, search.chain.steps) for index, t in enumerate(search.chain.grid)}
-    climbing = _twisted(search, "das", lambda t: search.inverse_temperature * share[t], max_norm)
-    steps = search.chain.steps
+    share = {t: das_tempering(index, target.chain.steps) for index, t in enumerate(target.chain.grid)}
+    climbing = _twisted(target, "das", lambda t: target.inverse_temperature * share[t], max_norm)
+    steps = target.chain.steps
     return _run(climbing, n, resample_at, ess_threshold, POTENTIALS["diff"], lambda index: das_tempering(index, steps))
 
 
-def run_dps(
-    search: Search, n: int, *, scale: float = 1.0, max_norm: float | None = None, importance: bool = False
+def dps(
+    target: Target, n: int, *, scale: float = 1.0, max_norm: float | None = None, importance: bool = False
 ) -> Particles:
-    """Run the climbing proposal alone, without resampling; see `particles.dps`.
+    """Move every transition by scale·std²·∇r(x̂0)/temperature, without resampling: DPS with a reward gradient.
+
+    With a classifier's log p(c | x) as the reward this is classifier guidance, on the clean estimate instead of a
+    noisy-data classifier.  It samples from no stated law unless the importance weights are asked for.  NFE = n·steps,
+    each with a backward pass.
+
+    Args:
+        scale: factor on the gradient, ≥ 0; 0 is the base model.
+        max_norm: gradients longer than this are shortened (DTS needed it in 2-D, FOUND; the bound is the user's).
+        importance: weigh by exp(r/temperature)·p/q, which makes it exact in the limit of many particles.
+
+    extras: "log_ratio" [n] log p/q of the paths, "gradients" (backward passes).
 
     Raises:
         UsageError: scale < 0, n < 1, tokens, or a reward without gradient.
     """
     if not 0.0 <= scale < math.inf:
         raise UsageError(f"scale is {scale}; it multiplies the gradient and must be >= 0 and finite.")
-    climbing = _twisted(search, "dps", lambda t: search.inverse_temperature * scale, max_norm)
+    climbing = _twisted(target, "dps", lambda t: target.inverse_temperature * scale, max_norm)
     found, scores = base_samples(climbing, n)
     log_weights = torch.zeros(n, dtype=torch.float64)
     log_z = math.nan
     if importance:
-        full = scores.values * search.inverse_temperature + found.log_ratio
+        full = scores.values * target.inverse_temperature + found.log_ratio
         log_weights, total = normalised(full.masked_fill(~scores.valid, -math.inf))
         log_z = total - math.log(n)
-    extras = {"log_ratio": found.log_ratio, "gradients": n * (search.chain.steps - 1)}
-    return collect(search, found.x, scores, log_weights, int(found.calls.sum()), log_z, extras)
+    extras = {"log_ratio": found.log_ratio, "gradients": n * (target.chain.steps - 1)}
+    return collect(target, found.x, scores, log_weights, int(found.calls.sum()), log_z, extras)
 
 
 def das_tempering(index: int, steps: int) -> float:
@@ -156,20 +193,20 @@ def das_tempering(index: int, steps: int) -> float:
     return min((1.0 + DAS_GAMMA) ** (index * DAS_STEPS / steps) - 1.0, 1.0)
 
 
-def _twisted(search: Search, name: str, scale: Callable[[float], float], max_norm: float | None) -> Search:
-    """The search with a proposal that climbs the reward.
+def _twisted(target: Target, name: str, scale: Callable[[float], float], max_norm: float | None) -> Target:
+    """The target with a proposal that climbs the reward.
 
     Raises:
         UsageError: tokens, a step that is not Gaussian, max_norm ≤ 0, or a reward that is not differentiable.
     """
-    if search.chain.masked or not isinstance(search.chain.step, StochasticStep):
+    if target.chain.masked or not isinstance(target.chain.step, StochasticStep):
         raise UsageError(
-            f"{name} needs a gradient in x, which tokens do not have; use dts, smc, beam, snis, best-of-n."
+            f"{name} needs a gradient in x, which tokens do not have; choose a sampler without: {NO_GRADIENT}."
         )
     if max_norm is not None and not max_norm > 0:
         raise UsageError(f"max_norm is {max_norm}; it bounds the length of a gradient and must be > 0.")
-    twist = Twist(search.scorer.differentiable, scale, max_norm)
-    return replace(search, chain=replace(search.chain, twist=twist))
+    twist = Twist(target.scorer.differentiable, scale, max_norm)
+    return replace(target, chain=replace(target.chain, twist=twist))
 
 
 @dataclass
@@ -201,9 +238,9 @@ class _Cloud:
     trace: dict[int, float] = field(default_factory=dict)
     resampled: list[int] = field(default_factory=list)
 
-    def advance(self, search: Search, span: tuple[int, int]) -> None:
+    def advance(self, target: Target, span: tuple[int, int]) -> None:
         """Take steps without looking."""
-        found = walk(search, self.x, self.keys, span)
+        found = walk(target, self.x, self.keys, span)
         self.x, self.pending = found.x, self.pending + found.log_ratio
         self.nfe += int(found.calls.sum())
 
@@ -224,7 +261,7 @@ class _Cloud:
 
 
 def _run(
-    search: Search,
+    target: Target,
     n: int,
     resample_at: ResampleAt,
     ess_threshold: float,
@@ -238,42 +275,36 @@ def _run(
     """
     if n < 1 or not 0.0 <= ess_threshold <= 1.0:
         raise UsageError(f"{n} particles with ess_threshold {ess_threshold}; give at least 1, and 0 to 1.")
-    token_step(search.chain)
-    steps = search.chain.steps
+    token_step(target.chain)
+    steps = target.chain.steps
     segments = min(5, steps) if resample_at is None else resample_at
     # the tree may also branch at the start, where there is nothing to weigh yet
-    levels = [level for level in branch_indices(search.chain, segments)[:-1] if level > 0]
-    cloud = _start(search, n, rule)
+    levels = [level for level in branch_indices(target.chain, segments)[:-1] if level > 0]
+    rows, zeros = torch.arange(n), torch.zeros(n, dtype=torch.float64)
+    keys = target.keys(rows)
+    equal = torch.full_like(zeros, -math.log(n))
+    cloud = _Cloud(target.chain.prior(keys), keys, zeros + rule.start, equal, zeros, zeros, rows)
     place = 0
     for level in levels:
-        cloud.advance(search, (place, level - 1))
-        _look(search, cloud, level - 1, rule, fade(level - 1))
+        cloud.advance(target, (place, level - 1))
+        _look(target, cloud, level - 1, rule, fade(level - 1))
         place = level
         cloud.trace[level] = effective_size(cloud.log_weights)
         if cloud.trace[level] < ess_threshold * n:
-            cloud.select(_ancestors(search, cloud.log_weights, level, rule))
+            cloud.select(_ancestors(target, cloud.log_weights, level, rule))
             cloud.resampled.append(level)
-    cloud.advance(search, (place, steps))
-    scores = search.scorer(cloud.x, roots_of(n))
-    return _finish(search, cloud, scores, ess_threshold, rule)
+    cloud.advance(target, (place, steps))
+    scores = target.scorer(cloud.x, roots_of(n))
+    return _finish(target, cloud, scores, ess_threshold, rule)
 
 
-def _start(search: Search, n: int, rule: Potential) -> _Cloud:
-    """Particles at the first time, equally weighted."""
-    rows = torch.arange(n)
-    keys = search.keys(rows)
-    zeros = torch.zeros(n, dtype=torch.float64)
-    equal = torch.full_like(zeros, -math.log(n))
-    return _Cloud(search.chain.prior(keys), keys, zeros + rule.start, equal, zeros, zeros, rows)
-
-
-def _look(search: Search, cloud: _Cloud, index: int, rule: Potential, fade: float) -> None:
+def _look(target: Target, cloud: _Cloud, index: int, rule: Potential, fade: float) -> None:
     """Take step `index`, and weigh the particles by the value of where it left from."""
     reached = cloud.pending
-    x, values, valid, ratio = _step_and_value(search, cloud.x, cloud.keys, index)
+    x, values, valid, ratio = _step_and_value(target, cloud.x, cloud.keys, index)
     cloud.x, cloud.nfe = x, cloud.nfe + len(x)
     memory = rule.update(cloud.memory, fade * values)
-    gain = search.inverse_temperature * (memory - cloud.memory if rule.difference else memory)
+    gain = target.inverse_temperature * (memory - cloud.memory if rule.difference else memory)
     # an estimate that cannot be scored says nothing: its potential is 1
     gain = torch.where(valid, gain, torch.zeros_like(gain))
     cloud.memory = torch.where(valid, memory, cloud.memory)
@@ -283,18 +314,18 @@ def _look(search: Search, cloud: _Cloud, index: int, rule: Potential, fade: floa
     cloud.reweigh(reached + gain)
     cloud.credit, cloud.pending = cloud.credit + gain, ratio
     if not math.isfinite(cloud.log_z):
-        raise RewardError(no_weight(search))
+        raise RewardError(no_weight(target))
 
 
 def _step_and_value(
-    search: Search, x: Shaped[Tensor, "n *d"], keys: Int64[Tensor, " n"], index: int
+    target: Target, x: Shaped[Tensor, "n *d"], keys: Int64[Tensor, " n"], index: int
 ) -> tuple[Shaped[Tensor, "n *d"], Float[Tensor, " n"], Bool[Tensor, " n"], Float[Tensor, " n"]]:
     """One model call per row: the next states, values of the states left, their validity, log p/q of the step."""
-    chain, roots = search.chain, roots_of(len(x))
+    chain, roots = target.chain, roots_of(len(x))
     moved, estimates, values, ratios = [], [], [], [torch.zeros(0)]
-    for s in search.slices(len(x)):
-        if search.poll is not None:
-            search.poll()
+    for s in target.slices(len(x)):
+        if target.poll is not None:
+            target.poll()
         if chain.twist is None:
             pred = chain.predict(x[s], roots[s], index)
             estimates.append(chain.estimate(pred, keys[s], index))
@@ -306,15 +337,15 @@ def _step_and_value(
             values.append(value.double().cpu())
             ratios.append(ratio.cpu())
     if chain.twist is None:
-        scores = search.scorer(torch.cat(estimates), roots)
+        scores = target.scorer(torch.cat(estimates), roots)
         return torch.cat(moved), scores.values, scores.valid, torch.zeros(len(x), dtype=torch.float64)
     found = torch.cat(values)
     return torch.cat(moved), found, torch.isfinite(found), torch.cat(ratios).double()
 
 
-def _ancestors(search: Search, log_weights: Float[Tensor, " n"], level: int, rule: Potential) -> Int64[Tensor, " n"]:
+def _ancestors(target: Target, log_weights: Float[Tensor, " n"], level: int, rule: Potential) -> Int64[Tensor, " n"]:
     """Who is copied where: systematic, or multinomial as published."""
-    generator = stream(search.seed, "particles/resample", level)
+    generator = stream(target.seed, "particles/resample", level)
     if rule.published:
         draws = torch.rand(len(log_weights), generator=generator, dtype=torch.float64)
         return multinomial(log_weights, draws)
@@ -327,16 +358,16 @@ def _published(gain: Float[Tensor, " n"], valid: Bool[Tensor, " n"]) -> Float[Te
     return normalised(log if bool(valid.any()) else torch.zeros_like(log))[0]
 
 
-def _finish(search: Search, cloud: _Cloud, scores: Scores, ess_threshold: float, rule: Potential) -> Particles:
+def _finish(target: Target, cloud: _Cloud, scores: Scores, ess_threshold: float, rule: Potential) -> Particles:
     """Exact terminal weights, or the published end: resample once more if uneven, then forget the weights."""
     extras: dict[str, object] = {"ess": cloud.trace, "resampled": cloud.resampled}
-    if search.chain.twist is not None:
-        extras["gradients"] = len(cloud.x) * (search.chain.steps - 1)
-    terminal = scores.values.nan_to_num(0.0) * search.inverse_temperature
+    if target.chain.twist is not None:
+        extras["gradients"] = len(cloud.x) * (target.chain.steps - 1)
+    terminal = scores.values.nan_to_num(0.0) * target.inverse_temperature
     if rule.published:
-        log = _published(terminal - search.inverse_temperature * cloud.memory, scores.valid)
+        log = _published(terminal - target.inverse_temperature * cloud.memory, scores.valid)
         if effective_size(log) < ess_threshold * len(log):
-            index = _ancestors(search, log, search.chain.steps, rule)
+            index = _ancestors(target, log, target.chain.steps, rule)
             cloud.select(index)
             scores = Scores(scores.values[index], scores.valid[index])
         cloud.log_weights, cloud.log_z = torch.zeros_like(log), math.nan
@@ -344,4 +375,4 @@ def _finish(search: Search, cloud: _Cloud, scores: Scores, ess_threshold: float,
         end = (terminal - cloud.credit + cloud.pending).masked_fill(~scores.valid, -math.inf)
         cloud.reweigh(end)
     extras["origins"] = len(cloud.origin[torch.isfinite(cloud.log_weights)].unique())
-    return collect(search, cloud.x, scores, cloud.log_weights, cloud.nfe, cloud.log_z, extras)
+    return collect(target, cloud.x, scores, cloud.log_weights, cloud.nfe, cloud.log_z, extras)

@@ -1,6 +1,6 @@
 """Particle samplers without resampling of paths or gradients: best-of-n, importance sampling, beam.
 
-Each takes a Search and a number of particles; `gencontrol.sampling.particles.particles` has the functions for users.
+Each takes a target and a number of particles; `gencontrol.sampling.particles.run` is the call for users.
 """
 
 from __future__ import annotations
@@ -14,31 +14,38 @@ from torch import Tensor
 from gencontrol.errors import UsageError
 from gencontrol.models.denoiser import Pred, TokenPred
 from gencontrol.sampling.chain import token_step
-from gencontrol.sampling.particles.population import Particles, Search, base_samples, collect, roots_of
+from gencontrol.sampling.particles.population import Particles, Target, base_samples, collect, roots_of
 from gencontrol.sampling.particles.resampling import normalised
 
-#: Children per survivor and step in SVDD's public code (CODE).
-SVDD_CHILDREN = 10
 
-
-def run_best_of_n(search: Search, n: int) -> Particles:
-    """Draw n base samples; all weight on the best (shared equally by ties)."""
-    found, scores = base_samples(search, n)
+def best_of_n(target: Target, n: int) -> Particles:
+    """Draw n base samples; all weight on the best (shared equally by ties).  NFE = n·steps."""
+    found, scores = base_samples(target, n)
     values = scores.values.masked_fill(~scores.valid, -math.inf)
     log_weights = torch.where(values == values.max(), 0.0, -math.inf).double()
-    return collect(search, found.x, scores, log_weights, int(found.calls.sum()))
+    return collect(target, found.x, scores, log_weights, int(found.calls.sum()))
 
 
-def run_snis(search: Search, n: int) -> Particles:
-    """Draw n base samples with weights softmax(r/temperature): self-normalised importance sampling."""
-    found, scores = base_samples(search, n)
-    log_weights = (scores.values * search.inverse_temperature).masked_fill(~scores.valid, -math.inf)
+def snis(target: Target, n: int) -> Particles:
+    """Draw n base samples with weights softmax(r/temperature): self-normalised importance sampling.
+
+    Consistent for any reward, log_z is the log of an unbiased estimate; ess/n is the base model's own effective share,
+    which says how hard the target is.  NFE = n·steps.
+    """
+    found, scores = base_samples(target, n)
+    log_weights = (scores.values * target.inverse_temperature).masked_fill(~scores.valid, -math.inf)
     log_z = normalised(log_weights)[1] - math.log(n)
-    return collect(search, found.x, scores, log_weights, int(found.calls.sum()), log_z)
+    return collect(target, found.x, scores, log_weights, int(found.calls.sum()), log_z)
 
 
-def run_beam(search: Search, n: int, *, children: int = SVDD_CHILDREN) -> Particles:
-    """Run n independent greedy searches: every step draws children and keeps the one of best estimated reward.
+def beam(target: Target, n: int, *, children: int = 10) -> Particles:
+    """Run n greedy searches: each step draws children and keeps the one of best r(x̂0) (SVDD, arXiv 2408.08252).
+
+    SVDD in its limit of temperature 0, with r(x̂0) as the value: it maximises and samples from no stated law, so weights
+    are equal and the temperature does not matter.  Every child's model call counts: NFE = n·(1 + children·(steps - 1)).
+
+    Args:
+        children: per survivor and step; 10 in SVDD's code (CODE).
 
     extras: "children".
 
@@ -47,32 +54,27 @@ def run_beam(search: Search, n: int, *, children: int = SVDD_CHILDREN) -> Partic
     """
     if n < 1 or children < 1:
         raise UsageError(f"{n} particles with {children} children; give at least 1 of each.")
-    token_step(search.chain)
+    token_step(target.chain)
     rows = torch.arange(n)
-    parts = [_beam(search, rows[s], children) for s in search.slices(n, children)]
+    parts = [_beam(target, rows[s], children) for s in target.slices(n, children)]
     x = torch.cat([part for part, _ in parts])
-    scores = search.scorer(x, roots_of(n))
+    scores = target.scorer(x, roots_of(n))
     equal = torch.zeros(n, dtype=torch.float64)
-    return collect(search, x, scores, equal, sum(calls for _, calls in parts), extras={"children": children})
+    return collect(target, x, scores, equal, sum(calls for _, calls in parts), extras={"children": children})
 
 
-def beam_calls(steps: int, children: int) -> int:
-    """Model calls of one beam: one at the start, then one per child of every step but the last."""
-    return 1 + children * (steps - 1)
-
-
-def _beam(search: Search, rows: Int64[Tensor, " b"], children: int) -> tuple[Shaped[Tensor, "b *d"], int]:
+def _beam(target: Target, rows: Int64[Tensor, " b"], children: int) -> tuple[Shaped[Tensor, "b *d"], int]:
     """The survivors of the rows, and the model calls."""
-    chain, last = search.chain, search.chain.steps - 1
-    x = chain.prior(search.keys(rows))
+    chain, last = target.chain, target.chain.steps - 1
+    x = chain.prior(target.keys(rows))
     pred, calls = chain.predict(x, roots_of(len(rows)), 0), len(rows)
     for index in range(chain.steps):
-        if search.poll is not None:
-            search.poll()
+        if target.poll is not None:
+            target.poll()
         # a Gaussian step to clean data draws nothing: its children would be equal
         count = children if chain.step.stochastic_at(chain.grid[index + 1]) else 1
         parents = torch.arange(len(rows)).repeat_interleave(count)
-        keys = search.keys(rows[parents], torch.arange(count).repeat(len(rows)))
+        keys = target.keys(rows[parents], torch.arange(count).repeat(len(rows)))
         x = chain.move(take(pred, parents), index, keys)
         estimates = x
         if index < last:
@@ -80,17 +82,13 @@ def _beam(search: Search, rows: Int64[Tensor, " b"], children: int) -> tuple[Sha
             calls += len(x)
             estimates = chain.estimate(pred, keys, index + 1)
         if count > 1:
-            chosen = _best_child(search, estimates, count)
+            # an estimate that cannot be scored is the worst of its group
+            scores = target.scorer(estimates, roots_of(len(estimates)))
+            values = scores.values.masked_fill(~scores.valid, -math.inf).reshape(-1, count)
+            chosen = values.argmax(1) + torch.arange(len(values)) * count
             x = x[chosen.to(x.device)]
             pred = take(pred, chosen) if index < last else pred
     return x, calls
-
-
-def _best_child(search: Search, estimates: Shaped[Tensor, "c *d"], count: int) -> Int64[Tensor, " b"]:
-    """Row of the best of each group of `count` children; an estimate that cannot be scored is the worst."""
-    scores = search.scorer(estimates, roots_of(len(estimates)))
-    values = scores.values.masked_fill(~scores.valid, -math.inf).reshape(-1, count)
-    return values.argmax(1) + torch.arange(len(values)) * count
 
 
 def take(pred: Pred | TokenPred, rows: Int64[Tensor, " m"]) -> Pred | TokenPred:
