@@ -117,38 +117,29 @@ class Chain:
         for index in range(*span):
             if poll is not None:
                 poll()
-            rows = self._unfinished(x)
-            if rows is None:
-                x, ratio = self._move(x, roots, keys, index)
-                calls += 1
-            elif len(rows) == 0:
-                break
+            rows = None  # all of them, without a look: a Gaussian chain copies nothing to the CPU
+            if isinstance(self.model.process, MaskedProcess):
+                unfinished = self.model.process.masked(x).any(1)
+                rows = None if bool(unfinished.all()) else unfinished.nonzero()[:, 0]
+                if rows is not None and not len(rows):
+                    break
+            t, t_next = self.grid[index], self.grid[index + 1]
+            chosen = slice(None) if rows is None else rows.cpu()
+            before, ratio = x if rows is None else x[rows], None
+            if self.twist is not None and self.step.stochastic_at(t_next):
+                pred, gradient, _ = self.slope(before, roots[chosen], index)
+                after, ratio = self.twisted(pred, gradient, index, keys[chosen])
             else:
-                chosen = rows.cpu()
-                moved, ratio = self._move(x[rows], roots[chosen], keys[chosen], index)
-                x = x.index_copy(0, rows, moved)
-                calls[chosen] += 1
+                stochastic = self.step.stochastic_at(t_next)
+                noise = self.step.draw(before, Keyed(keys[chosen], index + 1)) if stochastic else None
+                with self.autocast():
+                    state = self.step(self.model, State(before), t, t_next, self.condition(roots[chosen]), noise)
+                after = state.x.to(x.dtype)
+            x = after if rows is None else x.index_copy(0, rows, after)
+            calls[chosen] += 1
             if ratio is not None:
                 log_ratio += ratio.double().cpu()
         return Walk(x, log_ratio, calls)
-
-    def _unfinished(self, x: Tensor) -> Tensor | None:
-        """Rows that a step would change; None means all of them, without a look (no copy to the CPU)."""
-        if not isinstance(self.model.process, MaskedProcess):
-            return None
-        open_rows = self.model.process.masked(x).any(1)
-        return None if bool(open_rows.all()) else open_rows.nonzero()[:, 0]
-
-    def _move(self, x: Tensor, roots: Tensor, keys: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
-        """One step of all rows; also log p/q [b] where a twist changes the law."""
-        t, t_next = self.grid[index], self.grid[index + 1]
-        if self.twist is not None and self.step.stochastic_at(t_next):
-            pred, gradient, _ = self.slope(x, roots, index)
-            return self.twisted(pred, gradient, index, keys)
-        noise = self.step.draw(x, Keyed(keys, index + 1)) if self.step.stochastic_at(t_next) else None
-        with self.autocast():
-            state = self.step(self.model, State(x), t, t_next, self.condition(roots), noise)
-        return state.x.to(x.dtype), None
 
     def condition(self, roots: Int64[Tensor, " b"]) -> Cond:
         """The condition rows of these roots."""
@@ -299,3 +290,38 @@ def token_step(chain: Chain) -> None:
     """
     if chain.masked and not isinstance(chain.step, MaskedStep):
         raise UsageError(f"{type(chain.step).__name__.lower()} calls the model several times a step; use ancestral.")
+
+
+def branch_indices(chain: Chain, branch: int | str | Sequence[float]) -> tuple[int, ...]:
+    """Return where in the time grid the levels lie; the last is the clean end.
+
+    Raises:
+        UsageError: a time that is not in the grid, or the one before a last step without noise, where siblings would be
+            equal; a number of segments outside 1 … steps.
+    """
+    grid, steps = chain.grid, chain.steps
+    equal = None if chain.step.stochastic_at(0.0) else steps - 1
+    if branch == "all":
+        return tuple(i for i in range(1, steps + 1) if i != equal)
+    if isinstance(branch, int):
+        if not 1 <= branch <= steps:
+            raise UsageError(f"branch is {branch} segments, but the path has {steps} steps; give 1 to {steps}.")
+        even = {round(i * steps / branch) for i in range(1, branch + 1)} - {0}
+        return tuple(sorted(i for i in even if i != equal))
+    if isinstance(branch, str):
+        raise UsageError(f"unknown branch '{branch}'; give a number of segments, a list of times, or \"all\".")
+    found = {steps}
+    for time in branch:
+        nearby = min(range(len(grid)), key=lambda i: abs(grid[i] - time))
+        if abs(grid[nearby] - time) > 1e-6:
+            raise UsageError(
+                f"branch time {time:g} is not in the time grid; the nearest are {grid[nearby]:.6g} and "
+                f"{grid[nearby + 1 if nearby < steps else nearby - 1]:.6g}."
+            )
+        if nearby == equal:
+            raise UsageError(
+                f"branch time {time:g} lies before the last step, which draws nothing: siblings there would be equal. "
+                f"Take {grid[nearby - 1]:.6g} or leave it out."
+            )
+        found.add(nearby)
+    return tuple(sorted(found))

@@ -24,7 +24,6 @@ from gencontrol.sampling.particles.population import Particles
 from gencontrol.sampling.samplers import PARTICLES
 from gencontrol.sampling.scoring import Scorer
 from gencontrol.sampling.state import Step
-from gencontrol.sampling.tree import readout as tree_readout
 from gencontrol.sampling.tree.readout import Progress
 from gencontrol.sampling.tree.rules import Rule, Widening
 from gencontrol.sampling.tree.store import fingerprint
@@ -208,9 +207,9 @@ def read(tree: DiffusionTree, count: int, readout: str, before: tuple[int, int])
     parts = []
     for root in range(tree.roots):
         if readout == "best":
-            leaves = tree_readout.best(tree, count, root=root)
+            leaves = tree.best(count, root=root)
         else:
-            leaves = tree_readout.sample(tree, count, root=root, rule="robust")
+            leaves = tree.draw(count, root=root, rule="robust")
         if len(leaves.x) < count:
             raise UsageError(
                 f"{count} samples were asked for, but the tree has {len(leaves.x)} valid leaves; raise nfe."

@@ -67,9 +67,9 @@ def table_rows(folder: Path) -> list[dict[str, str]]:
 
 def same_tree(a: Path, b: Path) -> None:
     """Equal tensors and equal facts."""
-    from gencontrol.sampling.tree.store import read
+    from gencontrol.sampling.tree.store import read_tree
 
-    (facts, tensors), (others, theirs) = read(a / "tree.safetensors"), read(b / "tree.safetensors")
+    (facts, tensors), (others, theirs) = read_tree(a / "tree.safetensors"), read_tree(b / "tree.safetensors")
     assert facts == others
     assert tensors.keys() == theirs.keys()
     for name, tensor in tensors.items():

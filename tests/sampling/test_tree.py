@@ -12,7 +12,6 @@ from gencontrol.errors import UsageError
 from gencontrol.sampling import ddim
 from gencontrol.sampling.steps import Sde
 from gencontrol.sampling.tree.nodes import Children, Lookup, Nodes, Table
-from gencontrol.sampling.tree.readout import leaf_law, rollout_weights
 from gencontrol.sampling.tree.rules import Uct, Widening
 from gencontrol.sampling.tree.tree import DiffusionTree
 from gencontrol.types import RewardContext
@@ -47,7 +46,7 @@ def test_a_shift_of_the_reward_shifts_values_alone(rule: str, backup: str) -> No
     assert np.array_equal(tree.nodes["parent"], moved.nodes["parent"])
     assert np.array_equal(tree.nodes["visits"], moved.nodes["visits"])
     np.testing.assert_allclose(moved.nodes["value"] - tree.nodes["value"], 4.0, rtol=1e-12)
-    np.testing.assert_allclose(leaf_law(tree)[1], leaf_law(moved)[1], rtol=1e-9)
+    np.testing.assert_allclose(tree.leaf_law()[1], moved.leaf_law()[1], rtol=1e-9)
 
 
 @pytest.mark.parametrize("rule", ["boltzmann", "tempered", "uct"])
@@ -167,7 +166,7 @@ def test_results_depend_on_the_seed_and_on_the_leaf_batch_alone(fenced_rng: None
 
 def test_read_out() -> None:
     tree = grown(1200, temperature=0.2, **SMALL)
-    leaves, law = leaf_law(tree)
+    leaves, law = tree.leaf_law()
     assert law.sum() == pytest.approx(1.0) and len(leaves) == len(tree.leaves)
     drawn = tree.sample(20_000, 3)
     counts = np.array(
@@ -200,13 +199,13 @@ def test_read_out() -> None:
 
 def test_leaves_whose_probability_rounds_to_zero_can_still_be_drawn_without_replacement() -> None:
     tree = grown(400, lambda x: 1000 * first(x), temperature=0.01, **SMALL)
-    assert (leaf_law(tree)[1] == 0).any()
+    assert (tree.leaf_law()[1] == 0).any()
     assert len(torch.unique(tree.sample(len(tree.leaves), replace=False), dim=0)) == len(tree.leaves)
 
 
 def test_disagreeing_estimates_are_reported() -> None:
     tree = grown(900, lambda x: 12 * first(x), widening="small", leaf_batch=4)
-    weights = rollout_weights(tree)
+    weights = tree.rollout_weights()
     iw = weights.max() + math.log(np.exp(weights - weights.max()).mean())
     assert abs(tree.nodes["value"][0] - iw) > 0.5, "these settings agree: choose a harder target"
     with pytest.warns(UserWarning, match="disagree by"):
@@ -218,7 +217,7 @@ def test_progress_counts() -> None:
     seen = list(tree.build(100))
     assert [p.rounds for p in seen] == list(range(1, len(seen) + 1))
     assert seen[0].nfe == 60 and seen[0].reward_calls == 6 and len(seen[0].ess) == 2
-    base = [np.exp(rollout_weights(tree, r))[: tree.counts["base"][r]] for r in range(2)]  # all start at the root here
+    base = [np.exp(tree.rollout_weights(r))[: tree.counts["base"][r]] for r in range(2)]  # all start at the root here
     assert seen[-1].ess == pytest.approx([w.sum() ** 2 / (w**2).sum() / len(w) for w in base], rel=1e-6)
     assert seen[-1].best == tuple(max(tree.best(1, root=r).rewards.tolist()) for r in range(2))
     assert math.isnan(grown(100, backup="max").progress().log_z[0])

@@ -16,8 +16,7 @@ from gencontrol.errors import DiskError, RewardError, UsageError
 from gencontrol.models import EnumerableTokens, GaussianMixture
 from gencontrol.process import GaussianProcess, Linear, MaskedProcess
 from gencontrol.sampling import cfg, inpaint
-from gencontrol.sampling.tree.growth import hashes
-from gencontrol.sampling.tree.readout import leaf_law, rollout_weights
+from gencontrol.sampling.tree.nodes import hashes
 from gencontrol.sampling.tree.rules import Boltzmann, Uct, Widening
 from gencontrol.sampling.tree.store import fingerprint
 from gencontrol.sampling.tree.tree import DiffusionTree
@@ -195,7 +194,7 @@ def test_retilt_equals_a_backup_by_hand(name: str, tmp_path: Path) -> None:
     rewards, nfe, old = tree.nodes["value"][tree.leaves].copy(), tree.nfe, tree.config.temperature
     assert tree.retilt(temperature=0.7) is tree
     np.testing.assert_allclose(tree.nodes["value"], by_hand(tree, rewards, 1 / 0.7), rtol=1e-9, atol=1e-12)
-    base = np.exp(rollout_weights(tree)[tree.rollouts["start"] == 0])
+    base = np.exp(tree.rollout_weights()[tree.rollouts["start"] == 0])
     assert tree.stats()["log_z_base"] == pytest.approx(math.log(base.mean()), rel=1e-9)
     if name == "guided":
         with pytest.raises(UsageError, match="gradient"):
@@ -238,19 +237,19 @@ def test_a_retilt_that_fails_changes_nothing() -> None:
 @pytest.mark.parametrize("name", MAKERS)
 def test_merged_trees_hold_both(name: str) -> None:
     a, b = grown(200, **MAKERS[name], generator=1), grown(300, **MAKERS[name], generator=2)
-    parts = [(len(t.leaves), t.nfe, t.rollouts.size, t.reward_calls, rollout_weights(t)) for t in (a, b)]
+    parts = [(len(t.leaves), t.nfe, t.rollouts.size, t.reward_calls, t.rollout_weights()) for t in (a, b)]
     one, two = (t.nodes["value"][0] * t.config.inverse_temperature for t in (a, b))
     kids = [t.nodes["drawn"][0] for t in (a, b)]
     assert a.merge(b) is a
     assert (len(a.leaves), a.nfe, a.rollouts.size, a.reward_calls) == tuple(
         x + y for x, y in zip(parts[0][:4], parts[1][:4], strict=True)
     )
-    np.testing.assert_array_equal(rollout_weights(a), np.concatenate([parts[0][4], parts[1][4]]))
+    np.testing.assert_array_equal(a.rollout_weights(), np.concatenate([parts[0][4], parts[1][4]]))
     if not a.config.hard:  # the root averages the children of both
         expected = math.log((kids[0] * math.exp(one) + kids[1] * math.exp(two)) / sum(kids))
         assert a.progress().log_z[0] == pytest.approx(expected, rel=1e-9)
     assert a.nodes["visits"][0] - 1 == a.rollouts.size and a.nodes["drawn"][0] == sum(kids)
-    assert leaf_law(a)[1].sum() == pytest.approx(1.0)
+    assert a.leaf_law()[1].sum() == pytest.approx(1.0)
     rewards = a.nodes["value"][a.rollouts["leaf"]] if name != "tokens" else a.nodes["value"][a.leaves]
     assert a.counts["best"][0] == rewards.max()
     if name != "tokens":

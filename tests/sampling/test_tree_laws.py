@@ -12,7 +12,6 @@ from gencontrol.errors import UsageError
 from gencontrol.models import EnumerableTokens, GaussianMixture
 from gencontrol.process import GaussianProcess, Linear, MaskedProcess
 from gencontrol.sampling.masked_steps import Confidence
-from gencontrol.sampling.tree.readout import leaf_law, rollout_weights
 from gencontrol.sampling.tree.tree import DiffusionTree
 from tests.helpers.tree_toys import Decay, Dice, Jump, grown
 
@@ -61,7 +60,7 @@ def test_uniform_selection_is_unbiased_and_boltzmann_is_not(leaves: int) -> None
     tree = dice_trees("boltzmann", 150, 160, leaf_batch=leaves)
     biased, error = z_ratios(tree.nodes["value"][:150])
     assert biased < 1 - 5 * error, "the bias of the paper's rule (dts.md P1) has gone: the test sees nothing"
-    weighted = np.array([np.log(np.exp(rollout_weights(tree, root)).mean()) for root in range(150)])
+    weighted = np.array([np.log(np.exp(tree.rollout_weights(root)).mean()) for root in range(150)])
     mean, error = z_ratios(weighted)
     assert abs(mean - 1) < 3 * error and error < 0.06
 
@@ -86,13 +85,13 @@ def test_a_sample_without_reward_weighs_nothing() -> None:
     z = float((Dice().law() * torch.nan_to_num(rewards.exp())).sum())
     found = {
         "tree": np.where(tree.nodes["ready"][:150], np.exp(tree.nodes["value"][:150]), 0.0),
-        "iw": np.array([np.exp(rollout_weights(tree, root)).mean() for root in range(150)]),
+        "iw": np.array([np.exp(tree.rollout_weights(root)).mean() for root in range(150)]),
         "base": np.exp(tree.counts["log_w"]) / tree.counts["base"],
     }
     for name, values in found.items():
         assert abs(values.mean() / z - 1) < 3 * values.std() / math.sqrt(150) / z, name
     assert tree.scorer.excluded == int((~tree.nodes["ready"][tree.leaves]).sum()) > 0
-    assert (~np.isfinite(rollout_weights(tree, 0))).sum() == (~tree.nodes["ready"][tree.rollouts["leaf"]])[
+    assert (~np.isfinite(tree.rollout_weights(0))).sum() == (~tree.nodes["ready"][tree.rollouts["leaf"]])[
         tree.nodes.root_of(tree.rollouts["leaf"].astype(np.int64)) == 0
     ].sum()
 
@@ -116,7 +115,7 @@ def test_token_trees_reach_the_tilted_law_and_score_a_sequence_once() -> None:
     step = Confidence(1.0)
     tree = grown(9000, score, model, shape=(3,), steps=3, step=step, branch="all", select="uniform", leaf_batch=200)
     assert len(seen) == len(set(seen)) == tree.reward_calls == 27
-    leaves, law = leaf_law(tree)
+    leaves, law = tree.leaf_law()
     states = tree.pools[-1].take(tree.nodes["row"][leaves], torch.device("cpu"))
     found = torch.zeros(3, 3, 3, dtype=torch.float64).index_put(
         tuple(states.unbind(1)), torch.from_numpy(law), accumulate=True
@@ -210,10 +209,10 @@ def test_robust_read_out_tends_to_the_same_law() -> None:
         6000, lambda x: reward[tuple(x.unbind(1))], tokens(), shape=(3,), steps=3, step=Confidence(1.0), branch="all",
         leaf_batch=200,
     )  # fmt: skip
-    leaves, law = leaf_law(tree)
-    again, robust = leaf_law(tree, 0, "robust")
+    leaves, law = tree.leaf_law()
+    again, robust = tree.leaf_law(0, "robust")
     assert (leaves == again).all() and 0.5 * abs(law - robust).sum() < 0.02
     tree.retilt(temperature=0.5)  # visits belong to the old temperature: no cap, which would keep the old law
-    assert 0.5 * abs(leaf_law(tree)[1] - leaf_law(tree, 0, "robust")[1]).sum() < 0.02
+    assert 0.5 * abs(tree.leaf_law()[1] - tree.leaf_law(0, "robust")[1]).sum() < 0.02
     with pytest.raises(UsageError, match="unknown rule 'robost'. Did you mean"):
         tree.sample(2, rule="robost")

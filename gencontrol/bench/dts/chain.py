@@ -24,7 +24,6 @@ from gencontrol.sampling.masked_steps import inverse_cdf
 from gencontrol.sampling.state import Generators, State, Step
 from gencontrol.sampling.steps import GaussianStep
 from gencontrol.sampling.tree.nodes import Floats
-from gencontrol.sampling.tree.readout import leaf_law, rollout_weights
 from gencontrol.sampling.tree.rules import Widening
 from gencontrol.sampling.tree.tree import DiffusionTree
 from gencontrol.stats import Estimate, student_t
@@ -180,12 +179,12 @@ def exactness(tree: DiffusionTree, chain: MarkovChain) -> Exactness:
     """Compare a forest with the exact answer."""
     target, z = chain.tilted(REWARDS)
     values = np.exp(tree.nodes["value"][: tree.roots]) / z
-    log_w = [rollout_weights(tree, root) for root in range(tree.roots)]
+    log_w = [tree.rollout_weights(root) for root in range(tree.roots)]
     weighted = np.array([np.exp(w).mean() for w in log_w]) / z
     laws, weighted_laws = np.zeros(len(REWARDS)), np.zeros(len(REWARDS))
     owner = tree.nodes.root_of(tree.rollouts["leaf"].astype(np.int64))
     for root in range(tree.roots):
-        leaves, law = leaf_law(tree, root)
+        leaves, law = tree.leaf_law(root)
         laws += _histogram(tree, leaves, law)
         w = np.exp(log_w[root])
         weighted_laws += _histogram(tree, tree.rollouts["leaf"][owner == root], w / w.sum())

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,7 +16,6 @@ from gencontrol.models.exact import GaussianMixture
 from gencontrol.sampling.chain import Chain
 from gencontrol.sampling.particles import Target, spend
 from gencontrol.sampling.scoring import Scorer
-from gencontrol.sampling.tree.readout import gather, leaf_law
 from gencontrol.sampling.tree.tree import DiffusionTree
 from gencontrol.stats import Estimate, student_t
 
@@ -52,8 +50,8 @@ TREE_ROWS = tuple(label + suffix for label in WIDENED for suffix in READ_BY)
 
 def tree_law(tree: DiffusionTree, root: int, rule: str = "boltzmann") -> Law:
     """The law of reading samples out of a tree by a rule, without the noise of drawing them."""
-    leaves, law = leaf_law(tree, root, rule)
-    return Law.of(gather(tree, leaves).x, torch.from_numpy(law).log())
+    leaves, law = tree.leaf_law(root, rule)
+    return Law.of(tree.gather(leaves).x, torch.from_numpy(law).log())
 
 
 def sample_mmd2(law: Law, reference: Law, bandwidths: Sequence[float]) -> float:
@@ -126,19 +124,8 @@ def median_scaled(points: Float[Tensor, "n d"]) -> tuple[float, ...]:
 
 
 def grow(tree: DiffusionTree, nfe: int, after: Callable[[], bool] | None = None) -> None:
-    """Spend model calls until every root has used `nfe`, as `DiffusionTree.build` does but without its reports.
-
-    build() also works out the effective sample size of every root after each round, which no benchmark reads.
-    `after` is called after every round and ends the growth by returning True.
-    """
-    steps, idle = tree.chain.steps, 0
-    while True:
-        width = np.minimum((nfe - tree.counts["nfe"]) // steps, tree.config.leaf_batch)
-        if not (width > 0).any() or idle > 1000:
-            return
-        before = tree.nfe
-        tree.grow(np.maximum(width, 0), None)
-        idle = idle + 1 if tree.nfe == before else 0
+    """Spend model calls until every root has used `nfe`; `after` every round, which ends the growth by True."""
+    for _ in tree.build(nfe, total=True, idle=1000):
         if after is not None and after():
             return
 

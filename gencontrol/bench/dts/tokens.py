@@ -30,7 +30,6 @@ from gencontrol.rng import stream
 from gencontrol.sampling.chain import make_chain
 from gencontrol.sampling.masked_steps import Confidence
 from gencontrol.sampling.tree.nodes import Floats
-from gencontrol.sampling.tree.readout import rollout_weights
 from gencontrol.sampling.tree.rules import Uct
 from gencontrol.sampling.tree.tree import DiffusionTree
 from gencontrol.types import RewardContext, index_cond
@@ -115,7 +114,7 @@ def _weighted(tree: DiffusionTree, root: int, shape: tuple[int, ...]) -> Floats:
     leaf = tree.rollouts["leaf"].astype(np.int64)
     leaf = leaf[tree.nodes.root_of(leaf) == root]
     x = tree.pools[-1].take(tree.nodes["row"][leaf], tree.chain.device)
-    return _histogram(Law.of(x, torch.from_numpy(rollout_weights(tree, root))), shape)
+    return _histogram(Law.of(x, torch.from_numpy(tree.rollout_weights(root))), shape)
 
 
 # ---- the search ---------------------------------------------------------------------------------------------------

@@ -78,8 +78,7 @@ def read_law(model: str, search: SearchConfig) -> Law | None:
 
     from gencontrol.pipelines.backends.audio import ProcessSpec
     from gencontrol.pipelines.hub.hub import read_index
-    from gencontrol.sampling.chain import make_chain
-    from gencontrol.sampling.tree.growth import branch_indices
+    from gencontrol.sampling.chain import branch_indices, make_chain
 
     folder = folder_of(model)
     if folder is None:

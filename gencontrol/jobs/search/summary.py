@@ -28,11 +28,9 @@ def summarise(tree: DiffusionTree, root: int, chosen: int | None) -> dict[str, A
     Keys: stats, warnings, reward_calls, base_rewards, grown_rewards, curve and base_curve ([calls, best reward] where
     it rises), tree (see `drawn`).
     """
-    from gencontrol.sampling.tree import readout as tree_readout
-
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        stats = tree_readout.stats(tree, root)
+        stats = tree.stats(root)
     rollouts = _Rollouts(tree, root)
     leaves = tree.nodes.at_level(tree.config.last)
     leaves = leaves[tree.nodes.root_of(leaves) == root]

@@ -131,10 +131,8 @@ class _Log:
 
     def round(self, tree: DiffusionTree) -> None:
         """Log a finished round."""
-        from gencontrol.sampling.tree.readout import log_z_tree
-
         best = tree.counts["best"].tolist()
-        log_z = [log_z_tree(tree, root) for root in range(tree.roots)]
+        log_z = [tree.log_z_tree(root) for root in range(tree.roots)]
         record: dict[str, Any] = {
             "step": tree.rounds,
             "nfe": tree.nfe,
@@ -275,24 +273,20 @@ def read_out(tree: DiffusionTree, prompts: Sequence[str], config: SearchConfig, 
 
 def _leaves(tree: DiffusionTree, config: SearchConfig, root: int) -> Leaves | None:
     """Samples of a root, best first; None where none is valid."""
-    from gencontrol.sampling.tree import readout as tree_readout
-
-    count = min(config.count, len(tree_readout.leaf_law(tree, root)[0])) if tree.counts["valid"][root] else 0
+    count = min(config.count, len(tree.leaf_law(root)[0])) if tree.counts["valid"][root] else 0
     if not count:
         return None
     if config.sampler == "dts-star":
-        return tree_readout.best(tree, count, root=root)
-    drawn = tree_readout.sample(tree, count, root=root, rule="robust", replace=False)
+        return tree.best(count, root=root)
+    drawn = tree.draw(count, root=root, rule="robust", replace=False)
     order = drawn.rewards.argsort(descending=True, stable=True)
-    return tree_readout.Leaves(*(part[order.to(part.device)] for part in drawn))
+    return type(drawn)(*(part[order.to(part.device)] for part in drawn))
 
 
 def _first_base(tree: DiffusionTree, root: int) -> Leaves | None:
     """The first rollout that is a plain sample of the model and could be scored."""
-    from gencontrol.sampling.tree.readout import gather
-
     leaf = tree.rollouts["leaf"].astype(np.int64)
     mine = (tree.rollouts["start"] == 0) & tree.nodes["ready"][leaf]
     mine &= tree.nodes.root_of(leaf) == root
     found = leaf[mine][:1]
-    return gather(tree, found) if len(found) else None
+    return tree.gather(found) if len(found) else None

@@ -23,13 +23,12 @@ from torch import Tensor
 
 from gencontrol.errors import RewardError, UsageError, nearest
 from gencontrol.rng import stream
-from gencontrol.sampling.chain import Twist, token_step
+from gencontrol.sampling.chain import Twist, branch_indices, token_step
 from gencontrol.sampling.particles.population import Particles, Target, base_samples, collect, no_weight, roots_of, walk
 from gencontrol.sampling.particles.resampling import effective_size, multinomial, normalised, systematic
 from gencontrol.sampling.samplers import NO_GRADIENT
 from gencontrol.sampling.scoring import Scores
 from gencontrol.sampling.steps import StochasticStep
-from gencontrol.sampling.tree.growth import branch_indices
 
 #: Where to resample: number of equal segments, "all", or times of the grid; None is five segments (DTS table 2, FOUND).
 ResampleAt = int | str | Sequence[float] | None

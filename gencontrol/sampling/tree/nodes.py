@@ -16,6 +16,8 @@ from jaxtyping import Int64, Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gencontrol.rng import row_keys
+
 Ints = NDArray[np.integer[Any]]
 Floats = NDArray[np.floating[Any]]
 
@@ -282,3 +284,11 @@ class StatePool:
     def all(self) -> Shaped[Tensor, "b *d"] | None:
         """All states, or None."""
         return None if self._states is None else self._states[: self.size]
+
+
+def hashes(owners: Ints, tokens: Int64[Tensor, "b n"]) -> Ints:
+    """64-bit hashes of (owner, tokens): a sum of hashes of (position, token), hashed with the owner."""
+    places = torch.arange(tokens.shape[1]).expand(tokens.shape)
+    each = row_keys(0, "tree/token", places.flatten(), tokens.cpu().flatten())
+    whole = each.reshape(tokens.shape).sum(1)
+    return row_keys(0, "tree/sequence", torch.from_numpy(np.asarray(owners, np.int64)), whole).numpy()
