@@ -59,11 +59,8 @@ COMMANDS = {
         "Work",
         "Search for the samples that a reward likes best, without training: tree search, particles, best of n.\n\n"
         'Example: gencontrol search --reward clap --prompt "a slow sad violin melody" --nfe 4000 --output runs/search',
-        job="gencontrol.jobs.search.search:command",
-        sections={
-            "run": "gencontrol.jobs.search.settings:SourceConfig",
-            "search": "gencontrol.jobs.search.settings:SearchConfig",
-        },
+        job="gencontrol.jobs.search:run",
+        sections={"run": "gencontrol.jobs.search:SourceConfig", "search": "gencontrol.jobs.search:SearchConfig"},
         shared=("config", "set", "dry_run", "fresh", "allow_change"),
     ),
     "pretrain": Entry(

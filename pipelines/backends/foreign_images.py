@@ -13,7 +13,7 @@ from gencontrol.pipelines.backends.audio import Defaults
 from gencontrol.pipelines.backends.foreign_audio import DiffusersBackend
 from gencontrol.pipelines.backends.images import Size
 from gencontrol.pipelines.search.diffusers import IMAGES, DiffusersImage, Flux
-from gencontrol.pipelines.search.searchable import Request, closed
+from gencontrol.pipelines.search.problem import closed
 from gencontrol.process import GaussianProcess
 from gencontrol.process.gaussian import GridProcess
 from gencontrol.types import Cond, cat_cond
@@ -66,13 +66,11 @@ class ForeignImage(DiffusersBackend):
         Raises:
             UsageError: not a positive multiple of what the network takes.
         """
-        return self.image.size(Request("", height=height, width=width))
+        return self.image.size(height, width)
 
     def check_guidance(self, scale: float | None, negative: object) -> None:
         """Raise UsageError where FLUX has no use for them."""
-        if self.embeds_scale:
-            given = None if negative is None else str(negative)
-            self.image.negatives(Request("", guidance_scale=scale, negative_prompt=given), 1, 1.0)
+        self.image.check_guidance(scale, negative)
 
     def offload_order(self) -> list[torch.nn.Module]:
         """In the order of the pipeline's own offloading."""

@@ -9,7 +9,7 @@ leaves it is the caller's to check.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
@@ -21,16 +21,7 @@ from gencontrol.errors import UsageError
 from gencontrol.models.adapters.diffusers import from_diffusers, scheduler_times
 from gencontrol.models.denoiser import Denoiser
 from gencontrol.pipelines import arguments
-from gencontrol.pipelines.search.searchable import (
-    Guided,
-    Problem,
-    Request,
-    both_sides,
-    closed,
-    frozen,
-    refuse_offloaded,
-    without_effect,
-)
+from gencontrol.pipelines.search.problem import Guided, Problem, both_sides, closed, frozen, refuse_offloaded
 from gencontrol.types import Cond, cat_cond, cond_to
 
 Size = tuple[int, int]
@@ -98,18 +89,27 @@ class DiffusersImage(ABC):
         return latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
 
     @torch.no_grad()
-    def problem(self, ask: Request) -> Problem:
+    def problem(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Problem:
         """Encode the prompts one by one and read the scheduler."""
-        without_effect(f"a {type(self.pipe).__name__}", audio_end_in_s=ask.seconds)
-        texts = arguments.texts(ask.prompt, "prompt")
-        scale = arguments.guidance(self.default_guidance if ask.guidance_scale is None else ask.guidance_scale)
-        negatives = self.negatives(ask, len(texts), scale)
-        size = self.size(ask)
+        texts = arguments.texts(prompt, "prompt")
+        self.check_guidance(guidance_scale, negative_prompt)
+        scale = arguments.guidance(self.default_guidance if guidance_scale is None else guidance_scale)
+        negatives = arguments.negatives(negative_prompt, len(texts), 1, scale) or [None] * len(texts)
+        size = self.size(height, width)
         sides = [self.encode(text, other, scale, size) for text, other in zip(texts, negatives, strict=True)]
         free = None if sides[0][1] is None else cat_cond([side[1] for side in sides])
         denoiser = self.denoiser()
         shape = self.latent_shape(size)
-        times = self.times(denoiser, self.default_steps if ask.steps is None else ask.steps, shape)
+        times = self.times(denoiser, num_inference_steps or self.default_steps, shape)
         grid = closed(times)
         assert grid is not None
         return Problem(
@@ -130,19 +130,17 @@ class DiffusersImage(ABC):
         """The scheduler's grid, as the pipeline asks for it."""
         return scheduler_times(self.pipe.scheduler, denoiser, steps, self.patches(shape), spacing=self.spacing)
 
-    def negatives(self, ask: Request, count: int, scale: float) -> list[str] | list[None]:
-        """One negative prompt, or None, for each prompt."""
-        found = arguments.negatives(ask.negative_prompt, count, 1, scale)
-        return [None] * count if found is None else found
+    def check_guidance(self, scale: float | None, negative: object) -> None:  # noqa: B027  # most have nothing to refuse
+        """Raise UsageError for a guidance scale or negative prompt that has no effect; here both have one."""
 
-    def size(self, ask: Request) -> Size:
+    def size(self, height: int | None, width: int | None) -> Size:
         """Height and width in pixels.
 
         Raises:
             UsageError: not a positive multiple of what the network takes.
         """
         default, step = self.default_size(), self.multiple()
-        size = (default[0] if ask.height is None else ask.height, default[1] if ask.width is None else ask.width)
+        size = (default[0] if height is None else height, default[1] if width is None else width)
         for name, value in zip(("height", "width"), size, strict=True):
             if value < step or value % step:
                 good = max(1, round(value / step)) * step
@@ -283,16 +281,14 @@ class Flux(DiffusersImage):
         """Twice the VAE's factor."""
         return 2 * int(self.pipe.vae_scale_factor)
 
-    def negatives(self, ask: Request, count: int, scale: float) -> list[str] | list[None]:
-        """None for each prompt.
-
-        Raises:
-            UsageError: a negative prompt, or a guidance scale for a network without guidance.
-        """
-        without_effect("FLUX, whose guidance has no negative side", negative_prompt=ask.negative_prompt)
-        if not self._embeds:
-            without_effect("this FLUX, which was distilled without guidance", guidance_scale=ask.guidance_scale)
-        return [None] * count
+    def check_guidance(self, scale: float | None, negative: object) -> None:
+        """Raise UsageError for a negative prompt, or a guidance scale for a network without guidance."""
+        if negative is not None:
+            raise UsageError("negative_prompt has no effect with FLUX, whose guidance has no negative side; drop it.")
+        if scale is not None and not self._embeds:
+            raise UsageError(
+                "guidance_scale has no effect with this FLUX, which was distilled without guidance; drop it."
+            )
 
     @property
     def _embeds(self) -> bool:

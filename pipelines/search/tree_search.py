@@ -1,33 +1,50 @@
-"""Search over a pipeline's samples by reward: Diffusion Tree Search and its peers behind a diffusers-like call."""
+"""Search over a pipeline's samples by reward: Diffusion Tree Search and its peers behind a diffusers-like call.
+
+The call is made of parts that `gencontrol search` uses, too: `problem` encodes prompts, `plant` and `resume` give a
+tree to build, `target` what a particle sampler works on, `read` and `take` choose the samples.
+"""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
+from torch import Tensor
 
 from gencontrol.data.images import to_pil
 from gencontrol.errors import UsageError, nearest
 from gencontrol.pipelines import arguments
 from gencontrol.pipelines.base import WithProgress
-from gencontrol.pipelines.search import run as search_run
 from gencontrol.pipelines.search.outputs import AudioSearchOutput, ImageSearchOutput
-from gencontrol.pipelines.search.run import READOUTS, TREES, Found, Plan
-from gencontrol.pipelines.search.searchable import Problem, Request, searchable, without_effect
-from gencontrol.rng import seed_of
-from gencontrol.sampling.scoring import as_item_reward
+from gencontrol.pipelines.search.problem import Problem
+from gencontrol.pipelines.search.searchable import searchable
+from gencontrol.rng import seed_of, stream_seed
+from gencontrol.sampling.chain import cond_leaves
+from gencontrol.sampling.particles import Particles, Target, spend
+from gencontrol.sampling.samplers import TREES
+from gencontrol.sampling.samplers import sampler as known_sampler
+from gencontrol.sampling.scoring import Scorer, as_item_reward
 from gencontrol.sampling.state import Step
-from gencontrol.sampling.tree.readout import Progress
+from gencontrol.sampling.tree.readout import Leaves, Progress
 from gencontrol.sampling.tree.rules import Rule, Widening
+from gencontrol.sampling.tree.store import fingerprint
 from gencontrol.sampling.tree.tree import DiffusionTree
 
 #: called after every round with what was reached; True ends the search with what it has
 Callback = Callable[[Progress], bool | None]
+#: "best" takes the samples of largest reward, "sample" draws from the found law with repeats, "distinct" without
+Readout = Literal["best", "sample", "distinct"]
 
+READOUTS = ("best", "sample", "distinct")
+#: Segments of a path between levels (arXiv 2506.20701, table 2)
+SEGMENTS = 5
+#: Most leaves per round and prompt, and the fewest rounds, that a call without `leaf_batch` takes (ours).
+LEAF_BATCH, ROUNDS = 8, 8
 _OUTPUTS = {"image": ("pil", "pt", "np", "latent"), "audio": ("pt", "np", "latent")}
 
 
@@ -72,8 +89,8 @@ class TreeSearchPipeline(WithProgress):
                 returns one number each, larger being better.  It gets images [b 3 h w] in [0, 1] (digits [b 1 8 8]) or
                 sounds [b n] or [b c n] in [-1, 1], float32, and with the context prompts and sampling rate.
             temperature: τ > 0, in units of the reward; smaller follows the reward more.
-            sampler: "dts-star" (looks for the best sample), "dts" (draws from the tilted law), or a particle sampler:
-                "best-of-n", "snis", "smc", "tds", "das", "beam", "dps".
+            sampler: a name of `gencontrol.sampling.samplers.SAMPLERS`: "dts-star" (looks for the best sample), "dts"
+                (draws from the tilted law), or a particle sampler such as "smc".
             reward_batch: samples per decode and reward call.
             autocast: dtype in which the network runs under torch.autocast, e.g. torch.bfloat16.
             store: device of a tree's states, e.g. "cpu" where memory is short; None is the network's.
@@ -84,7 +101,8 @@ class TreeSearchPipeline(WithProgress):
         super().__init__()
         self.pipe, self._searchable = pipe, searchable(pipe)
         self.reward = as_item_reward(reward)
-        self.temperature, self.sampler = temperature, search_run.known_sampler(sampler)
+        known_sampler(sampler)
+        self.temperature, self.sampler = temperature, sampler
         self.reward_batch, self.autocast, self.store = reward_batch, autocast, store
         #: the tree of the last call, also of one that was interrupted
         self.tree: DiffusionTree | None = None
@@ -117,7 +135,7 @@ class TreeSearchPipeline(WithProgress):
         leaf_batch: int | None = None,
         step: str | Step | None = None,
         options: Mapping[str, Any] | None = None,
-        readout: Literal["best", "sample"] | None = None,
+        readout: Readout | None = None,
         tree: DiffusionTree | str | Path | None = None,
         output_type: Literal["pil", "pt", "np", "latent"] | None = None,
         return_dict: bool = True,
@@ -138,9 +156,9 @@ class TreeSearchPipeline(WithProgress):
             leaf_batch: paths denoised together, per prompt; None is at most 8 and leaves a tree at least 8 rounds.
             step: stochastic step of the chain; None is sde of level 1 (the DDPM posterior, ddim of eta 1).
             options: of a particle sampler, by its keyword arguments, e.g. {"potential": "max"}.
-            readout: "best" takes the samples of largest reward, "sample" draws from the found law (with repeats; from
-                trees by the rule "robust" of `DiffusionTree.sample`); None is the sampler's own: "best" except for
-                "dts", "snis", "smc", "tds" and "das".
+            readout: "best" takes the samples of largest reward; "sample" draws from the found law, with repeats, and
+                "distinct" without (from trees by the rule "robust" of `DiffusionTree.draw`); None is the sampler's
+                own, see `SAMPLERS`.
             tree: a result's tree, or a file that one was saved to, to grow further; its prompt, size, steps,
                 guidance, model and reward must be those of this call, its shape and sampler are its own.  The
                 pipeline's temperature may differ: the tree is retilted, which costs nothing.
@@ -152,75 +170,177 @@ class TreeSearchPipeline(WithProgress):
             UsageError: an argument out of range, without effect here, or against another; the message says which.
             RewardError: the reward broke its contract, or nothing it scored was valid.
         """
-        count = self._count(num_images_per_prompt, num_waveforms_per_prompt)
-        kind = self._output_type(output_type)
+        count, kind = self._count(num_images_per_prompt, num_waveforms_per_prompt), self._output_type(output_type)
         if generator is not None and seed is not None:
             raise UsageError("generator and seed are both given; give one of them.")
+        if readout is not None and readout not in READOUTS:
+            raise UsageError(f"unknown readout '{readout}'.{nearest(readout, READOUTS)} Known: {', '.join(READOUTS)}.")
+        shape = {"select": select, "backup": backup, "widening": widening, "branch": branch}
         if tree is not None:
-            _without_a_tree(
-                generator=generator,
-                seed=seed,
-                sampler=sampler,
-                select=select,
-                backup=backup,
-                widening=widening,
-                branch=branch,
-                leaf_batch=leaf_batch,
-                step=step,
-                options=options,
+            own = {"generator": generator, "seed": seed, "sampler": sampler, **shape}
+            own |= {"leaf_batch": leaf_batch, "step": step, "options": options}
+            _refuse(own, "{} belongs to the tree that is grown further; drop it, or build a new tree.")
+        sampler, seed = sampler or self.sampler, seed_of(generator if seed is None else seed)
+        row, nfe = known_sampler(sampler), arguments.positive(nfe, "nfe")
+        batch = None if leaf_batch is None else arguments.positive(leaf_batch, "leaf_batch")
+        with self.at_work():
+            problem = self.problem(
+                prompt,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                negative_prompt=negative_prompt,
+                height=height,
+                width=width,
+                audio_end_in_s=audio_end_in_s,
             )
-        plan = Plan(
-            sampler=search_run.known_sampler(sampler or self.sampler),
-            nfe=arguments.positive(nfe, "nfe"),
-            temperature=self.temperature,
-            seed=seed_of(generator if seed is None else seed),
-            reward_batch=self.reward_batch,
-            autocast=self.autocast,
-            store=self.store,
-            select=select,
-            backup=backup,
-            widening=widening,
-            branch=branch,
-            leaf_batch=None if leaf_batch is None else arguments.positive(leaf_batch, "leaf_batch"),
-            step=step,
-            options=options or {},
-        )
-        steps = None if num_inference_steps is None else arguments.positive(num_inference_steps, "num_inference_steps")
-        ask = Request(prompt, steps, guidance_scale, negative_prompt, height, width, audio_end_in_s)
-        with self._searchable.at_work():
-            problem = self._searchable.problem(ask)
-            found = self._run(problem, plan, count, _readout(readout), tree, callback)
-            output = self._output(problem, found, kind)
+            if tree is None and not row.tree:
+                _refuse(shape, f"{{}} is for trees ({', '.join(TREES)}), not for '{sampler}'; drop it.")
+                how = {"step": step, "batch": batch or LEAF_BATCH}
+                found = self._particles(problem, sampler, nfe, seed, how, options or {}, callback)
+                picks = [take(each, count, readout or row.readout, seed) for each in found]
+                facts = _summed(found)
+            else:
+                if tree is not None:
+                    self.tree = self.resume(tree, problem)
+                    readout = readout or ("best" if self.tree.config.select.greedy else "sample")
+                elif options:
+                    raise UsageError(f"options are for particle samplers; {sampler} takes {', '.join(shape)}.")
+                else:
+                    batch = batch or max(1, min(LEAF_BATCH, nfe // problem.steps // ROUNDS))
+                    self.tree = self.plant(problem, sampler, leaf_batch=batch, generator=seed, step=step, **shape)
+                facts = self._built(self.tree, nfe, callback)
+                picks = [read(self.tree, root, count, readout or row.readout)[:2] for root in range(self.tree.roots)]
+            fewest, what = min(len(x) for x, _ in picks), "valid leaves" if facts[3] is not None else "valid particles"
+            if fewest < count:
+                raise UsageError(f"{count} samples were asked for, but the search has {fewest} {what}; raise nfe.")
+            x, rewards = (torch.cat(part) for part in zip(*picks, strict=True))
+            output = self._output(problem, x, rewards, facts, kind)
         return output if return_dict else output.to_tuple()
 
-    # ---- the search ---------------------------------------------------------------------------------------------
+    # ---- the parts of a search ----------------------------------------------------------------------------------
 
-    def _run(
+    def at_work(self) -> AbstractContextManager[None]:
+        """Context of a whole search: parameters out of autograd, and what the networks need while it runs."""
+        return self._searchable.at_work()
+
+    def problem(self, prompt: int | str | Sequence[int | str], **asked: Any) -> Problem:
+        """Encode the prompts; asked: the arguments of a call that decide the law, None where not given.
+
+        Raises:
+            UsageError: an argument out of range, or one without effect in this pipeline.
+        """
+        takes = inspect.signature(self._searchable.problem).parameters
+        given = {name: value for name, value in asked.items() if value is not None}
+        owner = getattr(self._searchable, "owner", f"a {type(self.pipe).__name__}")
+        _refuse(
+            {name: value for name, value in given.items() if name not in takes},
+            f"{{}} has no effect with {owner}; drop it.",
+        )
+        if "num_inference_steps" in given:
+            arguments.positive(given["num_inference_steps"], "num_inference_steps")
+        return self._searchable.problem(prompt, **given)
+
+    def plant(self, problem: Problem, sampler: str, **options: Any) -> DiffusionTree:
+        """Return an empty tree with one root per prompt; options of `DiffusionTree`, None is the sampler's own."""
+        row = known_sampler(sampler)
+        own = {"select": row.select, "widening": row.widening, "branch": min(SEGMENTS, problem.steps)}
+        return DiffusionTree(
+            problem.model,
+            self.reward,
+            (len(problem.prompts), *problem.item_shape),
+            steps=problem.steps,
+            times=problem.times,
+            temperature=self.temperature,
+            **(own | {name: value for name, value in options.items() if value is not None}),
+            **self._scoring(problem),
+        )
+
+    def resume(self, source: DiffusionTree | str | Path, problem: Problem) -> DiffusionTree:
+        """Return an earlier tree of the same problem, from its file or as it is; retilted to this temperature.
+
+        Raises:
+            UsageError: it belongs to another model, condition, prompt, reward or number of steps.
+        """
+        if isinstance(source, DiffusionTree):
+            tree = source
+            _same_problem(tree, problem, self.reward)
+        else:
+            tree = DiffusionTree.load(source, problem.model, self.reward, **self._scoring(problem))
+        if tree.chain.steps != problem.steps or (problem.times is not None and tree.chain.grid != problem.times):
+            raise UsageError(
+                f"this tree was built with {tree.chain.steps} steps or another scheduler; give num_inference_steps="
+                f"{tree.chain.steps} and the scheduler that it had, or build a new tree."
+            )
+        return tree if tree.config.temperature == self.temperature else tree.retilt(self.temperature)
+
+    def target(
         self,
         problem: Problem,
-        plan: Plan,
-        count: int,
-        readout: str | None,
-        source: DiffusionTree | str | Path | None,
+        index: int,
+        seed: int,
+        *,
+        step: str | Step | None = None,
+        batch: int | None = None,
+        poll: Callable[[], None] | None = None,
+    ) -> Target:
+        """Return what a particle sampler works on for one of the prompts; arguments as in `Target`."""
+        one = problem.only(index)
+        scorer = Scorer(self.reward, one.decode, one.context, self.reward_batch)
+        return Target(one.chain(step, self.autocast), scorer, self.temperature, seed, batch, poll)
+
+    def _scoring(self, problem: Problem) -> dict[str, Any]:
+        """What a tree needs to know beside its law."""
+        return {
+            "cond": problem.cond,
+            "decode": problem.decode,
+            "context": problem.context,
+            "reward_batch": self.reward_batch,
+            "autocast": problem.autocast(self.autocast),
+            "store": self.store,
+        }
+
+    def _built(
+        self, tree: DiffusionTree, nfe: int, callback: Callback | None
+    ) -> tuple[int, int, tuple[float, ...], DiffusionTree, None]:
+        """Grow a tree; returns the facts of an output: what this growth cost, log Z, and the tree."""
+        nfe_before, calls_before = tree.nfe, tree.reward_calls
+        with self._bar(nfe * tree.roots, tree.nfe, callback) as after:
+            for progress in tree.build(nfe):
+                if after(progress):
+                    break
+        stats = [tree.stats(root) for root in range(tree.roots)]
+        # importance-weighted, or where UCT chose the rollouts from the fresh ones: neither is biased by where the
+        # search went, as the tree's own estimate is
+        log_z = tuple(s["log_z_base"] if math.isnan(s["log_z_iw"]) else s["log_z_iw"] for s in stats)
+        return tree.nfe - nfe_before, tree.reward_calls - calls_before, log_z, tree, None
+
+    def _particles(
+        self,
+        problem: Problem,
+        sampler: str,
+        nfe: int,
+        seed: int,
+        how: Mapping[str, Any],
+        options: Mapping[str, Any],
         callback: Callback | None,
-    ) -> Found:
-        """Search with a progress bar, and read the samples out."""
-        total = plan.nfe * len(problem.prompts)
-        if source is None and plan.sampler not in TREES:
-            readout = readout or search_run.particle_readout(plan.sampler)
-            with self._bar(total, 0, callback) as after:
-                return search_run.run_sampler(problem, self.reward, plan, count, readout, after)
-        if source is None:
-            tree = search_run.plant(problem, self.reward, plan)
-            readout = readout or TREES[plan.sampler].readout
-        else:
-            tree = search_run.resume(source, problem, self.reward, plan)
-            readout = readout or ("best" if tree.config.select.greedy else "sample")
-        self.tree = tree
-        before = tree.nfe, tree.reward_calls
-        with self._bar(total, tree.nfe, callback) as after:
-            search_run.grow(tree, plan.nfe, after)
-        return search_run.read(tree, count, readout, before)
+    ) -> list[Particles]:
+        """Run a particle sampler prompt by prompt, until the callback ends it."""
+        found: list[Particles] = []
+        with self._bar(nfe * len(problem.prompts), 0, callback) as after:
+            for index in range(len(problem.prompts)):
+                target = self.target(problem, index, stream_seed(seed, "search/prompt", index), **how)
+                found.append(spend(sampler, target, nfe, **options))
+                reached = Progress(
+                    sum(each.nfe for each in found),
+                    sum(each.reward_calls for each in found),
+                    tuple(float(each.rewards[each.valid].max()) for each in found),
+                    tuple(each.log_z for each in found),
+                    tuple(each.ess / len(each) for each in found),
+                    len(found),
+                )
+                if after(reached):
+                    break
+        return found
 
     @contextmanager
     def _bar(self, total: int, start: int, callback: Callback | None) -> Iterator[Callable[[Progress], bool]]:
@@ -239,27 +359,29 @@ class TreeSearchPipeline(WithProgress):
     # ---- what comes out -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _output(self, problem: Problem, found: Found, kind: str) -> ImageSearchOutput | AudioSearchOutput:
+    def _output(
+        self, problem: Problem, x: Tensor, rewards: Tensor, facts: tuple[Any, ...], kind: str
+    ) -> ImageSearchOutput | AudioSearchOutput:
         """Decode in batches, in the form that was asked for."""
-        samples: Any = found.x
+        samples: Any = x
         if kind != "latent":
-            samples = torch.cat([problem.decode(part) for part in found.x.split(self.reward_batch)])
-        rest = (found.rewards, found.nfe, found.reward_calls, found.log_z, found.tree, found.particles)
+            samples = torch.cat([problem.decode(part) for part in x.split(self.reward_batch)])
         if self._searchable.kind == "audio":
             assert problem.sampling_rate is not None
-            return AudioSearchOutput(samples.cpu().numpy() if kind == "np" else samples, problem.sampling_rate, *rest)
+            samples = samples.cpu().numpy() if kind == "np" else samples
+            return AudioSearchOutput(samples, problem.sampling_rate, rewards, *facts)
         if kind == "pil":
             samples = [to_pil(image) for image in samples]
         elif kind == "np":
             samples = samples.permute(0, 2, 3, 1).cpu().numpy()
-        return ImageSearchOutput(samples, *rest)
+        return ImageSearchOutput(samples, rewards, *facts)
 
     def _count(self, images: int | None, waveforms: int | None) -> int:
         """Samples per prompt, by the name that fits the pipeline."""
         if self._searchable.kind == "audio":
-            without_effect("an audio pipeline", num_images_per_prompt=images)
+            _refuse({"num_images_per_prompt": images}, "{} has no effect with an audio pipeline; drop it.")
             return arguments.positive(1 if waveforms is None else waveforms, "num_waveforms_per_prompt")
-        without_effect("an image pipeline", num_waveforms_per_prompt=waveforms)
+        _refuse({"num_waveforms_per_prompt": waveforms}, "{} has no effect with an image pipeline; drop it.")
         return arguments.positive(1 if images is None else images, "num_images_per_prompt")
 
     def _output_type(self, name: str | None) -> str:
@@ -270,15 +392,66 @@ class TreeSearchPipeline(WithProgress):
         return name or known[0]
 
 
-def _readout(name: str | None) -> str | None:
-    """Raise UsageError for an unknown read-out."""
-    if name is not None and name not in READOUTS:
-        raise UsageError(f"unknown readout '{name}'.{nearest(name, READOUTS)} Known: {', '.join(READOUTS)}.")
-    return name
-
-
-def _without_a_tree(**given: Any) -> None:
-    """Raise UsageError for the first argument that a tree already decides."""
+def _refuse(given: Mapping[str, Any], message: str) -> None:
+    """Raise UsageError for the first argument that is not None: it has no use here."""
     for name, value in given.items():
         if value is not None:
-            raise UsageError(f"{name} belongs to the tree that is grown further; drop it, or build a new tree.")
+            raise UsageError(message.format(name))
+
+
+def read(tree: DiffusionTree, root: int, count: int, readout: str) -> Leaves:
+    """Return samples of a tree: its best leaves, draws of its law, or distinct draws (best first; what there is).
+
+    Raises:
+        UsageError: the tree has no valid leaf of this root.
+    """
+    if readout == "best":
+        return tree.best(count, root=root)
+    if readout == "sample":
+        return tree.draw(count, root=root, rule="robust")
+    drawn = tree.draw(max(1, min(count, len(tree.leaf_law(root)[0]))), root=root, rule="robust", replace=False)
+    order = drawn.rewards.argsort(descending=True, stable=True)
+    return Leaves(*(part[order.to(part.device)] for part in drawn))
+
+
+def take(found: Particles, count: int, readout: str, seed: int) -> tuple[Tensor, Tensor]:
+    """Return states and rewards of samples of one population: the best, draws by weight, or distinct draws, best first.
+
+    Fewer than `count` where fewer are valid, except for draws with repeats.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if readout == "sample":
+        order = torch.multinomial(found.weights, count, replacement=True, generator=generator)
+    elif readout == "best":
+        order = found.rewards.masked_fill(~found.valid, -math.inf).argsort(descending=True, stable=True)
+        order = order[: int(found.valid.sum())][:count]
+    else:
+        valid = found.valid & torch.isfinite(found.log_weights)
+        uniform = torch.rand(len(found), generator=generator, dtype=torch.float64)
+        # the largest Gumbel keys are a draw without replacement
+        keys = (found.log_weights - torch.log(-torch.log(uniform))).masked_fill(~valid, -math.inf)
+        order = keys.argsort(descending=True, stable=True)[: min(count, int(valid.sum()))]
+        order = order[found.rewards[order].argsort(descending=True, stable=True)]
+    return found.samples[order.to(found.samples.device)], found.rewards[order].double()
+
+
+def _summed(found: Sequence[Particles]) -> tuple[int, int, tuple[float, ...], None, tuple[Particles, ...]]:
+    """The facts of an output: what the populations cost, their log Z, and themselves."""
+    nfe, calls = sum(each.nfe for each in found), sum(each.reward_calls for each in found)
+    return nfe, calls, tuple(each.log_z for each in found), None, tuple(found)
+
+
+def _same_problem(tree: DiffusionTree, problem: Problem, reward: Any) -> None:
+    """Raise UsageError naming what differs between a tree's problem and this one."""
+    mine, theirs = ([leaf.cpu() for leaf in cond_leaves(cond)] for cond in (problem.cond, tree.chain.cond))
+    equal = len(mine) == len(theirs) and all(map(torch.equal, mine, theirs))
+    found = {
+        "size": tree.chain.item_shape == tuple(problem.item_shape),
+        "prompt": list(tree.scorer.context.prompts or []) == problem.prompts,
+        "negative prompt or guidance": equal,
+        "model or guidance": fingerprint(tree.chain.model) == fingerprint(problem.model),
+        "reward": tree.scorer.reward.name == reward.name,
+    }
+    for name, same in found.items():
+        if not same:
+            raise UsageError(f"this tree was built with another {name}; give the same {name}, or build a new tree.")

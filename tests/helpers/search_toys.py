@@ -13,7 +13,7 @@ from gencontrol.models.networks.image_transformer import PatchConfig, PatchTrans
 from gencontrol.models.networks.transformer import Transformer
 from gencontrol.models.readers.image_classifier import build_image_classifier
 from gencontrol.pipelines import ClassToImagePipeline, ProcessSpec, TreeSearchPipeline
-from gencontrol.pipelines.search.searchable import Problem, Request
+from gencontrol.pipelines.search.problem import Problem
 from gencontrol.process import GaussianProcess, Linear
 from gencontrol.recipes.digits.data import CLASSES
 from gencontrol.rewards.base import checked
@@ -70,9 +70,9 @@ class Plane:
 
     kind = "audio"
 
-    def problem(self, ask: Request) -> Problem:
+    def problem(self, prompt: str, *, num_inference_steps: int = 60) -> Problem:
         model = GaussianMixture(torch.zeros(1, 2), torch.eye(2)[None], torch.ones(1), GaussianProcess(Linear()))
-        return Problem(model, None, (2,), ask.steps or 60, None, lambda x: x, [str(ask.prompt)], 1)
+        return Problem(model, None, (2,), num_inference_steps, None, lambda x: x, [prompt], 1)
 
     def at_work(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -10,7 +10,7 @@ import pytest
 
 from gencontrol.cli import main
 from gencontrol.errors import UsageError
-from gencontrol.jobs.search.settings import PARTICLES, TREES, SearchConfig, parse_branch, parse_widening
+from gencontrol.jobs.search import SearchConfig, parse_branch, parse_widening
 from tests.helpers.search_run import same_tree, search_command, table_rows
 
 # ---------------------------------------------------------------- refused
@@ -19,7 +19,7 @@ from tests.helpers.search_run import same_tree, search_command, table_rows
 def test_bad_inputs(
     tiny_model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gencontrol.jobs.search.search.search", lambda job: pytest.fail("something was loaded"))
+    monkeypatch.setattr("gencontrol.jobs.search._load", lambda *job: pytest.fail("something was loaded"))
     (tmp_path / "nomodel").mkdir()
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "latin.txt").write_bytes("Geige, süß".encode("latin-1"))
@@ -146,7 +146,7 @@ def test_a_full_disk_is_exit_code_7_and_leaves_nothing_half_written(
 def test_dry_run_loads_and_writes_nothing(
     tiny_model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gencontrol.jobs.search.search.search", lambda job: pytest.fail("something was loaded"))
+    monkeypatch.setattr("gencontrol.jobs.search._load", lambda *job: pytest.fail("something was loaded"))
     command = ["search", "--model", str(tiny_model), "--prompts", str(prompts), "--output", str(tmp_path / "run")]
     assert main([*command, "--steps", "10", "--nfe", "100", "--branch", "0.8,0.5", "--dry-run", "search.seed=7"]) == 0
     out = capsys.readouterr().out
@@ -183,13 +183,17 @@ def test_branch_and_widening_texts() -> None:
             parse_widening(text)
 
 
-def test_samplers_are_those_of_the_library() -> None:
-    from gencontrol.sampling.samplers import PARTICLES as KNOWN
+def test_the_table_of_samplers_names_what_the_library_has() -> None:
+    from gencontrol.registry import resolve_dotted
+    from gencontrol.sampling.samplers import PARTICLES, SAMPLERS, TREES
     from gencontrol.sampling.tree.rules import RULES, WIDENINGS
 
-    assert set(PARTICLES) == set(KNOWN)
-    assert all(rule in RULES and widening in WIDENINGS for rule, widening in TREES.values())
+    assert {*TREES, *PARTICLES} == set(SAMPLERS) and len(SAMPLERS) == 9
+    assert all(SAMPLERS[name].select in RULES and SAMPLERS[name].widening in WIDENINGS for name in TREES)
+    assert all(callable(resolve_dotted(SAMPLERS[name].call, "sampler")) for name in PARTICLES)
     assert all(SearchConfig(sampler="dts", select=rule).select == rule for rule in RULES)
+    assert all(parse_widening(name) == name for name in WIDENINGS)
+    assert all(name in (SearchConfig.__doc__ or "") for name in SAMPLERS)
 
 
 def test_steps_may_be_called_as_in_diffusers(

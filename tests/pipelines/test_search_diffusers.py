@@ -12,7 +12,8 @@ from torch import Tensor
 
 from gencontrol.errors import UsageError
 from gencontrol.pipelines import TreeSearchPipeline
-from gencontrol.pipelines.search.searchable import Problem, Request, Searchable, searchable
+from gencontrol.pipelines.search.problem import Problem, Searchable
+from gencontrol.pipelines.search.searchable import searchable
 from gencontrol.sampling import sample
 from tests.helpers.fixtures_images import noise, tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
 
@@ -66,9 +67,8 @@ def pipes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
     return load
 
 
-def request(case: Case, steps: int = 4, **more: Any) -> Request:
-    names = {"guidance_scale": None, "negative_prompt": None} | case.call | more
-    return Request(PROMPTS, steps, height=case.size[0], width=case.size[1], **names)
+def asked(case: Case) -> dict[str, Any]:
+    return {"num_inference_steps": 4, "height": case.size[0], "width": case.size[1], **case.call}
 
 
 def by_hand(pipe: Any, case: Case, x: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def by_hand(pipe: Any, case: Case, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", list(CASES))
 def test_prediction_is_the_pipelines(pipes: Callable[[str], Any], name: str) -> None:
     case, pipe = CASES[name], pipes(name)
-    problem = searchable(pipe).problem(request(case))
+    problem = searchable(pipe).problem(PROMPTS, **asked(case))
     x = noise((2, *problem.item_shape))
     with torch.no_grad():
         found, expected = problem.model(x, case.t, problem.cond).raw, by_hand(pipe, case, x)
@@ -120,7 +120,7 @@ def test_prediction_is_the_pipelines(pipes: Callable[[str], Any], name: str) -> 
 
 def test_unguided_prediction_is_exact(pipes: Callable[[str], Any]) -> None:
     pipe = pipes("sd")
-    problem = searchable(pipe).problem(Request("red cube", guidance_scale=1.0))
+    problem = searchable(pipe).problem("red cube", guidance_scale=1.0)
     x = noise((1, 4, 8, 8))
     with torch.no_grad():
         embeds, _ = pipe.encode_prompt(["red cube"], x.device, 1, False)
@@ -138,7 +138,7 @@ def start(pipe: Any, problem: Problem) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("name", list(CASES))
 def test_deterministic_loop_and_decoding_are_the_pipelines(pipes: Callable[[str], Any], name: str) -> None:
     case, pipe = CASES[name], pipes(name)
-    problem = searchable(pipe).problem(request(case))
+    problem = searchable(pipe).problem(PROMPTS, **asked(case))
     x, theirs = start(pipe, problem)
     keywords = {"num_inference_steps": 4, "height": case.size[0], "width": case.size[1], **case.call}
     expected = pipe(PROMPTS, latents=theirs.clone(), output_type="latent", **keywords).images
@@ -163,7 +163,7 @@ def test_vae_with_means_is_undone_as_the_pipeline_does(pipes: Callable[[str], An
         latents = pipe("a", output_type="latent", **keywords).images
         images = pipe("a", output_type="pt", **keywords).images
         with torch.no_grad():
-            decoded = searchable(pipe).problem(Request("a")).decode(latents)
+            decoded = searchable(pipe).problem("a").decode(latents)
     finally:
         pipe.vae.register_to_config(latents_mean=None, latents_std=None)
     torch.testing.assert_close(decoded, images, atol=2e-6, rtol=0)
@@ -193,7 +193,7 @@ def test_networks_in_half_precision_keep_states_in_single(pipes: Callable[[str],
 def test_grid_ends_in_clean_data_and_starts_at_unit_scale() -> None:
     pipe = tiny_sd()
     pipe.scheduler.register_to_config(set_alpha_to_one=False)
-    problem = searchable(pipe).problem(Request("a", steps=5))
+    problem = searchable(pipe).problem("a", num_inference_steps=5)
     assert problem.times is not None and problem.times[0] == pytest.approx(0.802) and problem.times[-1] == 0.0
     assert problem.steps == 5 and all(later < earlier for earlier, later in zip(problem.times, problem.times[1:]))
     # diffusers starts from unit noise; s(1) of the table alone would be 0.0023 too small
@@ -206,17 +206,17 @@ def test_pipeline_is_looked_up_at_every_call() -> None:
 
     pipe = tiny_sd()
     found = searchable(pipe)
-    before = found.problem(Request("a", steps=2)).times
+    before = found.problem("a", num_inference_steps=2).times
     assert before is not None and before[0] == pytest.approx(0.502)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
-    assert found.problem(Request("a", steps=2)).times == (1.0, 0.5, 0.0)
+    assert found.problem("a", num_inference_steps=2).times == (1.0, 0.5, 0.0)
 
 
 def test_several_prompts_are_encoded_as_each_alone(pipes: Callable[[str], Any]) -> None:
     found = searchable(pipes("sd3"))
-    both = found.problem(Request(PROMPTS, negative_prompt=["x", "y"])).cond
+    both = found.problem(PROMPTS, negative_prompt=["x", "y"]).cond
     for row, (prompt, negative) in enumerate(zip(PROMPTS, "xy")):
-        alone = found.problem(Request(prompt, negative_prompt=negative)).cond
+        alone = found.problem(prompt, negative_prompt=negative).cond
         for side in ("given", "free"):
             for key in ("tokens", "pooled"):
                 assert torch.equal(both[side][key][row], alone[side][key][0])
@@ -231,7 +231,7 @@ def test_several_prompts_are_encoded_as_each_alone(pipes: Callable[[str], Any]) 
         ("flux", {"height": 18, "width": 16}, "height is 18; this model takes multiples of 4"),
         ("flux", {"height": 16, "width": 16, "negative_prompt": "x"}, "negative_prompt has no effect with FLUX"),
         ("schnell", {"height": 16, "width": 16, "guidance_scale": 3.0}, "distilled without guidance"),
-        ("sd", {"seconds": 3.0}, "audio_end_in_s has no effect with a StableDiffusionPipeline"),
+        ("sd", {"audio_end_in_s": 3.0}, "audio_end_in_s has no effect with a StableDiffusionPipeline"),
         ("sd", {"guidance_scale": 1.0, "negative_prompt": "x"}, "no effect at guidance_scale 1"),
         ("sd", {"guidance_scale": float("nan")}, "guidance_scale is nan"),
         ("sd", {"prompt": [], "negative_prompt": None}, "prompt holds an empty list"),
@@ -240,7 +240,7 @@ def test_several_prompts_are_encoded_as_each_alone(pipes: Callable[[str], Any]) 
 )
 def test_refused_arguments(pipes: Callable[[str], Any], name: str, ask: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        searchable(pipes(name)).problem(Request(**({"prompt": "a"} | ask)))
+        TreeSearchPipeline(pipes(name), noise).problem(**({"prompt": "a"} | ask))
 
 
 def test_only_listed_classes_are_searched() -> None:
@@ -281,7 +281,7 @@ def test_group_offloading_is_refused() -> None:
 
 
 def test_images_carry_gradients_to_latents(pipes: Callable[[str], Any]) -> None:
-    problem = searchable(pipes("flux")).problem(request(CASES["flux"]))
+    problem = searchable(pipes("flux")).problem(PROMPTS, **asked(CASES["flux"]))
     latents = noise((1, *problem.item_shape)).requires_grad_()
     problem.decode(latents).mean().backward()
     assert latents.grad is not None and float(latents.grad.abs().sum()) > 0

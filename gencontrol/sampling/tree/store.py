@@ -27,7 +27,7 @@ from gencontrol.sampling.tree.rules import Boltzmann, Rule, Uct
 FORMAT = "gencontrol-tree-1"
 _SAMPLES = 64  # numbers per tensor that enter a model's fingerprint
 #: what a file may name; classes are never looked up by a name that a stranger wrote
-_CLASSES: dict[str, Any] = {kind.__name__: kind for kind in (Boltzmann, Uct, *STEPS.values())}
+_CLASSES: dict[str, Any] = {"Boltzmann": Boltzmann, "Uct": Uct, **{kind.__name__: kind for kind in STEPS.values()}}
 
 
 def write_tree(path: str | Path, facts: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:

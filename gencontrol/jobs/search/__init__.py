@@ -1,1 +1,0 @@
-"""The search job: best samples of a model by reward, by a tree or by particles."""

@@ -1,0 +1,229 @@
+"""What a search leaves behind: samples as files, results.csv and results.json, and search.json for the report."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gencontrol.errors import RewardError
+from gencontrol.files import FileLayer, disk_errors
+
+if TYPE_CHECKING:
+    from gencontrol.sampling.tree.nodes import Ints
+    from gencontrol.sampling.tree.tree import DiffusionTree
+
+SUMMARY, SAMPLES = "search.json", "samples"
+COLUMNS = ("prompt", "sampler", "rank", "reward", "nfe", "reward_calls", "seconds", "file")
+#: Nodes of a tree that are drawn (ours: what fits on a page and can still be told apart).
+MAX_DRAWN = 240
+_MAX_REWARDS = 4000  # kept for the histogram
+_DECODE = 16  # samples in one pass of the decoder
+_OURS = re.compile(r"\d{3}_(\d{2,}|base)\.(wav|png|txt)")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found for one prompt.
+
+    Args:
+        samples: clean states [k *d], best first, or None.
+        rewards: of the samples.
+        base: the first sample of the model alone [1 *d], or None; `base_reward` is its reward.
+        nfe: model calls for this prompt.
+        summary: for the report; holds "reward_calls".
+    """
+
+    prompt: str
+    samples: Any
+    rewards: Sequence[float]
+    base: Any
+    base_reward: float | None
+    nfe: int
+    summary: Mapping[str, Any]
+
+
+def read_json(file: Path) -> Any:
+    """Return what a file says; None where there is none or it is damaged."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def write_results(
+    path: Path,
+    found: Sequence[Found],
+    facts: Mapping[str, Any],
+    decode: Callable[[Any], Any],
+    artefacts: Callable[[str, Any], Mapping[str, bytes]],
+) -> list[dict[str, Any]]:
+    """Write the samples of all prompts, the tables, and search.json last; prints the table and returns its rows.
+
+    Args:
+        path: the run folder.
+        facts: of the whole search, for search.json: sampler, seconds, excluded (reason → samples) and others.
+        decode: clean states → samples.
+        artefacts: (file stem, one sample) → {file name: bytes}.
+
+    Raises:
+        DiskError: the disk is full; what lay there before is intact.
+        RewardError: no prompt has a sample.
+    """
+    if not any(each.rewards for each in found):
+        why = "; ".join(f"{reason} ({count})" for reason, count in facts["excluded"].items())
+        raise RewardError(f"no sample could be scored: {why or 'the reward returned no number'}.")
+    files, written = FileLayer(), set()
+
+    def write(stem: str, sample: Any) -> list[str]:
+        """The files of one sample, the one to listen to or look at first."""
+        contents = artefacts(stem, sample)
+        names = sorted(contents, key=lambda name: not name.endswith(".wav"))
+        for name in names:
+            files.replace_file(path / SAMPLES / name, contents[name])
+        written.update(names)
+        return [f"{SAMPLES}/{name}" for name in names]
+
+    rows, prompts = [], []
+    with disk_errors("the samples", path / SAMPLES):
+        files.make_folder(path / SAMPLES)
+        for index, each in enumerate(found):
+            base = None
+            if each.base is not None:
+                base = {"files": write(f"{index:03d}_base", decode(each.base)[0]), "reward": each.base_reward}
+            samples = []
+            for first in range(0, len(each.rewards), _DECODE):
+                for rank, sample in enumerate(decode(each.samples[first : first + _DECODE]), first + 1):
+                    names = write(f"{index:03d}_{rank:02d}", sample)
+                    row = (each.prompt, facts["sampler"], rank, each.rewards[rank - 1], each.nfe)
+                    row += (each.summary["reward_calls"], round(facts["seconds"], 2), names[0])
+                    rows.append(dict(zip(COLUMNS, row, strict=True)))
+                    samples.append({"files": names, "reward": each.rewards[rank - 1]})
+            prompts.append({"prompt": each.prompt, "nfe": each.nfe, **each.summary, "base": base, "samples": samples})
+        for old in (path / SAMPLES).iterdir():
+            if _OURS.fullmatch(old.name) and old.name not in written:
+                old.unlink()
+    table = io.StringIO()
+    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with disk_errors("the results", path):
+        files.replace_file(path / "results.csv", table.getvalue().encode())
+        files.replace_file(path / "results.json", _as_json(rows))
+        files.replace_file(path / SUMMARY, _as_json({"finished": True, **facts, "prompts": prompts}))
+    for line in rows:
+        print(f"{path / line['file']}  {line['reward']:8.4f}  {line['prompt']}")
+    return rows
+
+
+def _as_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def clean(value: float) -> float | None:
+    """A finite number, else None: JSON has no NaN."""
+    return float(value) if math.isfinite(value) else None
+
+
+# ---------------------------------------------------------------- a tree in numbers
+
+
+def summarise(tree: DiffusionTree, root: int, chosen: int | None) -> dict[str, Any]:
+    """Return the summary of one root as plain values (JSON).
+
+    Args:
+        chosen: leaf of rank 1, whose path is marked; None where nothing is valid.
+
+    Keys: stats, warnings, reward_calls, base_rewards, grown_rewards, curve and base_curve ([calls, best reward] where
+    it rises), tree (see `drawn`).
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        stats = tree.stats(root)
+    nodes = tree.nodes
+    mine = nodes.root_of(tree.rollouts["leaf"].astype(np.int64)) == root
+    leaf = tree.rollouts["leaf"][mine].astype(np.int64)
+    start = tree.rollouts["start"][mine].astype(np.int64)
+    base, valid = start == 0, nodes["ready"][leaf]
+    # model calls of each rollout: the steps after the node that it started from
+    cost = tree.chain.steps - np.array([0, *tree.config.branch])[start]
+    reward = np.where(valid, nodes["value"][leaf], -np.inf)
+    leaves = nodes.at_level(tree.config.last)
+    leaves = leaves[nodes.root_of(leaves) == root]
+    grown = np.setdiff1d(leaves[nodes["ready"][leaves]], leaf[base])
+    return {
+        "stats": {key: clean(value) for key, value in stats.items()},
+        "warnings": [str(item.message) for item in caught],
+        "reward_calls": len(leaves) * tree.scorer.repeats,
+        "base_rewards": _thinned(nodes["value"][leaf[base & valid]]),
+        "grown_rewards": _thinned(nodes["value"][grown]),
+        "curve": _curve(cost, reward),
+        "base_curve": _curve(cost[base], reward[base]),
+        "tree": drawn(tree, root, chosen),
+    }
+
+
+def _thinned(values: np.ndarray) -> list[float]:
+    """Rewards, evenly thinned."""
+    return [float(value) for value in values[:: max(1, math.ceil(len(values) / _MAX_REWARDS))]]
+
+
+def _curve(cost: Ints, reward: np.ndarray) -> list[list[float]]:
+    """[model calls, best reward so far] of rollouts wherever it rises, and at the end."""
+    calls, best = np.cumsum(cost), np.maximum.accumulate(reward)
+    rises = np.flatnonzero(np.diff(best, prepend=-np.inf) > 0)
+    places = np.union1d(rises, [len(best) - 1]) if len(rises) else rises
+    return [[float(calls[i]), float(best[i])] for i in places]
+
+
+def drawn(tree: DiffusionTree, root: int, chosen: int | None, most: int = MAX_DRAWN) -> dict[str, Any]:
+    """Return the nodes to draw: the marked path, and on every level the most visited children of drawn nodes.
+
+    Of equally visited ones the better are taken.  A level may use what the levels above it left of its share.
+
+    Returns: times (of every level; the first is where the root's children are drawn from noise), nodes as
+    [parent, level, value or None, visits, children that are not drawn], parents first; path (places in nodes),
+    total (nodes of this root).
+    """
+    nodes, last = tree.nodes, tree.config.last
+    path: list[int] = []
+    here = -1 if chosen is None else chosen
+    while here >= 0:
+        path.insert(0, here)
+        here = int(nodes["parent"][here])
+    kept: Ints = np.array([root])
+    rows = kept
+    for level in range(1, last + 1):
+        room = (most - len(rows)) // (last + 1 - level)
+        ids = nodes.children(kept).ids
+        value = np.where(nodes["ready"][ids], nodes["value"][ids], -np.inf)
+        order = np.lexsort((ids, -value, -nodes["visits"][ids].astype(np.int64), ~np.isin(ids, path)))
+        kept = np.sort(ids[order[: max(room, 1)]])
+        rows = np.concatenate([rows, kept])
+    place = {int(node): index for index, node in enumerate(rows)}
+    shown = np.bincount(nodes["parent"][rows[1:]], minlength=nodes.size)
+    grid = tree.chain.grid
+    return {
+        "times": [grid[0], *(grid[index] for index in tree.config.branch)],
+        "nodes": [
+            [
+                place.get(int(nodes["parent"][node]), -1),
+                int(nodes["level"][node]),
+                float(nodes["value"][node]) if nodes["ready"][node] else None,
+                int(nodes["visits"][node]),
+                int(nodes["count"][node] - shown[node]),
+            ]
+            for node in rows
+        ],
+        "path": [place[node] for node in path],
+        "total": int((nodes.root_of(np.arange(nodes.size)) == root).sum()),
+    }
