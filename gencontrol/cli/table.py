@@ -59,8 +59,11 @@ COMMANDS = {
         "Work",
         "Search for the samples that a reward likes best, without training: tree search, particles, best of n.\n\n"
         'Example: gencontrol search --reward clap --prompt "a slow sad violin melody" --nfe 4000 --output runs/search',
-        job="gencontrol.jobs.search:run",
-        sections={"run": "gencontrol.jobs.search:SourceConfig", "search": "gencontrol.jobs.search:SearchConfig"},
+        job="gencontrol.jobs.search.job:run",
+        sections={
+            "run": "gencontrol.jobs.search.config:SourceConfig",
+            "search": "gencontrol.jobs.search.config:SearchConfig",
+        },
         shared=("config", "set", "dry_run", "fresh", "allow_change"),
     ),
     "pretrain": Entry(

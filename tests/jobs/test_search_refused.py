@@ -10,7 +10,7 @@ import pytest
 
 from gencontrol.cli import main
 from gencontrol.errors import UsageError
-from gencontrol.jobs.search import SearchConfig, parse_branch, parse_widening
+from gencontrol.jobs.search.config import SearchConfig, parse_branch, parse_widening
 from tests.helpers.search_run import same_tree, search_command, table_rows
 
 # ---------------------------------------------------------------- refused
@@ -19,7 +19,7 @@ from tests.helpers.search_run import same_tree, search_command, table_rows
 def test_bad_inputs(
     tiny_model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gencontrol.jobs.search._load", lambda *job: pytest.fail("something was loaded"))
+    monkeypatch.setattr("gencontrol.jobs.search.job._load", lambda *job: pytest.fail("something was loaded"))
     (tmp_path / "nomodel").mkdir()
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "latin.txt").write_bytes("Geige, süß".encode("latin-1"))
@@ -146,7 +146,7 @@ def test_a_full_disk_is_exit_code_7_and_leaves_nothing_half_written(
 def test_dry_run_loads_and_writes_nothing(
     tiny_model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gencontrol.jobs.search._load", lambda *job: pytest.fail("something was loaded"))
+    monkeypatch.setattr("gencontrol.jobs.search.job._load", lambda *job: pytest.fail("something was loaded"))
     command = ["search", "--model", str(tiny_model), "--prompts", str(prompts), "--output", str(tmp_path / "run")]
     assert main([*command, "--steps", "10", "--nfe", "100", "--branch", "0.8,0.5", "--dry-run", "search.seed=7"]) == 0
     out = capsys.readouterr().out

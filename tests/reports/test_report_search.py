@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from gencontrol.jobs.search_results import drawn, summarise
+from gencontrol.jobs.search.results import drawn, summarise
 from gencontrol.models.exact import GaussianMixture
 from gencontrol.process import GaussianProcess, Linear
 from gencontrol.reports.histogram import bins, histogram

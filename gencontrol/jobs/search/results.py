@@ -1,4 +1,4 @@
-"""What a search leaves behind: samples as files, results.csv and results.json, and search.json for the report."""
+"""What a search leaves behind: the tree or particles to go on from, samples as files, tables, and search.json."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,14 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gencontrol.errors import RewardError
+from gencontrol.errors import CheckpointError, RewardError, UsageError
 from gencontrol.files import FileLayer, disk_errors
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from gencontrol.sampling.tree.nodes import Ints
     from gencontrol.sampling.tree.tree import DiffusionTree
 
 SUMMARY, SAMPLES = "search.json", "samples"
+#: Saving may take at most this share of the time (ours): a large tree is saved less often.
+_SAVING_SHARE = 0.1
 COLUMNS = ("prompt", "sampler", "rank", "reward", "nfe", "reward_calls", "seconds", "file")
 #: Nodes of a tree that are drawn (ours: what fits on a page and can still be told apart).
 MAX_DRAWN = 240
@@ -65,15 +70,15 @@ def write_results(
     found: Sequence[Found],
     facts: Mapping[str, Any],
     decode: Callable[[Any], Any],
-    artefacts: Callable[[str, Any], Mapping[str, bytes]],
+    pipeline: Any,
 ) -> list[dict[str, Any]]:
     """Write the samples of all prompts, the tables, and search.json last; prints the table and returns its rows.
 
     Args:
         path: the run folder.
         facts: of the whole search, for search.json: sampler, seconds, excluded (reason → samples) and others.
-        decode: clean states → samples.
-        artefacts: (file stem, one sample) → {file name: bytes}.
+        decode: clean states → samples, on the CPU.
+        pipeline: what the samples are of; it knows how they become files.
 
     Raises:
         DiskError: the disk is full; what lay there before is intact.
@@ -82,7 +87,7 @@ def write_results(
     if not any(each.rewards for each in found):
         why = "; ".join(f"{reason} ({count})" for reason, count in facts["excluded"].items())
         raise RewardError(f"no sample could be scored: {why or 'the reward returned no number'}.")
-    files, written = FileLayer(), set()
+    files, artefacts, written = FileLayer(), artefacts_of(pipeline), set()
 
     def write(stem: str, sample: Any) -> list[str]:
         """The files of one sample, the one to listen to or look at first."""
@@ -134,7 +139,90 @@ def clean(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-# ---------------------------------------------------------------- a tree in numbers
+def artefacts_of(pipeline: Any) -> Callable[[str, Any], Mapping[str, bytes]]:
+    """Return how samples become files: as a pipeline of ours writes them, else as pictures at their size."""
+    from gencontrol.data.images import to_pil
+    from gencontrol.pipelines import Pipeline
+
+    def picture(stem: str, sample: Any) -> dict[str, bytes]:
+        buffer = io.BytesIO()
+        to_pil(sample).save(buffer, format="PNG")
+        return {f"{stem}.png": buffer.getvalue()}
+
+    return pipeline.artefacts if isinstance(pipeline, Pipeline) else picture
+
+
+def clean_staging(path: Path) -> None:
+    """Delete half-written files; they are never read."""
+    for kind in ("safetensors", "json", "jsonl", "csv", "toml"):
+        for file in path.glob(f".tmp_*.{kind}_*"):
+            file.unlink()
+
+
+def headline(record: Mapping[str, Any]) -> str:
+    """The numbers to watch."""
+    best = record["reward/best"]
+    return f"best {best:.4g}" if math.isfinite(best) else "nothing scored yet"
+
+
+def mean(values: Sequence[float]) -> float:
+    """Mean of the finite values; NaN without one."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
+
+
+# ---------------------------------------------------------------- trees
+
+
+class Saver:
+    """Saves a tree every so often, but never for more than a tenth of the time."""
+
+    def __init__(self, tree: DiffusionTree, file: Path, every: float) -> None:
+        self._tree, self._file, self._every = tree, file, every
+        self._saved = tree.rounds if file.exists() else -1
+        self._due = time.monotonic() + every
+
+    def when_due(self) -> None:
+        """Save where it is time."""
+        if time.monotonic() >= self._due:
+            self.save()
+
+    def save(self) -> None:
+        """Save unless the file holds this very state."""
+        if self._saved == self._tree.rounds:
+            return
+        begin = time.monotonic()
+        try:
+            self._tree.save(self._file)
+        except BaseException:
+            clean_staging(self._file.parent)  # a full disk must not keep half a tree
+            raise
+        self._saved = self._tree.rounds
+        taken = time.monotonic() - begin
+        self._due = time.monotonic() + max(self._every, taken / _SAVING_SHARE if self._every else 0.0)
+
+
+def of_tree(tree: DiffusionTree, root: int, prompt: str, count: int, readout: str) -> Found:
+    """Return what a tree found for a prompt, and the first of its plain base samples that could be scored.
+
+    Args:
+        readout: "best", or "distinct" draws from the tree's law.
+    """
+    from gencontrol.pipelines.search.tree_search import read
+
+    leaves = read(tree, root, count, readout) if tree.counts["valid"][root] else None
+    leaf = tree.rollouts["leaf"].astype(np.int64)
+    plain = (tree.rollouts["start"] == 0) & tree.nodes["ready"][leaf] & (tree.nodes.root_of(leaf) == root)
+    base = tree.gather(leaf[plain][:1]) if plain.any() else None
+    return Found(
+        prompt,
+        None if leaves is None else leaves.x,
+        [] if leaves is None else leaves.rewards.tolist(),
+        None if base is None else base.x,
+        None if base is None else float(base.rewards[0]),
+        int(tree.counts["nfe"][root]),
+        summarise(tree, root, None if leaves is None else int(leaves.nodes[0])),
+    )
 
 
 def summarise(tree: DiffusionTree, root: int, chosen: int | None) -> dict[str, Any]:
@@ -227,3 +315,73 @@ def drawn(tree: DiffusionTree, root: int, chosen: int | None, most: int = MAX_DR
         "path": [place[node] for node in path],
         "total": int((nodes.root_of(np.arange(nodes.size)) == root).sum()),
     }
+
+
+# ---------------------------------------------------------------- particles
+
+_FORMAT = "gencontrol-particles-1"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Particles of one prompt as a file keeps them: samples, rewards, log_weights and base [1 *d]; and what they cost.
+
+    Args:
+        facts: base_reward, nfe, reward_calls, excluded, log_z, ess, reasons, seconds.
+    """
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Any]
+
+    def write(self, file: Path, mark: str) -> None:
+        """Write the file; mark: fingerprint of the model."""
+        from safetensors.torch import save
+
+        plain = json.dumps({"format": _FORMAT, "model": mark, **self.facts})
+        tensors = {name: value.cpu().contiguous() for name, value in self.tensors.items()}
+        with disk_errors("the particles", file.parent):
+            FileLayer().replace_file(file, save(tensors, metadata={"particles": plain}))
+
+    @classmethod
+    def read(cls, file: Path, mark: str) -> Kept:
+        """Read the particles of a finished prompt.
+
+        Raises:
+            CheckpointError: the file is damaged.
+            UsageError: they are of another model.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(file), framework="pt") as opened:
+                plain = json.loads((opened.metadata() or {})["particles"])
+                tensors = {name: opened.get_tensor(name) for name in ("samples", "rewards", "log_weights", "base")}
+            model = plain["model"]
+        except (SafetensorError, ValueError, KeyError, OSError) as error:
+            raise CheckpointError(
+                f"'{file}' is damaged ({str(error)[:200]}); delete it, and the same command draws its prompt again."
+            ) from error
+        if model != mark:
+            raise UsageError(f"'{file}' holds particles of another model; give the same --model, or another --output.")
+        return cls(tensors, plain)
+
+    def found(self, prompt: str, count: int, readout: str, seed: int) -> Found:
+        """Return the samples of the prompt: the "best", or "distinct" draws by weight."""
+        import torch
+
+        from gencontrol.pipelines.search.tree_search import take
+        from gencontrol.sampling.particles import Particles
+
+        facts, samples, rewards = self.facts, self.tensors["samples"], self.tensors["rewards"]
+        valid, cost = torch.isfinite(rewards), (facts["nfe"], facts["reward_calls"], math.nan, facts["ess"])
+        chosen = take(Particles(samples, rewards, valid, self.tensors["log_weights"], *cost), count, readout, seed)
+        scored, base = rewards[valid].tolist(), facts["base_reward"]
+        stats = {"rollouts": len(rewards), "leaves": len(scored), "best": max(scored, default=None)}
+        summary = {
+            "stats": stats | {name: facts[name] for name in ("excluded", "log_z", "ess")},
+            "warnings": [],
+            "reward_calls": facts["reward_calls"],
+            "base_rewards": [] if base is None else [base],
+            "grown_rewards": scored,
+        }
+        return Found(prompt, chosen[0], chosen[1].tolist(), self.tensors["base"], base, facts["nfe"], summary)

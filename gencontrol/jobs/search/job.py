@@ -10,22 +10,32 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
-import io
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import AllowInfNan
-
-from gencontrol.config import Count, Natural, NonNegative, build, dump_toml, options
-from gencontrol.errors import CheckpointError, Preempted, RewardError, UsageError, nearest
+from gencontrol.config import build, dump_toml
+from gencontrol.errors import CheckpointError, Preempted, RewardError, UsageError
 from gencontrol.files import FileLayer, disk_errors
-from gencontrol.jobs.search_results import SUMMARY, Found, clean, read_json, summarise, write_results
+from gencontrol.jobs.search.config import SearchConfig, SourceConfig, branch_of, parse_widening
+from gencontrol.jobs.search.results import (
+    SUMMARY,
+    Found,
+    Kept,
+    Saver,
+    clean,
+    clean_staging,
+    headline,
+    mean,
+    of_tree,
+    read_json,
+    write_results,
+)
 from gencontrol.jobs.setup.checks import check_model, check_reference, check_rewards, check_source, download_hint
 from gencontrol.jobs.setup.environment import choose_device, prepare
 from gencontrol.jobs.setup.models import folder_of
@@ -33,7 +43,7 @@ from gencontrol.jobs.setup.plan import human_bytes
 from gencontrol.jobs.setup.prompts import read_prompts
 from gencontrol.jobs.setup.runs import RunFolder, open_run, record
 from gencontrol.jobs.setup.settings import Start, called, describe, place
-from gencontrol.sampling.samplers import NO_GRADIENT, SAMPLERS, TREES, sampler
+from gencontrol.sampling.samplers import NO_GRADIENT, sampler
 
 if TYPE_CHECKING:
     from gencontrol.pipelines.search.problem import Problem
@@ -45,170 +55,13 @@ if TYPE_CHECKING:
 #: options that may change between two commands on one folder: they alter what is shown, not what is drawn
 _FREE = ("search.count", "search.save_every", "run.device", "run.threads")
 _TREE = "tree.safetensors"
-_PARTICLES = "gencontrol-particles-1"
-#: Saving may take at most this share of the time (ours): a large tree is saved less often.
-_SAVING_SHARE = 0.1
 #: bytes per node beside its state, children and rollouts included (measured)
 _NODE = 70
-_RULES, _WIDENINGS = ("boltzmann", "uct", "tempered", "uniform"), ("paper", "text", "small")
 #: our own pipelines, whose law is read from files
 _OWN = ("TextToAudioPipeline", "ClassToImagePipeline", "TextToImagePipeline")
 
 
-@options
-class SourceConfig:
-    """The [run] section: which model, prompts and rewards, and where the results go.
-
-    Args:
-        model: "bundled", "bundled-digits", a folder or a hub id.
-        reward: clap, clip:0.3, package.module:Name, http://…; several are summed with their weights.
-        prompt: a prompt as text; may be repeated.
-        prompts: prompt file (txt, jsonl, csv); its prompts follow those of `prompt`.
-        reward_model: folder or hub id of the reward's network; None takes the bundled one.
-        reference: folder of sound, or a text file of captions, for rewards that compare with a reference law.
-        encoder: encoder of such rewards; None takes theirs.
-        output: the run folder.
-        online: allow downloads from the hub.
-        device: where it runs.
-        threads: CPU threads; 0 leaves it to the library.
-        precision: of the network's autocast; states and rewards stay float32.
-        prompts_hash: written by a search, so that an edited prompt file is noticed; not meant to be set.
-    """
-
-    model: str = "bundled"
-    reward: tuple[str, ...] = ("clap",)
-    prompt: tuple[str, ...] = ()
-    prompts: str | None = None
-    reward_model: str | None = None
-    reference: str | None = None
-    encoder: str | None = None
-    output: str = "runs/search"
-    online: bool = False
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Natural = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
-    prompts_hash: str | None = None
-
-    def __post_init__(self) -> None:
-        if not self.reward:
-            raise ValueError("reward is empty; name at least one, e.g. reward = ['clap']")
-        if not self.output:
-            raise ValueError("output is empty; name the run folder")
-
-
-@options
-class SearchConfig:
-    """The [search] section: how p(x)·exp(reward/temperature) is searched.
-
-    Args:
-        sampler: {SAMPLERS}; a tree ("dts" samples, "dts-star" maximises) or particles.
-        nfe: model calls per prompt; a guided call (two rows of the network) counts one.
-        temperature: τ > 0 in units of the reward; smaller follows the reward more.
-        steps: sampler steps of a whole path; None is the model's own number.
-        branch: equal segments between levels ("5"), "all", or times such as "0.8,0.6,0.4"; where particles resample.
-            None is 5 segments, or one per step where there are fewer.
-        leaf_batch: leaves per round and prompt of a tree; particles of one model call.
-        widening: "paper", "text", "small", or "C,alpha": how many children a node of N visits may have, C·N^alpha;
-            None is the sampler's own.
-        select: rule while a tree grows: "boltzmann", "uct", "tempered", "uniform"; None is the sampler's own.
-        backup: how values go up a tree: "soft", or "max" (the limit τ → 0).
-        guidance_scale: classifier-free guidance; None is the model's own, 1 or below is none.
-        gradient: strength of the reward's gradient in a tree's proposals, 0 is none.
-        max_grad_norm: longer reward gradients are shortened to this; 0 leaves them.
-        children: candidates per step of the beam.
-        count: samples written per prompt.
-        seed: of everything drawn.
-        save_every: seconds between saves of a tree.
-    """
-
-    sampler: str = "dts-star"
-    nfe: Count = 4000
-    temperature: float = 0.1
-    steps: Count | None = None
-    branch: str | None = None
-    leaf_batch: Count = 8
-    widening: str | None = None
-    select: str | None = None
-    backup: str = "soft"
-    guidance_scale: Annotated[float, AllowInfNan(False)] | None = None
-    gradient: NonNegative = 0.0
-    max_grad_norm: NonNegative = 0.0
-    children: Count = 10
-    count: Count = 4
-    seed: Natural = 0
-    save_every: NonNegative = 30.0
-
-    def __post_init__(self) -> None:
-        row = sampler(self.sampler)
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(
-                f"temperature = {self.temperature}; it must be above 0 and finite (for the limit 0 give --backup max)"
-            )
-        for what, name, known in (("backup", self.backup, ("soft", "max")), ("selection rule", self.select, _RULES)):
-            if name is not None and name not in known:
-                raise ValueError(f"unknown {what} '{name}'.{nearest(name, known)} Known: {', '.join(known)}.")
-        given = {"select": self.select, "widening": self.widening, "gradient": self.gradient or None}
-        for name, value in {**given, "backup": self.backup if self.backup != "soft" else None}.items():
-            if value is not None and not row.tree:
-                raise ValueError(
-                    f"{name} has no effect on {self.sampler}; leave it out, or choose {' or '.join(TREES)}"
-                )
-        if self.branch is not None:
-            parse_branch(self.branch)
-        if self.widening is not None:
-            parse_widening(self.widening)
-
-    @property
-    def needs_gradient(self) -> bool:
-        """Whether the reward must be differentiable."""
-        return SAMPLERS[self.sampler].gradient or self.gradient > 0
-
-
-SearchConfig.__doc__ = (SearchConfig.__doc__ or "").replace("{SAMPLERS}", ", ".join(SAMPLERS))
-
-
-def parse_branch(text: str) -> int | str | list[float]:
-    """Return a number of segments, "all", or times.
-
-    Raises:
-        UsageError: something else.
-    """
-    if text == "all":
-        return text
-    if text.isdigit() and int(text) > 0:
-        return int(text)
-    try:
-        times = [float(part) for part in text.split(",")]
-    except ValueError:
-        times = []
-    if not times or not all(0 < time <= 1 for time in times):
-        raise UsageError(
-            f"branch '{text}' is not understood; give a number of segments (5), all, or times in (0, 1] (0.8,0.6,0.4)."
-        )
-    return times
-
-
-def parse_widening(text: str) -> str | tuple[float, float]:
-    """Return the name of a preset, or (C, alpha).
-
-    Raises:
-        UsageError: something else.
-    """
-    if text in _WIDENINGS:
-        return text
-    try:
-        constant, alpha = (float(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(
-            f"unknown widening '{text}'.{nearest(text, _WIDENINGS)} Known: {', '.join(_WIDENINGS)}, or C,alpha such as "
-            "2,0.8."
-        ) from None
-    if not (0 < constant < math.inf and 0 < alpha <= 1):
-        raise UsageError(f"widening {text}: C·N^alpha needs C > 0 and alpha in (0, 1].")
-    return constant, alpha
-
-
-# ---------------------------------------------------------------- the job
+# CONF
 
 
 @dataclass(frozen=True)
@@ -322,8 +175,10 @@ def run(table: dict[str, dict[str, Any]], start: Start, live: Live | None = None
         calls = f"{folder} holds {summary['nfe']} model calls per prompt"
         print(f"finished before: {calls}; see {folder / 'report.html'} ({hint}).", file=sys.stderr)
         return SearchResult(folder, read_json(folder / "results.json") or [])
+    import torch
+
     from gencontrol.reports.run import write_report
-    from gencontrol.train.run_folder import Lock
+    from gencontrol.train.run_folder import Lock, check_settings
 
     loaded = _load(job, live)
     with loaded.at_work():
@@ -334,10 +189,16 @@ def run(table: dict[str, dict[str, Any]], start: Start, live: Live | None = None
         with disk_errors("the run folder", folder):
             FileLayer().make_folder(folder)
         with Lock(folder):
-            _begin(job)
+            for note in job.folder.notes:
+                print(f"changed since the last start: {note}", file=sys.stderr)
+            with disk_errors("the settings", folder):
+                check_settings(folder, job.folder.table, job.folder.allow, FileLayer())
+                record(job.folder, {"kind": "search", "prompts": job.prompts})
+            clean_staging(folder)
             found, facts, tree = (_trees if sampler(config.sampler).tree else _particles)(job, loaded, problem)
-            whole = {"sampler": config.sampler, "nfe": config.nfe, "count": config.count, "steps": problem.steps}
-            rows = write_results(folder, found, whole | facts, _decoder(problem), _artefacts(loaded))
+            facts |= {"sampler": config.sampler, "nfe": config.nfe, "count": config.count, "steps": problem.steps}
+            with torch.no_grad():
+                rows = write_results(folder, found, facts, lambda x: problem.decode(x).cpu(), loaded.pipe)
     print(f"table:  {folder / 'results.csv'}\nreport: {write_report(folder)}")
     return SearchResult(folder, rows, tree)
 
@@ -474,11 +335,6 @@ def read_law(model: str, config: SearchConfig) -> tuple[Chain, float] | None:
     return chain, spec.guidance_scale if config.guidance_scale is None else config.guidance_scale
 
 
-def branch_of(config: SearchConfig, steps: int) -> int | str | list[float]:
-    """Return where levels lie on a path of so many steps."""
-    return min(5, steps) if config.branch is None else parse_branch(config.branch)  # arXiv 2506.20701, table 2
-
-
 def plan(job: Job) -> list[str]:
     """Return the lines of the plan: what would be done, the budget's arithmetic, memory."""
     from gencontrol.sampling.chain import branch_indices
@@ -586,52 +442,6 @@ def _pipeline(model: str, *, online: bool) -> Any:
     return getattr(diffusers, kind).from_pretrained(where, use_safetensors=True, local_files_only=not online)
 
 
-def _decoder(problem: Problem) -> Callable[[Any], Any]:
-    """Clean states [b *d] → samples on the CPU."""
-    import torch
-
-    def decode(x: Any) -> Any:
-        with torch.no_grad():
-            return problem.decode(x).cpu()
-
-    return decode
-
-
-def _artefacts(loaded: TreeSearchPipeline) -> Callable[[str, Any], dict[str, bytes]]:
-    """How samples become files: as the pipeline writes them; diffusers' own pictures at their size."""
-    from gencontrol.data.images import to_pil
-    from gencontrol.pipelines import Pipeline
-
-    if isinstance(loaded.pipe, Pipeline):
-        return loaded.pipe.artefacts
-
-    def picture(stem: str, sample: Any) -> dict[str, bytes]:
-        buffer = io.BytesIO()
-        to_pil(sample).save(buffer, format="PNG")
-        return {f"{stem}.png": buffer.getvalue()}
-
-    return picture
-
-
-def _begin(job: Job) -> None:
-    """Record settings and start in the run folder; delete half-written files that a killed process left."""
-    from gencontrol.train.run_folder import check_settings
-
-    for note in job.folder.notes:
-        print(f"changed since the last start: {note}", file=sys.stderr)
-    with disk_errors("the settings", job.folder.path):
-        check_settings(job.folder.path, job.folder.table, job.folder.allow, FileLayer())
-        record(job.folder, {"kind": "search", "prompts": job.prompts})
-    _clean_staging(job.folder.path)
-
-
-def _clean_staging(path: Path) -> None:
-    """Delete half-written files; they are never read."""
-    for kind in ("safetensors", "json", "jsonl", "csv", "toml"):
-        for file in path.glob(f".tmp_*.{kind}_*"):
-            file.unlink()
-
-
 # ---------------------------------------------------------------- trees
 
 
@@ -654,8 +464,8 @@ def _trees(job: Job, loaded: TreeSearchPipeline, problem: Problem) -> tuple[list
     metrics.rewind(tree.rounds)
     rows = metrics.read()
     begin = time.monotonic() - (rows[-1].get("time/wall", 0.0) if rows else 0.0)
-    bar = Progress(len(job.prompts) * config.nfe, visible=True, unit="model call", describe=_headline)
-    saver = _Saver(tree, path / _TREE, config.save_every)
+    bar = Progress(len(job.prompts) * config.nfe, visible=True, unit="model call", describe=headline)
+    saver = Saver(tree, path / _TREE, config.save_every)
     bar.start(tree.nfe)
     with SignalGuard() as guard:
         try:
@@ -664,8 +474,8 @@ def _trees(job: Job, loaded: TreeSearchPipeline, problem: Problem) -> tuple[list
                     "step": reached.rounds,
                     "nfe": reached.nfe,
                     "reward_calls": reached.reward_calls,
-                    "reward/best": _mean(reached.best),
-                    "log_z": _mean(reached.log_z),
+                    "reward/best": mean(reached.best),
+                    "log_z": mean(reached.log_z),
                     "excluded": tree.scorer.excluded,
                     "time/wall": time.monotonic() - begin,
                 }
@@ -684,7 +494,8 @@ def _trees(job: Job, loaded: TreeSearchPipeline, problem: Problem) -> tuple[list
     if not tree.counts["valid"].any():
         why = "; ".join(f"{reason} ({count})" for reason, count in tree.scorer.reasons.items())
         raise RewardError(f"reward '{tree.scorer.reward.name}' scored none of {tree.scorer.excluded} samples: {why}.")
-    found = [_read_out(tree, root, prompt, config) for root, prompt in enumerate(job.prompts)]
+    how = "best" if sampler(config.sampler).readout == "best" else "distinct"
+    found = [of_tree(tree, root, prompt, config.count, how) for root, prompt in enumerate(job.prompts)]
     return found, {"seconds": time.monotonic() - begin, "excluded": dict(tree.scorer.reasons)}, tree
 
 
@@ -719,84 +530,7 @@ def _open_tree(file: Path, config: SearchConfig, loaded: TreeSearchPipeline, pro
         ) from error
 
 
-class _Saver:
-    """Saves a tree every so often, but never for more than a tenth of the time."""
-
-    def __init__(self, tree: DiffusionTree, file: Path, every: float) -> None:
-        self._tree, self._file, self._every = tree, file, every
-        self._saved = tree.rounds if file.exists() else -1
-        self._due = time.monotonic() + every
-
-    def when_due(self) -> None:
-        """Save where it is time."""
-        if time.monotonic() >= self._due:
-            self.save()
-
-    def save(self) -> None:
-        """Save unless the file holds this very state."""
-        if self._saved == self._tree.rounds:
-            return
-        begin = time.monotonic()
-        try:
-            self._tree.save(self._file)
-        except BaseException:
-            _clean_staging(self._file.parent)  # a full disk must not keep half a tree
-            raise
-        self._saved = self._tree.rounds
-        taken = time.monotonic() - begin
-        self._due = time.monotonic() + max(self._every, taken / _SAVING_SHARE if self._every else 0.0)
-
-
-def _headline(record: Mapping[str, Any]) -> str:
-    """The numbers to watch."""
-    best = record["reward/best"]
-    return f"best {best:.4g}" if math.isfinite(best) else "nothing scored yet"
-
-
-def _mean(values: Sequence[float]) -> float:
-    """Mean of the finite values; NaN without one."""
-    finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else math.nan
-
-
-def _read_out(tree: DiffusionTree, root: int, prompt: str, config: SearchConfig) -> Found:
-    """Samples of a prompt: the best leaves of dts-star, distinct draws from the tree's law of dts."""
-    import numpy as np
-
-    from gencontrol.pipelines.search.tree_search import read
-
-    leaves = None
-    if tree.counts["valid"][root]:
-        how = "best" if sampler(config.sampler).readout == "best" else "distinct"
-        leaves = read(tree, root, config.count, how)
-    leaf = tree.rollouts["leaf"].astype(np.int64)
-    plain = (tree.rollouts["start"] == 0) & tree.nodes["ready"][leaf] & (tree.nodes.root_of(leaf) == root)
-    # the first rollout that is a plain sample of the model and could be scored
-    base = tree.gather(leaf[plain][:1]) if plain.any() else None
-    return Found(
-        prompt,
-        None if leaves is None else leaves.x,
-        [] if leaves is None else leaves.rewards.tolist(),
-        None if base is None else base.x,
-        None if base is None else float(base.rewards[0]),
-        int(tree.counts["nfe"][root]),
-        summarise(tree, root, None if leaves is None else int(leaves.nodes[0])),
-    )
-
-
 # ---------------------------------------------------------------- particles
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """Particles of one prompt as a file keeps them, the base sample beside them, and what they cost."""
-
-    samples: Any
-    rewards: Any
-    log_weights: Any
-    base: Any
-    base_reward: float | None
-    facts: Mapping[str, Any]
 
 
 def _particles(job: Job, loaded: TreeSearchPipeline, problem: Problem) -> tuple[list[Found], dict[str, Any], None]:
@@ -807,6 +541,7 @@ def _particles(job: Job, loaded: TreeSearchPipeline, problem: Problem) -> tuple[
         UsageError, CheckpointError: kept particles are of another model, or damaged.
         RewardError, DiskError: as the sampler and the disk have it.
     """
+    from gencontrol.rng import stream_seed
     from gencontrol.sampling.tree.store import fingerprint
     from gencontrol.train.run_folder import MetricsFile
     from gencontrol.train.signals import SignalGuard
@@ -815,9 +550,9 @@ def _particles(job: Job, loaded: TreeSearchPipeline, problem: Problem) -> tuple[
     path, config = job.folder.path, job.search
     metrics = MetricsFile(path / "metrics.jsonl", FileLayer())
     metrics.rewind(0)
-    bar = Progress(len(job.prompts), visible=True, unit="prompt", describe=_headline)
+    bar = Progress(len(job.prompts), visible=True, unit="prompt", describe=headline)
     mark = fingerprint(problem.model)
-    kept: list[_Kept] = []
+    kept: list[Kept] = []
     reasons: dict[str, int] = {}
     bar.start(0)
     with SignalGuard() as guard:
@@ -826,10 +561,10 @@ def _particles(job: Job, loaded: TreeSearchPipeline, problem: Problem) -> tuple[
                 guard.poll()
                 file = path / f"particles_{index:03d}.safetensors"
                 if file.exists():
-                    kept.append(_read(file, mark))
+                    kept.append(Kept.read(file, mark))
                 else:
                     kept.append(_drawn(config, loaded, problem, index, guard))
-                    _write(file, kept[-1], mark)
+                    kept[-1].write(file, mark)
                 facts = [each.facts for each in kept]
                 for reason, count in facts[-1]["reasons"].items():
                     reasons[reason] = reasons.get(reason, 0) + count
@@ -837,7 +572,8 @@ def _particles(job: Job, loaded: TreeSearchPipeline, problem: Problem) -> tuple[
                     "step": len(kept),
                     "nfe": sum(each["nfe"] for each in facts),
                     "reward_calls": sum(each["reward_calls"] for each in facts),
-                    "reward/best": sum(float(each.rewards.nan_to_num(-math.inf).max()) for each in kept) / len(kept),
+                    "reward/best": sum(float(each.tensors["rewards"].nan_to_num(-math.inf).max()) for each in kept)
+                    / len(kept),
                     "log_z": facts[-1]["log_z"],
                     "ess": facts[-1]["ess"],
                     "excluded": sum(each["excluded"] for each in facts),
@@ -848,11 +584,15 @@ def _particles(job: Job, loaded: TreeSearchPipeline, problem: Problem) -> tuple[
         finally:
             bar.close()
             metrics.sync()
-    found = [_chosen(config, prompt, each) for prompt, each in zip(job.prompts, kept, strict=True)]
+    how = "best" if sampler(config.sampler).readout == "best" else "distinct"
+    found = [
+        each.found(prompt, config.count, how, stream_seed(config.seed, "search/readout", prompt))
+        for prompt, each in zip(job.prompts, kept, strict=True)
+    ]
     return found, {"seconds": row["time/wall"], "excluded": reasons}, None
 
 
-def _drawn(config: SearchConfig, loaded: TreeSearchPipeline, problem: Problem, index: int, guard: SignalGuard) -> _Kept:
+def _drawn(config: SearchConfig, loaded: TreeSearchPipeline, problem: Problem, index: int, guard: SignalGuard) -> Kept:
     """Run the sampler for one prompt; the base sample beside it costs one more path, which is not counted."""
     from gencontrol.rng import stream_seed
     from gencontrol.sampling.particles import options_of, spend
@@ -869,6 +609,7 @@ def _drawn(config: SearchConfig, loaded: TreeSearchPipeline, problem: Problem, i
     found = spend(config.sampler, target, config.nfe, **{key: value for key, value in wanted.items() if key in own})
     base, scores = base_samples(loaded.target(problem, index, seed), 1)
     facts = {
+        "base_reward": clean(float(scores.values[0])),
         "nfe": found.nfe,
         "reward_calls": found.reward_calls,
         "excluded": target.scorer.excluded,
@@ -877,64 +618,5 @@ def _drawn(config: SearchConfig, loaded: TreeSearchPipeline, problem: Problem, i
         "reasons": dict(target.scorer.reasons),
         "seconds": time.monotonic() - begin,
     }
-    base_reward = clean(float(scores.values[0]))
-    return _Kept(found.samples.cpu(), found.rewards, found.log_weights, base.x.cpu(), base_reward, facts)
-
-
-def _write(file: Path, kept: _Kept, mark: str) -> None:
-    from safetensors.torch import save
-
-    plain = {"format": _PARTICLES, "model": mark, "base_reward": kept.base_reward, **kept.facts}
-    tensors = {name: getattr(kept, name).contiguous() for name in ("samples", "rewards", "log_weights", "base")}
-    with disk_errors("the particles", file.parent):
-        FileLayer().replace_file(file, save(tensors, metadata={"particles": json.dumps(plain)}))
-
-
-def _read(file: Path, mark: str) -> _Kept:
-    """Read the particles of a finished prompt.
-
-    Raises:
-        CheckpointError: the file is damaged.
-        UsageError: they are of another model.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(file), framework="pt") as opened:
-            plain = json.loads((opened.metadata() or {})["particles"])
-            parts = {name: opened.get_tensor(name) for name in ("samples", "rewards", "log_weights", "base")}
-        base_reward, model = plain.pop("base_reward"), plain.pop("model")
-    except (SafetensorError, ValueError, KeyError, OSError) as error:
-        raise CheckpointError(
-            f"'{file}' is damaged ({str(error)[:200]}); delete it, and the same command draws its prompt again."
-        ) from error
-    if model != mark:
-        raise UsageError(f"'{file}' holds particles of another model; give the same --model, or another --output.")
-    return _Kept(**parts, base_reward=base_reward, facts=plain)
-
-
-def _chosen(config: SearchConfig, prompt: str, kept: _Kept) -> Found:
-    """The samples of a prompt: the best, or distinct draws by weight."""
-    import torch
-
-    from gencontrol.pipelines.search.tree_search import take
-    from gencontrol.rng import stream_seed
-    from gencontrol.sampling.particles import Particles
-
-    facts, valid = kept.facts, torch.isfinite(kept.rewards)
-    population = Particles(
-        kept.samples, kept.rewards, valid, kept.log_weights, facts["nfe"], facts["reward_calls"], math.nan, facts["ess"]
-    )
-    how = "best" if sampler(config.sampler).readout == "best" else "distinct"
-    x, rewards = take(population, config.count, how, stream_seed(config.seed, "search/readout", prompt))
-    scored = kept.rewards[valid].tolist()
-    stats = {"rollouts": len(kept.rewards), "leaves": len(scored), "excluded": facts["excluded"]}
-    stats |= {"log_z": facts["log_z"], "ess": facts["ess"], "best": max(scored, default=None)}
-    summary = {
-        "stats": stats,
-        "warnings": [],
-        "reward_calls": facts["reward_calls"],
-        "base_rewards": [] if kept.base_reward is None else [kept.base_reward],
-        "grown_rewards": scored,
-    }
-    return Found(prompt, x, rewards.tolist(), kept.base, kept.base_reward, facts["nfe"], summary)
+    tensors = {"samples": found.samples, "rewards": found.rewards, "log_weights": found.log_weights, "base": base.x}
+    return Kept({name: value.cpu() for name, value in tensors.items()}, facts)
