@@ -61,9 +61,6 @@ _NODE = 70
 _OWN = ("TextToAudioPipeline", "ClassToImagePipeline", "TextToImagePipeline")
 
 
-# CONF
-
-
 @dataclass(frozen=True)
 class SearchResult:
     """What a search found.
