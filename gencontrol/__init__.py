@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from gencontrol.jobs.finetune import finetune
     from gencontrol.jobs.pretrain import pretrain
     from gencontrol.jobs.sample import sample
+    from gencontrol.jobs.search.job import search
 
-__all__ = ["__version__", "collect", "compose", "evaluate", "finetune", "pretrain", "sample"]
+__all__ = ["__version__", "collect", "compose", "evaluate", "finetune", "pretrain", "sample", "search"]
 
 #: the jobs as functions; once the package of this name is imported, `gencontrol.train` is that, and can be called too
 _JOBS = ("collect", "compose", "evaluate", "finetune", "pretrain", "sample", "train")
-__getattr__ = _lazily(__name__, {name: f"jobs.{name}" for name in _JOBS})
+__getattr__ = _lazily(__name__, {**{name: f"jobs.{name}" for name in _JOBS}, "search": "jobs.search.job"})
 
 _guard_torchvision()

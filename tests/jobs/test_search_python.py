@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import gencontrol
+from gencontrol import search
 from gencontrol.cli import main
 from gencontrol.errors import UsageError
-from gencontrol.jobs.search.job import search
 from gencontrol.sampling.steps import Sde
 from tests.helpers.fixtures_images import tiny_sd
 from tests.helpers.search_run import same_results, same_tree, search_command
