@@ -210,9 +210,10 @@ class TreeSearchPipeline(WithProgress):
                     self.tree = self.plant(problem, sampler, leaf_batch=batch, generator=seed, step=step, **shape)
                 facts = self._built(self.tree, nfe, callback)
                 picks = [read(self.tree, root, count, readout or row.readout)[:2] for root in range(self.tree.roots)]
-            fewest, what = min(len(x) for x, _ in picks), "valid leaves" if facts[3] is not None else "valid particles"
+            fewest = min(len(x) for x, _ in picks)
             if fewest < count:
-                raise UsageError(f"{count} samples were asked for, but the search has {fewest} {what}; raise nfe.")
+                what = "the search has only {} valid particles" if facts[3] is None else "the tree has {} valid leaves"
+                raise UsageError(f"{count} samples were asked for, but {what.format(fewest)}; raise nfe.")
             x, rewards = (torch.cat(part) for part in zip(*picks, strict=True))
             output = self._output(problem, x, rewards, facts, kind)
         return output if return_dict else output.to_tuple()
