@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -272,3 +273,68 @@ def test_saved_lora_loads_into_a_pipeline(tmp_path: Path) -> None:
     assert {k.replace(".ours.", ".") for k in loaded} == set(mine)
     for key, value in loaded.items():
         assert torch.equal(value, mine[key.replace(".ours.", ".")])
+
+
+def parts() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    return {"actor": nn.Linear(2, 1), "critic": nn.Linear(3, 1), "value": nn.Linear(2, 1)}
+
+
+def test_several_networks_with_a_target_of_one() -> None:
+    roles = Roles(parts(), ("policy", "target", "ema"), only={"target": ["critic"], "ema": ["actor", "value"]})
+    module: Any = roles.module
+    assert roles.state_dict()["target"].keys() == {"critic.weight", "critic.bias"}
+    assert [p.shape for p in roles.trainable("critic")] == [(1, 3), (1,)] and len(roles.trainable()) == 6
+    start = {name: p.detach().clone() for name, p in module.named_parameters()}
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(1.0)
+    with roles.use("target") as held:
+        assert torch.equal(held["critic"].weight, start["critic.weight"])  # the copy
+        assert torch.equal(held["actor"].weight, start["actor.weight"] + 1)  # the policy's
+        assert not any(p.requires_grad for p in held.parameters())
+        with roles.use("ema"):
+            assert torch.equal(module["critic"].weight, start["critic.weight"] + 1)
+            assert torch.equal(module["value"].weight, start["value.weight"])
+    assert torch.equal(module["critic"].weight, start["critic.weight"] + 1)
+    roles.lerp("target", 0.75)
+    roles.lerp("ema", 0.5, "actor")
+    state = roles.state_dict()
+    torch.testing.assert_close(state["target"]["critic.weight"], start["critic.weight"] + 0.25)
+    torch.testing.assert_close(state["ema"]["actor.weight"], start["actor.weight"] + 0.5)
+    torch.testing.assert_close(state["ema"]["value.weight"], start["value.weight"])
+    roles.copy("target", "policy")  # what both hold
+    assert torch.equal(module["critic"].weight, state["target"]["critic.weight"])
+    assert torch.equal(module["actor"].weight, start["actor.weight"] + 1)
+    again = Roles(parts(), ("policy", "target", "ema"), only={"target": ["critic"], "ema": ["actor", "value"]})
+    again.load_state_dict(roles.state_dict())
+    torch.testing.assert_close(again.state_dict(), roles.state_dict(), atol=0, rtol=0)
+
+
+def test_adapters_of_one_network_beside_a_whole_one_with_a_target() -> None:
+    module = {"actor": network(), "critic": nn.Linear(3, 1)}
+    roles = Roles(module, ("policy", "ref", "target"), LoraConfig(2), whole=["critic."], only={"target": ["critic"]})
+    state = roles.state_dict()
+    assert state["target"].keys() == {"critic.weight", "critic.bias"}
+    assert any(".lora_" in name for name in state["policy"]) and len(roles.trainable("actor")) > 0
+    with torch.no_grad():
+        for parameter in roles.trainable():
+            parameter.add_(0.5)
+    policy = run(module["actor"]).detach()
+    with roles.use("target"):
+        assert torch.equal(module["critic"].weight, state["target"]["critic.weight"])
+        torch.testing.assert_close(run(module["actor"]), policy)  # the policy's adapters
+    with roles.use("ref"):
+        assert not torch.allclose(run(module["actor"]), policy)
+
+
+def test_parts_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(UsageError, match="role 'target': no trained parameter lies in the part 'critics'"):
+        Roles(parts(), ("policy", "target"), only={"target": ["critics"]})
+    with pytest.raises(UsageError, match="roles other than 'policy'"):
+        Roles(parts(), ("policy", "target"), only={"policy": ["critic"]})
+    roles = Roles(parts(), ("policy", "target"), only={"target": ["critic"]})
+    with pytest.raises(UsageError, match="nothing in common of the part 'actor'"):
+        roles.lerp("target", 0.5, "actor")
+    with pytest.raises(UsageError, match="no trained parameter lies in the part 'act'"):
+        roles.trainable("act")

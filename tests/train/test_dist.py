@@ -21,6 +21,8 @@ from gencontrol.errors import GencontrolError, UsageError
 from gencontrol.files import FileLayer
 from gencontrol.train.distributed.dist import Group
 from gencontrol.train.trainer import TrainConfig, Trainer
+from tests.helpers.actor_critic import CONFIG as AC_CONFIG
+from tests.helpers.actor_critic import ActorCritic
 from tests.helpers.contracts import metric_lines, state_hash
 from tests.helpers.shim import Forked, Shim, kill_self, limit_s, newest, wait_for_line
 from tests.helpers.training_toy import Toy, main
@@ -75,6 +77,28 @@ def test_p2_r5_g2_two_ranks_equal_one_and_a_signal_to_one_rank_stops_both(tmp_pa
             # float32 sums in another order, carried through a few AdamW steps; the batch split itself is exact
             tolerance = 1e-6 if a["step"] == 1 else 1e-3
             assert a[key] == pytest.approx(b[key], rel=tolerance), (a["step"], key)
+
+
+def test_two_ranks_equal_one_for_several_parameter_groups(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        algorithm = ActorCritic()
+        Trainer(AC_CONFIG, tmp_path / "two").fit(algorithm)
+        (tmp_path / f"hash{rank}").write_text(state_hash(algorithm))
+
+    codes, said = finish(start(tmp_path / "two", work), tmp_path / "two")
+    assert codes == [0, 0], said
+    assert (tmp_path / "hash0").read_text() == (tmp_path / "hash1").read_text()
+    Trainer(AC_CONFIG, tmp_path / "one").fit(ActorCritic())
+    for a, b in zip(metric_lines(tmp_path / "one"), metric_lines(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, rel=1e-3), a["step"]  # float32 sums in another order, through AdamW
+
+
+def test_several_parameter_groups_are_not_sharded(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        Trainer(dataclasses.replace(AC_CONFIG, shard=True), tmp_path / "run").fit(ActorCritic())
+
+    codes, said = finish(start(tmp_path / "run", work), tmp_path / "run")
+    assert all(codes) and "leave it out for several parameter groups" in said[0]
 
 
 def test_r5_a_run_of_one_rank_goes_on_with_two(tmp_path: Path) -> None:
