@@ -133,7 +133,8 @@ class Superposition(ABC):
             view = StepView(scores, step_noise.flatten(1) / there.a, span, logq, weights)
             free = self.weigh(view)
             clipped = int(((free < AND_RANGE[0]) | (free > AND_RANGE[1])).sum())
-            k = _bounded(free)
+            bounded = free.clamp(*AND_RANGE)
+            k = bounded + (1 - bounded.sum(1, keepdim=True)) / free.shape[1]  # the rows still sum to 1
         shape = (len(x), len(preds), *(1,) * (x.ndim - 1))
         v = (k.view(shape) * torch.stack([pred.v for pred in preds], dim=1)).sum(1)
         pred = Pred(v, x, preds[0].coeffs, Prediction.V)
@@ -185,19 +186,9 @@ class And(Superposition):
         residual = right - torch.einsum("bij,bj->bi", gram, start)
         # parents that agree to rounding give no direction: the bound is relative to the scores themselves
         floor = (1e-10 * view.span * squares.amax(1)).clamp_min(1e-30)
-        solved = _solve(gram.double(), residual.double(), floor.double()).to(start)
-        head = start + solved
+        # least squares, in the directions whose eigenvalue is above the floor
+        values, vectors = torch.linalg.eigh(gram.double())
+        inverse = torch.where(values > floor.double()[:, None], 1 / values.clamp_min(1e-300), torch.zeros_like(values))
+        solved = torch.einsum("bij,bj,bkj,bk->bi", vectors, inverse, vectors, residual.double())
+        head = start + solved.to(start)
         return torch.cat([head, 1 - head.sum(1, keepdim=True)], dim=1)
-
-
-def _solve(gram: Float[Tensor, "b m m"], right: Float[Tensor, "b m"], floor: Float[Tensor, " b"]) -> Tensor:
-    """Least-squares solution in the directions whose eigenvalue is above the floor."""
-    values, vectors = torch.linalg.eigh(gram)
-    inverse = torch.where(values > floor[:, None], 1 / values.clamp_min(1e-300), torch.zeros_like(values))
-    return torch.einsum("bij,bj,bkj,bk->bi", vectors, inverse, vectors, right)
-
-
-def _bounded(weights: Float[Tensor, "b m"]) -> Float[Tensor, "b m"]:
-    """Weights within AND_RANGE whose rows still sum to 1."""
-    clipped = weights.clamp(*AND_RANGE)
-    return clipped + (1 - clipped.sum(1, keepdim=True)) / weights.shape[1]

@@ -91,7 +91,15 @@ class ComposedPolicy(ChunkedPolicy):
                     "gencontrol.robotics.policies.foreign.velocity_model or noise_model, which ask for the convention."
                 )
         self._given = {"horizons": horizons, "n_action": n_action, "allow_scale_mismatch": allow_scale_mismatch}
-        self.operator = _operator(operator)
+        if isinstance(operator, str) and operator not in ("convex", *OPERATORS):
+            known = ["convex", *OPERATORS]
+            raise UsageError(f"unknown operator '{operator}'.{nearest(operator, known)} Known: {', '.join(known)}.")
+        #: None for the convex mix
+        self.operator: Superposition | None
+        if isinstance(operator, str):
+            self.operator = None if operator == "convex" else OPERATORS[operator]()
+        else:
+            self.operator = operator
         self.weights = _weights(weights, schedule, len(self.parents), self.operator)
         if reference is None:  # a parent of discrete levels cannot be asked at another's times
             processes = [parent.denoiser.process for parent in self.parents]
@@ -174,8 +182,10 @@ class ComposedPolicy(ChunkedPolicy):
 
     def condition(self, observation: History) -> Cond:
         """Encode the observations once for every parent that has weight; key → [b n_obs ...]."""
+        weights = [1.0] * len(self.parents) if callable(self.weights) else list(self.weights)
+        used = [isinstance(weight, Tensor) or weight > 0 for weight in weights]
         return own_conditions(
-            [self.parents[i].encode(self.part(i, observation)) if self._used(i) else None for i in self.order]
+            [self.parents[i].encode(self.part(i, observation)) if used[i] else None for i in self.order]
         )
 
     def part(self, index: int, observation: History) -> History:
@@ -193,7 +203,12 @@ class ComposedPolicy(ChunkedPolicy):
         alone = self.alone
         if alone is not None:
             chunk = self.parents[alone].sample_chunk(self.part(alone, observation), noise)
-            return _stretch(chunk, self._windows[alone], self.spec.horizon)
+            start, stop = self._windows[alone]
+            if (start, stop) == (0, self.spec.horizon):
+                return chunk
+            # its ends are repeated beyond its window; those actions are never executed
+            index = (torch.arange(self.spec.horizon, device=chunk.device) - start).clamp(0, chunk.shape[1] - 1)
+            return chunk[:, index]
         shape = (len(noise), self.spec.horizon, self.spec.action_dim)
         condition = self.condition(observation)
         if self.operator is None:
@@ -201,13 +216,6 @@ class ComposedPolicy(ChunkedPolicy):
         else:
             x = self.operator.draw(self.model(), self.sampler, shape, noise, condition).x
         return self.parents[self.reference].finish(x)
-
-    def _used(self, index: int) -> bool:
-        """Whether a parent has any weight at any time."""
-        if callable(self.weights):
-            return True
-        weight = self.weights[index]
-        return isinstance(weight, Tensor) or weight > 0
 
     def _ordered(self, weights: Weights) -> Weights:
         """Weights in the order of the models, shared where a parent's window ends."""
@@ -301,18 +309,6 @@ def merge_specs(
     )
 
 
-def _operator(operator: str | Superposition) -> Superposition | None:
-    """None for the convex mix."""
-    if isinstance(operator, Superposition):
-        return operator
-    if operator == "convex":
-        return None
-    if operator not in OPERATORS:
-        known = ["convex", *OPERATORS]
-        raise UsageError(f"unknown operator '{operator}'.{nearest(operator, known)} Known: {', '.join(known)}.")
-    return OPERATORS[operator]()
-
-
 def _weights(
     weights: Sequence[float] | None, schedule: Weights | None, count: int, operator: Superposition | None
 ) -> Weights:
@@ -395,11 +391,3 @@ def _put(name: str, source: Any, folder: Path, index: int) -> str:
         final = place / "final"
         shutil.copytree(final if final.is_dir() and not (place / "config.json").exists() else place, target)
     return f"parents/{target.name}"
-
-
-def _stretch(chunk: Float[Tensor, "b h a"], window: tuple[int, int], length: int) -> Float[Tensor, "b l a"]:
-    """A chunk in its window, its ends repeated beyond; those actions are never executed."""
-    if window == (0, length):
-        return chunk
-    index = (torch.arange(length, device=chunk.device) - window[0]).clamp(0, chunk.shape[1] - 1)
-    return chunk[:, index]

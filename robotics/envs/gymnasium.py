@@ -97,14 +97,24 @@ class GymnasiumEnv:
         limit = min((n for n in (time_limit, known) if n is not None), default=DEFAULT_LIMIT)
         if limit < 1:
             raise UsageError(f"environment '{env_id}': a time limit of {limit} steps; give at least 1.")
-        observations, images = _shapes(env_id, env.observation_space)
-        low, high = _bounds(env_id, env.action_space)
+        boxes, actions = dict(_leaves(env.observation_space)), env.action_space
+        for key, leaf in boxes.items():
+            if leaf.shape is None or leaf.dtype is None or leaf.dtype.kind not in "fiub":
+                raise UsageError(
+                    f"environment '{env_id}': observation '{key}' is a {leaf}; arrays of numbers are read."
+                )
+        from gymnasium.spaces import Box
+
+        if not isinstance(actions, Box) or len(actions.shape) != 1:
+            raise UsageError(
+                f"environment '{env_id}' takes actions of {actions}; policies here give vectors of numbers."
+            )
         self.spec = EnvSpec(
             env_id=env_id,
-            observations=observations,
-            images=images,
-            action_low=low,
-            action_high=high,
+            observations={key: tuple(int(n) for n in leaf.shape) for key, leaf in boxes.items()},
+            images=tuple(key for key, leaf in boxes.items() if leaf.dtype == np.uint8),
+            action_low=tuple(float(x) for x in actions.low),
+            action_high=tuple(float(x) for x in actions.high),
             fps=float(env.metadata.get("render_fps") or 20.0),
             time_limit=int(limit),
             limit_from="asked for" if limit == time_limit else "the environment's" if limit == known else "our default",
@@ -183,16 +193,6 @@ def as_array(value: Any) -> Array:
     return array if array.dtype == np.uint8 else array.astype(np.float32)
 
 
-def _shapes(env_id: str, space: Any) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
-    """Shapes and image keys of an observation space."""
-    boxes = dict(_leaves(space))
-    for key, leaf in boxes.items():
-        if leaf.shape is None or leaf.dtype is None or leaf.dtype.kind not in "fiub":
-            raise UsageError(f"environment '{env_id}': observation '{key}' is a {leaf}; arrays of numbers are read.")
-    images = tuple(key for key, leaf in boxes.items() if leaf.dtype == np.uint8)
-    return {key: tuple(int(n) for n in leaf.shape) for key, leaf in boxes.items()}, images
-
-
 def _leaves(space: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     from gymnasium.spaces import Dict
 
@@ -201,11 +201,3 @@ def _leaves(space: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(inner, f"{prefix}/{key}" if prefix else str(key))
     else:
         yield prefix or "observation", space
-
-
-def _bounds(env_id: str, space: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    from gymnasium.spaces import Box
-
-    if not isinstance(space, Box) or len(space.shape) != 1:
-        raise UsageError(f"environment '{env_id}' takes actions of {space}; policies here give vectors of numbers.")
-    return tuple(float(x) for x in space.low), tuple(float(x) for x in space.high)

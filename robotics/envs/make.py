@@ -140,7 +140,18 @@ def make_env(
         from gencontrol.robotics.envs.libero import LiberoEnv
 
         return LiberoEnv(env_id, kwargs=given, time_limit=time_limit)
-    made = _gymnasium_env(env_id, family, given, time_limit, "rgb_array" if render else None)
+    import gymnasium
+
+    mode = "rgb_array" if render else None
+    try:
+        # the checker of Gymnasium prints warnings about conventions and costs time; `Envs` checks what matters here
+        made = gymnasium.make(env_id, render_mode=mode, max_episode_steps=time_limit, disable_env_checker=True, **given)
+    except gymnasium.error.Error as error:
+        known = [name for name in gymnasium.registry if family_of(name) is family]
+        reason = str(error).partition(" Did you mean")[0].rstrip(".")  # ours has the version
+        raise UsageError(f"environment '{env_id}': {reason}.{nearest(env_id, known)}") from error
+    except TypeError as error:
+        raise UsageError(f"environment '{env_id}' cannot be made with {dict(given)}: {error}.") from error
     return GymnasiumEnv(made, env_id, kwargs=given, rule=rule, time_limit=time_limit, success_at=family.success_at)
 
 
@@ -164,20 +175,6 @@ def _draw_without_screen() -> None:
     """Have MuJoCo render by EGL unless there is a screen or the user chose; read when it is first imported."""
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")
-
-
-def _gymnasium_env(env_id: str, family: Family, kwargs: Mapping[str, Any], limit: int | None, mode: str | None) -> Any:
-    import gymnasium
-
-    try:
-        # the checker of Gymnasium prints warnings about conventions and costs time; `Envs` checks what matters here
-        return gymnasium.make(env_id, render_mode=mode, max_episode_steps=limit, disable_env_checker=True, **kwargs)
-    except gymnasium.error.Error as error:
-        known = [name for name in gymnasium.registry if family_of(name) is family]
-        reason = str(error).partition(" Did you mean")[0].rstrip(".")  # ours has the version
-        raise UsageError(f"environment '{env_id}': {reason}.{nearest(env_id, known)}") from error
-    except TypeError as error:
-        raise UsageError(f"environment '{env_id}' cannot be made with {dict(kwargs)}: {error}.") from error
 
 
 def _user_env(env: EnvSource, kwargs: Mapping[str, Any], render: bool) -> Any:

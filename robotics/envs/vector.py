@@ -110,7 +110,12 @@ class Envs:
             row.close()
 
     def _gather(self, rows: Sequence[int]) -> Batch:
-        batch = _empty(self.spec, rows)
+        observation = {
+            key: np.zeros((len(rows), *shape), np.uint8 if key in self.spec.images else np.float32)
+            for key, shape in self.spec.observations.items()
+        }
+        flags = np.zeros((4, len(rows)), bool)  # terminated, truncated, success, reported
+        batch = Batch(tuple(int(row) for row in rows), observation, np.zeros(len(rows)), *flags)
         for index, row in enumerate(rows):
             answer = self._rows[row].receive()
             fault = answer if isinstance(answer, str) else fault_of(answer, self.spec)
@@ -130,18 +135,6 @@ class Envs:
             if batch.terminated[index] or batch.truncated[index]:
                 del self._steps[row]
         return batch
-
-
-def _empty(spec: EnvSpec, rows: Sequence[int]) -> Batch:
-    count = len(rows)
-    observation = {
-        key: np.zeros((count, *shape), np.uint8 if key in spec.images else np.float32)
-        for key, shape in spec.observations.items()
-    }
-    terminated, truncated, success, reported = np.zeros((4, count), bool)
-    return Batch(
-        tuple(int(row) for row in rows), observation, np.zeros(count), terminated, truncated, success, reported
-    )
 
 
 def fault_of(answer: Transition, spec: EnvSpec) -> str | None:

@@ -102,12 +102,8 @@ def result_of(rollout: Rollout, spec: EnvSpec, success_at: str) -> EpisodeResult
         start=rollout.start,
         actions=digest({"": episode.actions}) if episode is not None else "",
         wall_s=round(rollout.wall_s, 3),
-        latency=dict(Counter(_bin(seconds) for seconds in rollout.latency_s)),
+        latency=dict(Counter(round(math.log(max(seconds, 1e-9)) / _RATIO) for seconds in rollout.latency_s)),
     )
-
-
-def _bin(seconds: float) -> int:
-    return round(math.log(max(seconds, 1e-9)) / _RATIO)
 
 
 def percentiles(episodes: Iterable[EpisodeResult], shares: Sequence[float] = (0.5, 0.95)) -> list[float]:

@@ -77,9 +77,24 @@ class _Open:
 
     def close(self, spec: EnvSpec, fault: str | None = None) -> Rollout:
         """Return what was recorded."""
+        episode = None
+        if self.steps:
+            rewards, terminated, truncated, success = (np.array(column) for column in zip(*self.steps))
+            rows = self.observations[: len(self.steps) + 1]
+            episode = Episode(
+                observations={key: np.stack([row[key] for row in rows]) for key in rows[0]},
+                actions=np.stack(self.actions[: len(self.steps)]),
+                rewards=rewards.astype(np.float32),
+                terminated=terminated,
+                truncated=truncated,
+                success=success,
+                task=spec.task,
+                seed=self.seed,
+                fps=spec.fps,
+            )
         return Rollout(
             seed=self.seed,
-            episode=_episode(self, spec) if self.steps else None,
+            episode=episode,
             fault=fault,
             start=digest(self.observations[0]) if self.observations else "",
             clipped=self.clipped,
@@ -89,22 +104,6 @@ class _Open:
             frames=tuple(self.frames),
             render_fault=self.render_fault,
         )
-
-
-def _episode(opened: _Open, spec: EnvSpec) -> Episode:
-    rewards, terminated, truncated, success = (np.array(column) for column in zip(*opened.steps))
-    rows = opened.observations[: len(opened.steps) + 1]
-    return Episode(
-        observations={key: np.stack([row[key] for row in rows]) for key in rows[0]},
-        actions=np.stack(opened.actions[: len(opened.steps)]),
-        rewards=rewards.astype(np.float32),
-        terminated=terminated,
-        truncated=truncated,
-        success=success,
-        task=spec.task,
-        seed=opened.seed,
-        fps=spec.fps,
-    )
 
 
 def digest(arrays: Mapping[str, Array]) -> str:
