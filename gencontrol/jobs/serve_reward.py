@@ -16,7 +16,6 @@ from gencontrol.jobs.setup.environment import choose_device, prepare
 from gencontrol.jobs.setup.settings import Start, describe
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
-_GRACE_S = 5.0
 
 
 @options
@@ -64,8 +63,7 @@ def run(table: Mapping[str, Mapping[str, Any]], start: Start) -> None:
         print(dump_toml(describe([("run", config)])), end="")
         return
     from gencontrol.rewards import load_rewards
-    from gencontrol.rewards.remote.queue import Limits
-    from gencontrol.rewards.remote.server import RewardServer
+    from gencontrol.rewards.remote.server import Limits, RewardServer
     from gencontrol.train.signals import SignalGuard
 
     print(f"loading {' + '.join(config.reward)} …", file=sys.stderr, flush=True)
@@ -84,14 +82,9 @@ def run(table: Mapping[str, Mapping[str, Any]], start: Start) -> None:
             made_from=made_from,
             poll=signals.poll,
         )
-        with server:
-            guarded = "token needed" if token else "no token needed"
-            print(f"serving {reward.name} at {server.url} on {device} ({guarded}); Ctrl-C stops", flush=True)
-            try:
-                server.serve_forever()
-            finally:
-                server.socket.close()  # no further connections; those that are open may finish
-                server.drain(_GRACE_S)
+        guarded = "token needed" if token else "no token needed"
+        print(f"serving {reward.name} at {server.url} on {device} ({guarded}); Ctrl-C stops", flush=True)
+        server.serve()
 
 
 def check(config: ServeConfig) -> tuple[str, str | None]:

@@ -18,12 +18,10 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import struct
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from torch import Tensor
 
@@ -90,29 +88,25 @@ def token_from_environment() -> str | None:
     return token
 
 
+def check_url(url: str) -> tuple[str, int]:
+    """Host and port of a reward server's address.
+
+    Raises:
+        UsageError: not http(s)://host[:port][/name], or a password in it.
+    """
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise UsageError(f"'{url}' is no address of a reward server ({error}); give http://host:port/name.") from error
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise UsageError(f"'{url}' is no address of a reward server; give http://host:port/name.")
+    if parts.username is not None or parts.password is not None:
+        raise UsageError(f"a token does not belong into the address; set the environment variable {TOKEN_VARIABLE}.")
+    return parts.hostname, port or (443 if parts.scheme == "https" else 80)
+
+
 def one_line(text: str, limit: int = 300) -> str:
     """Text of a stranger as one printable line of bounded length."""
     words = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * limit]).split())
     return words[:limit]
-
-
-@contextmanager
-def deadline(connection: socket.socket, seconds: float) -> Iterator[threading.Timer]:
-    """Inside the block the connection is cut after that many seconds, however slowly the other side drips.
-
-    The timer is yielded; cancelling it lifts the limit.
-    """
-    timer = threading.Timer(max(0.0, seconds), _cut, (connection,))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield timer
-    finally:
-        timer.cancel()
-
-
-def _cut(connection: socket.socket) -> None:
-    try:
-        socket.socket.shutdown(connection, socket.SHUT_RDWR)  # below TLS: its own shutdown is not for two threads
-    except OSError:
-        pass  # closed already

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from gencontrol.rewards.loading import UserItemReward
-from gencontrol.rewards.remote.queue import Limits
-from gencontrol.rewards.remote.server import RewardServer
+from gencontrol.rewards.remote.server import Limits, RewardServer
 from gencontrol.rewards.remote.wire import pack
 from gencontrol.types import RewardContext
 
@@ -34,14 +33,13 @@ def served(reward: Any = MEAN, name: str = "mean", *, port: int = 0, **options: 
     """Our server in a thread."""
     limits = Limits(**options.pop("limits", {}))
     server = RewardServer(reward, name, ("127.0.0.1", port), limits=limits, **options)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread = threading.Thread(target=server.serve, daemon=True)
     thread.start()
     try:
         yield server
     finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(5)
+        server.stop()
+        thread.join(10)
 
 
 def good_answer(count: int, **changes: Any) -> bytes:

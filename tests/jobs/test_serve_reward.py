@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 import urllib.request
@@ -147,6 +148,13 @@ def test_refusals(options: list[str], text: str, capsys: pytest.CaptureFixture[s
     assert main([*SERVER, *options]) == 2
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert err.startswith("gencontrol: error:") and text in err
+
+
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delitem(sys.modules, "gencontrol.rewards.remote.server", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main([*SERVER, "--reward", "compressibility"]) == 6
+    assert 'pip install "gencontrol[serve]"' in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,8 +15,7 @@ import torch
 from gencontrol.errors import Preempted, RewardError, UsageError
 from gencontrol.rewards import ItemAsSet, Reward, load_reward, load_rewards
 from gencontrol.rewards.loading import UserItemReward
-from gencontrol.rewards.remote import client as remote
-from gencontrol.rewards.remote import http as remote_http
+from gencontrol.rewards.remote import client
 from gencontrol.rewards.remote.client import RemoteReward
 from gencontrol.rewards.remote.wire import TOKEN_VARIABLE, pack
 from gencontrol.types import RewardContext, RewardOut
@@ -28,8 +27,8 @@ NONE = RewardContext()
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short pauses between tries, a short open circuit, no token."""
-    monkeypatch.setattr(remote, "_PAUSE_S", 0.01)
-    monkeypatch.setattr(remote_http, "_OPEN_S", 0.3)
+    monkeypatch.setattr(client, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(client, "_OPEN_S", 0.3)
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
 
 
@@ -51,7 +50,7 @@ def test_equal_to_the_local_reward(shape: tuple[int, ...], rate: int | None) -> 
     with served(UserItemReward("spy", spy), "mean") as server:
         reward = load_reward(server.url, batch_size=3)
         assert isinstance(reward, Reward) and reward.kind == "item" and not reward.differentiable
-        assert reward.name == f"mean@127.0.0.1:{server.server_address[1]}"
+        assert reward.name == f"mean@127.0.0.1:{server.address[1]}"
         out = reward(x, context)
     assert torch.equal(out.values, mean_reward(x, context)) and bool(out.valid.all()) and not out.extras
     assert sorted(c.metadata["label"] for c in seen) == [[0, 1, 2], [3, 4, 5], [6]]
@@ -229,7 +228,7 @@ def test_server_dies_and_comes_back() -> None:
     """In the middle of a run; afterwards the values are the same as ever."""
     x = samples(4)
     with served() as server:
-        port, url = server.server_address[1], server.url
+        port, url = server.address[1], server.url
         reward = load_reward(url, tries=2)
         before = reward(x, NONE)
     down = reward(x, NONE)

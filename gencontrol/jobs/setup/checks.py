@@ -19,7 +19,7 @@ def check_rewards(specs: Sequence[str]) -> None:
     """Raise UsageError for an unknown reward (nearest one named), a wrong URL, or user code that cannot be imported."""
     from gencontrol.registry import REWARDS, resolve_dotted
     from gencontrol.rewards.loading import is_url, parse_spec
-    from gencontrol.rewards.remote.http import check_url
+    from gencontrol.rewards.remote.wire import check_url
 
     for spec in specs:
         name, _ = parse_spec(spec)
