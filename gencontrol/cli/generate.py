@@ -173,7 +173,7 @@ def _fields(sections: Mapping[str, Sequence[Any]]) -> Iterator[_Field]:
         for one in kinds:
             cls = one if isinstance(one, type) else type(one)
             texts, hints = helps(cls), typing.get_type_hints(cls, include_extras=True)
-            for field in dataclasses.fields(cls):  # type: ignore[arg-type]  # a dataclass, by the table
+            for field in dataclasses.fields(cls):
                 flag = field.name.replace("_", "-")
                 # a name that other trainers' users know, --eval-steps, keeps the meaning that it has for them
                 flag = f"{section}.{flag}" if flag in taken or ALIASES.get(flag) in taken else flag

@@ -27,5 +27,5 @@ def run(table: Mapping[str, Mapping[str, Any]], start: Start) -> int:
     from gencontrol.registry import BENCHES, find
 
     prepare()
-    options = build(variants(start.what)["bench"], table["bench"], "bench")
+    options: Any = build(variants(start.what)["bench"], table["bench"], "bench")
     return int(find(BENCHES, start.what, "benchmark")(options) or 0)

@@ -25,7 +25,15 @@ from gencontrol.jobs.setup.checks import (
     download_hint,
 )
 from gencontrol.jobs.setup.environment import choose_device, launched_precision, prepare, processes
-from gencontrol.jobs.setup.models import DEFAULT_REWARD, adopt, folder_of, load_pipeline, medium_of, medium_of_class
+from gencontrol.jobs.setup.models import (
+    DEFAULT_REWARD,
+    Medium,
+    adopt,
+    folder_of,
+    load_pipeline,
+    medium_of,
+    medium_of_class,
+)
 from gencontrol.jobs.setup.plan import count_parameters, human_bytes
 from gencontrol.jobs.setup.prompts import bundled_prompts, read_prompts
 from gencontrol.jobs.setup.runs import RunFolder, open_run, running
@@ -240,7 +248,7 @@ def check(table: dict[str, dict[str, Any]], start: Start, live: Live) -> Job:
     """
     given = table["run"]
     if live.pipeline is not None:
-        medium: str | None = medium_of_class(type(live.pipeline).__name__, "the pipeline")
+        medium: Medium | None = medium_of_class(type(live.pipeline).__name__, "the pipeline")
     else:
         medium = medium_of(str(given.get("model", RunConfig.model)), str(given.get("task", RunConfig.task)))
     run = build(RunConfig, {**({} if medium is None else {"reward": [DEFAULT_REWARD[medium]]}), **given}, "run")
@@ -251,7 +259,7 @@ def check(table: dict[str, dict[str, Any]], start: Start, live: Live) -> Job:
     defaults |= {"eval_every": max(1, steps // 5)} if isinstance(steps, int) else {}
     train = build(TrainOptions, {**defaults, **table["train"]}, "train")
     prepare(threads=train.threads, online=run.online)
-    kind = live.algorithm or algorithm_class(run.algorithm)
+    kind: Any = live.algorithm or algorithm_class(run.algorithm)
     algorithm = build(kind.Config, _name_batch(run.algorithm, table["algorithm"], kind.Config), "algorithm")
     specs = [spec for spec in live.rewards or run.reward if isinstance(spec, str)]
     check_rewards(specs)

@@ -198,3 +198,45 @@ def test_the_package_says_its_functions() -> None:
     assert all(callable(getattr(gencontrol, name)) for name in gencontrol.__all__ if name != "__version__")
     with pytest.raises(AttributeError):
         gencontrol.finetun  # type: ignore[attr-defined]  # noqa: B018
+
+
+DEPTH = '''
+import sys
+from pathlib import Path
+
+import gencontrol
+from gencontrol.algorithms.matching.rwr import RewardWeightedRegression
+
+HOME = Path(gencontrol.__file__).parent
+SEEN = []
+
+
+class Deep(RewardWeightedRegression):
+    """Notes who stands between `main` and the loss."""
+
+    def loss(self, micro, ctx):
+        frame, found = sys._getframe(), []
+        while frame is not None and frame.f_code.co_name != "test_eight_frames_of_ours_lead_to_the_loss":
+            if HOME in Path(frame.f_code.co_filename).parents or frame.f_code is type(self).loss.__code__:
+                found.append(frame.f_code.co_name)
+            frame = frame.f_back
+        SEEN.append(found[::-1])
+        return super().loss(micro, ctx)
+'''
+
+
+def test_eight_frames_of_ours_lead_to_the_loss(
+    tiny_model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib
+
+    from gencontrol.cli import main
+
+    (tmp_path / "deep_algorithm.py").write_text(DEPTH)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = ["--algorithm", "deep_algorithm:Deep", "--model", str(tiny_model), "--prompts", str(prompts)]
+    words += ["--reward", "spectral-centroid", "--output", str(tmp_path / "run"), "--eval-every", "0"]
+    words += ["--steps", "1", "--prompts-per-round", "2", "--demo-steps", "2", "--threads", "1"]
+    assert main(["finetune", *words]) == 0
+    seen = importlib.import_module("deep_algorithm").SEEN
+    assert seen and all(frames[0] == "main" and frames[-1] == "loss" and len(frames) <= 8 for frames in seen), seen[0]
