@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from gencontrol.algorithms.base import Algorithm, StepContext
+from gencontrol.algorithms.base import Algorithm, LossOut, StepContext
 from gencontrol.errors import NumericsError
 from gencontrol.files import FileLayer, digest
 from gencontrol.stats import Estimate, student_t
@@ -59,6 +59,7 @@ def run_in_memory(
             count = 0
             for micro in algorithm.minibatches(collected.data, update, ctx):
                 out = algorithm.loss(micro, ctx)
+                assert isinstance(out, LossOut)  # the methods that are compared here have one loss
                 out.total.backward()
                 count += out.count
                 for key, value in out.metrics.items():

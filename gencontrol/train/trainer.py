@@ -428,7 +428,7 @@ class _Run:
         """Return how the weights lie; with `shard` the network and its roles are split over the ranks in place."""
         if not self.config.shard:
             return Layout(self.group)
-        if isinstance(self.algorithm, HasParameterGroups) or isinstance(self.algorithm.roles.module, nn.ModuleDict):
+        if isinstance(self.algorithm, HasParameterGroups):
             raise UsageError("train.shard splits one network with one loss; leave it out for several parameter groups.")
         from gencontrol.train.distributed.shard import Shards  # takes half a second to import
 

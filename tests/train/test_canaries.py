@@ -43,7 +43,7 @@ def test_fully_shard_still_has_the_parts_that_release_takes_off() -> None:
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
     from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 
-    assert hasattr(fully_shard, "state"), f"torch {torch.__version__}: fully_shard.state is gone (shard.py _state)"
+    assert hasattr(fully_shard, "state"), f"torch {torch.__version__}: fully_shard.state is gone (shard.py)"
     calls = ("unshard", "reshard", "set_gradient_divide_factor", "set_force_sum_reduction_for_comms", "_get_fsdp_state")
     assert [name for name in calls if not hasattr(FSDPModule, name)] == []
     assert hasattr(FSDPState, "_lazy_init")

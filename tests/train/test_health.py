@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import os
 import random
 from pathlib import Path
 
@@ -61,6 +63,19 @@ def test_n3_nan_at_every_step_stops_with_a_dump_that_reproduces_it(tmp_path: Pat
     assert batch.shape == (8, 2) and torch.isfinite(toy.roles.module(batch)).all()
     saved = [p.name for p in sorted((tmp_path / "checkpoints").iterdir())]
     assert saved[-1] == "step_00000004", "the last whole step stays resumable"
+
+
+def test_four_frames_lie_between_fit_and_the_loss(tmp_path: Path) -> None:
+    """What a person steps through: fit, the loop, a step, an update."""
+    seen: list[list[str]] = []
+
+    def look(step: int, calls: int) -> float:
+        frames = [f.function for f in inspect.stack() if f"gencontrol{os.sep}train" in f.filename]
+        seen.append(frames[: frames.index("fit") + 1])
+        return 1.0
+
+    Trainer(TrainConfig(steps=1), tmp_path).fit(Toy(on_loss=look))
+    assert seen[0][::-1] == ["fit", "loop", "_train_step", "_update"]
 
 
 def test_counts_survive_a_resume(tmp_path: Path) -> None:

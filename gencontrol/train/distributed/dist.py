@@ -36,13 +36,6 @@ class PeerError(GencontrolError):
     """Another rank failed; the message carries its rank and error."""
 
 
-def _choose_device() -> None:
-    """Give this process the CUDA device of its local rank: collectives use the current one."""
-    local = os.environ.get("LOCAL_RANK", "")
-    if torch.cuda.is_available() and local.isdigit() and int(local) < torch.cuda.device_count():
-        torch.cuda.set_device(int(local))
-
-
 class Watch(threading.Thread):
     """Ends this process when another rank failed and this one does not notice: it waits in a collective, or is slow.
 
@@ -105,7 +98,9 @@ class Group(Collectives):
     def __enter__(self) -> Group:
         if self.world_size > 1 and not torch.distributed.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            _choose_device()
+            local = os.environ.get("LOCAL_RANK", "")
+            if torch.cuda.is_available() and local.isdigit() and int(local) < torch.cuda.device_count():
+                torch.cuda.set_device(int(local))  # collectives use the current device
             torch.distributed.init_process_group(backend, timeout=self.timeout)
             self._owned = True
         if self.world_size > 1:

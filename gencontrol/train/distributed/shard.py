@@ -51,11 +51,6 @@ def units(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _mesh(group: Group, device: torch.device) -> DeviceMesh:
-    """A process group of its own, so that a rank that waits in a pass never meets another collective of the run."""
-    return DeviceMesh.from_group(torch.distributed.new_group(timeout=group.timeout), device.type)
-
-
 class Shards(Layout):
     """Shards the network of `roles` and all its role copies over the ranks of `group`; ranks must hold equal weights.
 
@@ -72,7 +67,8 @@ class Shards(Layout):
         self.roles, self.module = roles, roles.module
         self._check_ties()
         first = next(self.module.parameters())
-        self.mesh = _mesh(group, first.device)
+        # a process group of its own, so that a rank that waits in a pass never meets another collective of the run
+        self.mesh = DeviceMesh.from_group(torch.distributed.new_group(timeout=group.timeout), first.device.type)
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         self._split(first.device)
         live = dict(self.module.named_parameters())
@@ -98,7 +94,7 @@ class Shards(Layout):
         for part in self._parts():
             part.set_gradient_divide_factor(1.0)  # losses are sums
             part.set_force_sum_reduction_for_comms(True)
-        _state(self.module)._lazy_init()
+        fully_shard.state(self.module)._lazy_init()  # type: ignore[attr-defined]  # set by torch's contract decorator
         if isinstance(self.module, Prepares):
             self._gather_for_prepare(self.module)
 
@@ -233,10 +229,6 @@ def exchange(policy: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
         held = mine.clone()
         mine.copy_(theirs)
         theirs.copy_(held)
-
-
-def _state(module: nn.Module) -> Any:
-    return fully_shard.state(module)  # type: ignore[attr-defined]  # set by torch's contract decorator
 
 
 def _unwrap(part: Any) -> None:
