@@ -1,4 +1,4 @@
-"""diffusers' text-to-image pipelines as backends: what `searchable_diffusers` knows of them, and their files."""
+"""diffusers' text-to-image pipelines as backends: what `pipelines.search.diffusers` knows of them, and their files."""
 
 from __future__ import annotations
 

@@ -103,7 +103,8 @@ class DiffusersImage(ABC):
         texts = arguments.texts(prompt, "prompt")
         self.check_guidance(guidance_scale, negative_prompt)
         scale = arguments.guidance(self.default_guidance if guidance_scale is None else guidance_scale)
-        negatives = arguments.negatives(negative_prompt, len(texts), 1, scale) or [None] * len(texts)
+        given = arguments.negatives(negative_prompt, len(texts), 1, scale)
+        negatives: Sequence[str | None] = [None] * len(texts) if given is None else given
         size = self.size(height, width)
         sides = [self.encode(text, other, scale, size) for text, other in zip(texts, negatives, strict=True)]
         free = None if sides[0][1] is None else cat_cond([side[1] for side in sides])

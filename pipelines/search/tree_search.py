@@ -177,7 +177,7 @@ class TreeSearchPipeline(WithProgress):
             raise UsageError(f"unknown readout '{readout}'.{nearest(readout, READOUTS)} Known: {', '.join(READOUTS)}.")
         shape = {"select": select, "backup": backup, "widening": widening, "branch": branch}
         if tree is not None:
-            own = {"generator": generator, "seed": seed, "sampler": sampler, **shape}
+            own: dict[str, Any] = {"generator": generator, "seed": seed, "sampler": sampler, **shape}
             own |= {"leaf_batch": leaf_batch, "step": step, "options": options}
             _refuse(own, "{} belongs to the tree that is grown further; drop it, or build a new tree.")
         sampler, seed = sampler or self.sampler, seed_of(generator if seed is None else seed)
@@ -198,7 +198,8 @@ class TreeSearchPipeline(WithProgress):
                 how = {"step": step, "batch": batch or LEAF_BATCH}
                 found = self._particles(problem, sampler, nfe, seed, how, options or {}, callback)
                 picks = [take(each, count, readout or row.readout, seed) for each in found]
-                facts = _summed(found)
+                nfe, calls = sum(each.nfe for each in found), sum(each.reward_calls for each in found)
+                facts: tuple[Any, ...] = (nfe, calls, tuple(each.log_z for each in found), None, tuple(found))
             else:
                 if tree is not None:
                     self.tree = self.resume(tree, problem)
@@ -244,7 +245,8 @@ class TreeSearchPipeline(WithProgress):
     def plant(self, problem: Problem, sampler: str, **options: Any) -> DiffusionTree:
         """Return an empty tree with one root per prompt; options of `DiffusionTree`, None is the sampler's own."""
         row = known_sampler(sampler)
-        own = {"select": row.select, "widening": row.widening, "branch": min(SEGMENTS, problem.steps)}
+        own: dict[str, Any] = {"select": row.select, "widening": row.widening}
+        own["branch"] = min(SEGMENTS, problem.steps)
         return DiffusionTree(
             problem.model,
             self.reward,
@@ -434,12 +436,6 @@ def take(found: Particles, count: int, readout: str, seed: int) -> tuple[Tensor,
         order = keys.argsort(descending=True, stable=True)[: min(count, int(valid.sum()))]
         order = order[found.rewards[order].argsort(descending=True, stable=True)]
     return found.samples[order.to(found.samples.device)], found.rewards[order].double()
-
-
-def _summed(found: Sequence[Particles]) -> tuple[int, int, tuple[float, ...], None, tuple[Particles, ...]]:
-    """The facts of an output: what the populations cost, their log Z, and themselves."""
-    nfe, calls = sum(each.nfe for each in found), sum(each.reward_calls for each in found)
-    return nfe, calls, tuple(each.log_z for each in found), None, tuple(found)
 
 
 def _same_problem(tree: DiffusionTree, problem: Problem, reward: Any) -> None:

@@ -467,7 +467,7 @@ def _trees(job: Job, loaded: TreeSearchPipeline, problem: Problem) -> tuple[list
     with SignalGuard() as guard:
         try:
             for reached in tree.build(config.nfe, total=True, poll=guard.poll):
-                row = {
+                row: dict[str, Any] = {
                     "step": reached.rounds,
                     "nfe": reached.nfe,
                     "reward_calls": reached.reward_calls,

@@ -109,10 +109,11 @@ def write_results(
             for first in range(0, len(each.rewards), _DECODE):
                 for rank, sample in enumerate(decode(each.samples[first : first + _DECODE]), first + 1):
                     names = write(f"{index:03d}_{rank:02d}", sample)
-                    row = (each.prompt, facts["sampler"], rank, each.rewards[rank - 1], each.nfe)
-                    row += (each.summary["reward_calls"], round(facts["seconds"], 2), names[0])
+                    reward, calls = each.rewards[rank - 1], each.summary["reward_calls"]
+                    seconds = round(facts["seconds"], 2)
+                    row = (each.prompt, facts["sampler"], rank, reward, each.nfe, calls, seconds, names[0])
                     rows.append(dict(zip(COLUMNS, row, strict=True)))
-                    samples.append({"files": names, "reward": each.rewards[rank - 1]})
+                    samples.append({"files": names, "reward": reward})
             prompts.append({"prompt": each.prompt, "nfe": each.nfe, **each.summary, "base": base, "samples": samples})
         for old in (path / SAMPLES).iterdir():
             if _OURS.fullmatch(old.name) and old.name not in written:
