@@ -54,14 +54,6 @@ REWARDS = {
     "compositional": "gencontrol.rewards.image.compositional:Compositional",
     "ocr": "gencontrol.rewards.image.ocr:OcrReward",
 }
-#: rewards that score one medium alone
-REWARDS_OF = {
-    "audio": ("clap", "fad", "fad-set", "vendi", "quality", "loudness-range", "spectral-centroid"),
-    "image": (
-        *("compositional", "ocr", "clip", "pickscore", "hps", "aesthetic", "classifier", "digit-class"),
-        *("compressibility", "incompressibility"),
-    ),
-}
 BENCHES = {
     "policy-latency": "gencontrol.bench.policy_latency:main",
     "overhead": "gencontrol.bench.overhead:main",

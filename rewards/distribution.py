@@ -99,6 +99,9 @@ class _SetScore(OfSets, ABC):
 class FadReward(_ToReference):
     """Item reward: minus the Fréchet distance of one clip's frames to the reference; never reaches 0."""
 
+    title = "minus the Fréchet distance between embeddings of one sound's frames and of the reference"
+    paper = "arXiv:2504.15217"
+    medium = "audio"
     name = "fad"
     kind: Literal["item", "set"] = "item"
     differentiable = True
@@ -118,6 +121,9 @@ class FadReward(_ToReference):
 class SetFadReward(_ToReference, _SetScore):
     """Set reward: minus the Fréchet distance of all frames of all clips to the reference."""
 
+    title = "minus the Fréchet distance between embeddings of a set of sounds and of the reference"
+    paper = "arXiv:2504.15217"
+    medium = "audio"
     name = "fad-set"
 
     @torch.no_grad()
@@ -146,6 +152,9 @@ class SetFadReward(_ToReference, _SetScore):
 class VendiReward(_SetScore):
     """Set reward: Vendi score (effective number of different clips, in [1, n]) in the encoder's clip space."""
 
+    title = "effective number of different sounds in a set (Vendi score)"
+    paper = "arXiv:2210.02410"
+    medium = "audio"
     name = "vendi"
 
     def __init__(

@@ -21,24 +21,6 @@ _METHODS = {
     "draft": ("DRaFT, direct reward fine-tuning (Clark et al. 2023)", "https://arxiv.org/abs/2309.17400"),
     "rwr": ("reward-weighted regression (Peters & Schaal 2007; Lee et al. 2023)", "https://arxiv.org/abs/2302.12192"),
 }
-_REWARDS = {
-    "clap": "cosine of the CLAP embeddings of the sound and of its prompt, in [−1, 1]",
-    "fad": "minus the Fréchet distance between embeddings of one sound's frames and of the reference",
-    "fad-set": "minus the Fréchet distance between embeddings of a set of sounds and of the reference",
-    "vendi": "effective number of different sounds in a set (Vendi score)",
-    "quality": "absence of clipping, silence and clicks",
-    "loudness-range": "loudness range",
-    "spectral-centroid": "brightness",
-    "compositional": "whether the picture shows what the caption says: objects, colours, numbers, positions",
-    "ocr": "whether the rendered word can be read",
-    "clip": "cosine of the CLIP embeddings of the image and of its prompt",
-    "pickscore": "PickScore, human preference",
-    "hps": "HPS, human preference",
-    "aesthetic": "LAION's aesthetic predictor",
-    "compressibility": "minus the size of the image as JPEG",
-    "digit-class": "log-probability of a digit by the bundled calibrated classifier",
-}
-
 
 #: pipelines whose samples are sounds
 _SOUNDS = ("TextToAudioPipeline", "StableAudioPipeline", "AudioLDM2Pipeline")
@@ -194,13 +176,20 @@ def _rewards(settings: Any) -> list[str]:
     rows = ["| reward | weight | definition |", "|---|---|---|"]
     for spec in settings.get("reward", []):
         name, weight = _weight(str(spec))
-        rows.append(f"| {name} | {weight:g} | {_REWARDS.get(name, 'user code')} |")
+        rows.append(f"| {name} | {weight:g} | {_title(name)} |")
     extra = [
         f"{key.replace('_', ' ')}: `{settings[key]}`"
         for key in ("reward_model", "reference", "encoder")
         if settings.get(key)
     ]
     return [*rows, "", *([", ".join(extra) + "\n"] if extra else [])]
+
+
+def _title(name: str) -> str:
+    """What a reward measures; user code is not imported for it."""
+    from gencontrol.registry import REWARDS, find
+
+    return str(find(REWARDS, name, "reward").title) if name in REWARDS else "user code"
 
 
 def _weight(spec: str) -> tuple[str, float]:

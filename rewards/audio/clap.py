@@ -25,6 +25,9 @@ from gencontrol.types import RewardContext, RewardOut
 class ClapReward:
     """Item reward cos(E_audio(x), E_text(prompt)) in [−1, 1]; differentiable with respect to the audio."""
 
+    title = "cosine of the CLAP embeddings of the sound and of its prompt, in [−1, 1]"
+    paper = "arXiv:2211.06687"
+    medium = "audio"
     kind: Literal["item", "set"] = "item"
     differentiable = True
 

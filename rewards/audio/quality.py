@@ -75,6 +75,9 @@ def bandwidth_octaves(power: Float[Tensor, "b f t"], hertz: Float[Tensor, " f"])
 class QualityReward:
     """Item reward: technical quality in [0, 1]; the factors are in `extras["factors"]`.  Not differentiable."""
 
+    title = "absence of clipping, silence and clicks"
+    paper = ""
+    medium = "audio"
     kind: Literal["item", "set"] = "item"
     differentiable = False
 

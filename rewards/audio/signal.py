@@ -40,6 +40,9 @@ class LoudnessRange:
     short.
     """
 
+    title = "loudness range"
+    paper = ""
+    medium = "audio"
     kind: Literal["item", "set"] = "item"
     differentiable = True
 
@@ -70,6 +73,9 @@ class LoudnessRange:
 class SpectralCentroid:
     """Item reward: power-weighted mean frequency of a clip in octaves above 1 Hz or in Hz, or closeness to a target."""
 
+    title = "brightness"
+    paper = ""
+    medium = "audio"
     kind: Literal["item", "set"] = "item"
     differentiable = True
 

@@ -82,6 +82,9 @@ def _chain(parts: list[dict[str, Tensor]], path: str) -> torch.nn.Sequential:
 class AestheticReward:
     """`aesthetic`: item reward, a head on the CLIP embedding of the image; needs no prompt; differentiable."""
 
+    title = "LAION's aesthetic predictor"
+    paper = ""
+    medium = "image"
     kind: Literal["item", "set"] = "item"
     differentiable = True
 

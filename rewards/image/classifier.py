@@ -50,6 +50,9 @@ def _classifier(reward_model: str, device: str) -> Any:
 class DigitClassReward:
     """Item reward: calibrated log p(label | image), at most 0; for "even" and "odd" the maximum over their digits."""
 
+    title = "log-probability of a digit by the bundled calibrated classifier"
+    paper = "arXiv:2506.20701"
+    medium = "image"
     kind: Literal["item", "set"] = "item"
     differentiable = True
 
@@ -124,6 +127,9 @@ class ClassifierReward:
     a label adds nothing.
     """
 
+    title = "log-probability of the asked classes by calibrated classifiers"
+    paper = "arXiv:2406.12120"
+    medium = "image"
     kind: Literal["item", "set"] = "item"
     differentiable = True
 

@@ -13,6 +13,10 @@ from gencontrol.rewards.image.preference import CLIP_MODEL, Similarity
 class ClipReward(Similarity):
     """`clip`: cos(E_image(x), E_text(prompt)) in [−1, 1], or times the model's logit scale."""
 
+    title = "cosine of the CLIP embeddings of the image and of its prompt"
+    paper = "arXiv:2103.00020"
+    medium = "image"
+
     def __init__(
         self,
         model: str | Path = CLIP_MODEL,

@@ -34,6 +34,9 @@ class Compositional:
     {category: share of exact images}, "found" (what was seen, as text), "reasons" {item: why it has no score}.
     """
 
+    title = "whether the picture shows what the caption says: objects, colours, numbers, positions"
+    paper = "arXiv:2310.11513"
+    medium = "image"
     kind: Literal["item", "set"] = "item"
     differentiable = False
     name = "compositional"

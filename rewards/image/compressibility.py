@@ -50,6 +50,9 @@ class _JpegSize:
 class Compressibility(_JpegSize):
     """`compressibility`: −kB; smooth pictures score high."""
 
+    title = "minus the size of the image as JPEG"
+    paper = "arXiv:2305.13301"
+    medium = "image"
     name = "compressibility"
     sign = -1.0
 
@@ -57,5 +60,8 @@ class Compressibility(_JpegSize):
 class Incompressibility(_JpegSize):
     """`incompressibility`: +kB; busy pictures score high."""
 
+    title = "size of the image as JPEG"
+    paper = "arXiv:2305.13301"
+    medium = "image"
     name = "incompressibility"
     sign = 1.0

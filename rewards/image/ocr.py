@@ -93,6 +93,9 @@ class OcrReward:
     `extras`: "read" and "asked" (texts, None where the item is invalid), "exact" [b] bool, "reasons" {item: why not}.
     """
 
+    title = "whether the rendered word can be read"
+    paper = "arXiv:2505.05470"
+    medium = "image"
     kind: Literal["item", "set"] = "item"
     differentiable = False
     name = "ocr"

@@ -59,6 +59,10 @@ class Similarity:
 class PickScore(Similarity):
     """`pickscore`: logit scale · cosine of the PickScore model; about 15 to 25 for its published weights."""
 
+    title = "PickScore, human preference"
+    paper = "arXiv:2305.01569"
+    medium = "image"
+
     def __init__(
         self,
         model: str | Path = PICKSCORE_MODEL,
@@ -94,6 +98,10 @@ class PickScore(Similarity):
 
 class Hps(Similarity):
     """`hps`: cosine of a human preference model (HPS v2, v2.1); about 0.2 to 0.35 for its published weights."""
+
+    title = "HPS, human preference"
+    paper = "arXiv:2306.09341"
+    medium = "image"
 
     def __init__(
         self,

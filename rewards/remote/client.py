@@ -113,6 +113,9 @@ class _Scored:
 class RemoteReward:
     """Item reward computed by a server; not differentiable; a token is read from GENCONTROL_REWARD_TOKEN."""
 
+    title = "computed by a reward server"
+    paper = ""
+    medium = "any"
     kind: Literal["item", "set"] = "item"
     differentiable = False
 
@@ -256,7 +259,7 @@ class RemoteReward:
             reraise=True,
         )
         try:
-            scored = await tries(self._ask, http, body, count, end)
+            scored: _Scored = await tries(self._ask, http, body, count, end)
         except Failed as error:
             self._breaker.leave(str(error))
             raise Refused(str(error)) from error

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from gencontrol.errors import EnvironmentMissing, RewardError, UsageError
+from gencontrol.jobs.setup.checks import check_medium
+from gencontrol.registry import REWARDS, find
 from gencontrol.rewards import InfluenceAsItem, ItemAsSet, compose_rewards, load_reward, load_rewards, require_valid
 from gencontrol.rewards.base import Reward, SetReward, checked
 from gencontrol.rewards.compose import WeightedItems, WeightedSets, weighted
@@ -286,3 +288,22 @@ def test_missing_bundled_files_say_what_to_do(monkeypatch: pytest.MonkeyPatch, t
         bundled_clap()
     with pytest.raises(EnvironmentMissing, match="folder of sound"):
         load_reward("fad", encoder="mel")
+
+
+def test_every_registered_reward_says_what_it_is() -> None:
+    for name in REWARDS:
+        found = find(REWARDS, name, "reward")
+        assert found.title and found.medium in ("any", "audio", "image"), name
+        assert found.paper == "" or found.paper.startswith("arXiv:"), name
+
+
+def test_the_medium_that_user_code_declares_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "heard.py").write_text(
+        "class Silence:\n    medium = 'audio'\n\n\ndef plain(samples, context):\n    return [0.0] * len(samples)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    check_medium(["heard:Silence:0.5", "heard:plain", "clap"], "bundled", "audio")
+    check_medium(["heard:plain", "http://127.0.0.1:1/x", "clip:2"], "bundled-image", "image")
+    for spec in ("heard:Silence:0.5", "clap", "fad-set"):
+        with pytest.raises(UsageError, match="does not score images"):
+            check_medium([spec], "bundled-image", "image")

@@ -42,18 +42,20 @@ def beside_the_run() -> None:
 
 
 def check_medium(specs: Sequence[str], model: str, medium: str | None) -> None:
-    """Raise UsageError for a reward of sound on a model that makes images, or the other way round."""
-    from gencontrol.registry import REWARDS_OF
-    from gencontrol.rewards.loading import parse_spec
+    """Raise UsageError for a reward that declares another medium than the model's; undeclared user code passes."""
+    from gencontrol.registry import REWARDS, find
+    from gencontrol.rewards.loading import is_url, parse_spec
 
     if medium is None:
         return
     for spec in specs:
         name, _ = parse_spec(spec)
-        if any(name in names for other, names in REWARDS_OF.items() if other != medium):
+        scores = "any" if is_url(name) else getattr(find(REWARDS, name, "reward"), "medium", "any")
+        if scores not in ("any", medium):
+            known = [other for other in REWARDS if find(REWARDS, other, "reward").medium == medium]
             raise UsageError(
                 f"--reward {name} does not score {medium}s, and --model {model} makes {medium}s; choose one of "
-                f"{', '.join(REWARDS_OF[medium])}, or package.module:Name of your own."
+                f"{', '.join(known)}, or package.module:Name of your own."
             )
 
 
