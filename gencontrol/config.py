@@ -72,8 +72,15 @@ BelowOne = Annotated[float, Ge(0), Lt(1)]
 #: mark of a field that the command line takes without a name: `policies: Annotated[tuple[str, ...], POSITIONAL]`
 POSITIONAL = "positional"
 
-#: earlier names of options; a file or a flag with one of them is refused with the name of today
-RENAMED: dict[str, str] = {}
+#: earlier names of options; a file or a flag with one of them is refused with the name of today.  A class of options
+#: whose old name means something of its own says so in a class variable `renamed` (old name → name of today).
+RENAMED: dict[str, str] = {
+    "pairs_per_round": "prompts_per_round",
+    "advantage_clip": "adv_clip",
+    "clip_ratio": "clip_range",
+    "anchor": "kl_coef",
+    "anchor_scale": "kl_guidance",
+}
 
 _RULES = {
     "greater_than": "a number above {gt:g}",
@@ -157,22 +164,28 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
             of range.
     """
     fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # T is a dataclass
+    renamed = {**RENAMED, **getattr(cls, "renamed", {})}
     values: dict[str, Any] = {}
     for raw, value in table.items():
         key = raw.replace("-", "_")
-        if key not in fields and RENAMED.get(key) in fields:
-            new = RENAMED[key]
+        if key not in fields and renamed.get(key) in fields:
+            new = renamed[key]
             both = f" {new} is given as well; leave '{raw}' out." if new in table else ""
             raise UsageError(f"[{where}] option '{raw}' is now called '{new}'.{both}")
         if key not in fields:
             raise UsageError(
                 f"[{where}] has no option '{raw}'.{nearest(key, fields)} Options: {', '.join(sorted(fields))}."
             )
-        values[key] = tuple(value) if isinstance(value, list) else value
+        values[key] = _frozen(value)
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
         raise UsageError(f"[{where}] {error}") from error
+
+
+def _frozen(value: Any) -> Any:
+    """Return a value with its lists, inner ones included, as tuples."""
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
 
 
 def to_table(config: Any) -> dict[str, Any]:

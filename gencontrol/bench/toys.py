@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from gencontrol.algorithms.online.preference import denoising_error
+from gencontrol.algorithms.online.rollout import denoising_error
 from gencontrol.algorithms.online.task import PromptTask
 from gencontrol.models.denoiser import Denoiser
 from gencontrol.process import GaussianProcess, Linear

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gencontrol.algorithms.online.advantages import combined_advantages, group_advantages, zero_spread_share
-from gencontrol.algorithms.online.anchor import anchor_penalty, reference_velocity
+from gencontrol.algorithms.online.base import anchor_penalty, reference_prediction
+from gencontrol.algorithms.online.rollout import combined_advantages, group_advantages, zero_spread_share
 from gencontrol.errors import UsageError
 from gencontrol.models.roles import Roles
 from gencontrol.rng import stream
@@ -69,14 +69,14 @@ def test_guided_reference_is_u_plus_s_times_c_minus_u() -> None:
     xt, t, cond = torch.randn(4, 3, generator=stream(0, "x")), torch.full((4,), 0.4), encode(PROMPTS[:4])
     with roles.use("ref"), torch.no_grad():
         given, free = task.denoiser(xt, t, cond).velocity, task.denoiser(xt, t, torch.zeros(4, len(PROMPTS))).velocity
-    found = reference_velocity(task, roles, xt, t, cond, 4.5)
+    found = reference_prediction(task, roles, xt, t, cond, 4.5).velocity
     torch.testing.assert_close(found, free + 4.5 * (given - free))
     assert not found.requires_grad
-    torch.testing.assert_close(reference_velocity(task, roles, xt, t, cond, 1.0), given)
+    torch.testing.assert_close(reference_prediction(task, roles, xt, t, cond, 1.0).velocity, given)
     task_without = replace(task, uncond=None)
-    reference_velocity(task_without, roles, xt, t, cond, 1.0)  # no unconditional pass at scale 1
+    reference_prediction(task_without, roles, xt, t, cond, 1.0)  # no unconditional pass at scale 1
     with pytest.raises(UsageError, match="unconditional"):
-        reference_velocity(task_without, roles, xt, t, cond, 4.5)
+        reference_prediction(task_without, roles, xt, t, cond, 4.5)
 
 
 def test_penalty_is_the_mean_square_and_flat_at_the_reference() -> None:

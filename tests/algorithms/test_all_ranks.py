@@ -117,13 +117,13 @@ CASES: dict[str, Callable[[Path, Any], Any]] = {
     "rwr": lambda data, r: make_rwr(r(FirstAxis()), ema_decay=0.9),
     "flow-grpo": lambda data, r: make_grpo(reward=r(FirstAxis()), guidance_scale=2.0),
     "ddpo": lambda data, r: make_ddpo(reward=r(FirstAxis())),
-    "draft": lambda data, r: make_draft(reward=r(Parabola(0.5)), grad_steps=3, anchor=0.2, anchor_scale=2.0),
+    "draft": lambda data, r: make_draft(reward=r(Parabola(0.5)), grad_steps=3, kl_coef=0.2, kl_guidance=2.0),
     "draft-lv": lambda data, r: make_draft(reward=r(Parabola(0.5)), low_variance=2),
     "diffusion-dpo": lambda data, r: make_dpo(data / "pairs" / "pairs.jsonl"),
     "cfg-finetune": lambda data, r: make_cfg(data / "labelled" / "labels.jsonl"),
     "ctrl": lambda data, r: stirred(make_ctrl(ema_decay=0.9, checkpointing=True)),
     "ctrl-adjoint": lambda data, r: stirred(make_ctrl(backprop="adjoint")),
-    "dragon": lambda data, r: make_dragon(r(FirstAxis()), pairs_per_round=12),
+    "dragon": lambda data, r: make_dragon(r(FirstAxis()), prompts_per_round=12),
 }
 if not os.environ.get("GENCONTROL_FULL"):
     CASES = {name: case for name, case in CASES.items() if name not in MORE}

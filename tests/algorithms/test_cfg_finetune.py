@@ -99,7 +99,7 @@ def test_labels_are_learnt(data: Path, tmp_path: Path) -> None:
     """Samples follow the label, guidance strengthens it, and the saved control samples the same."""
     algorithm = make_cfg(data, batch=48, updates_per_round=4, ema_decay=0.0)
     run_in_memory(algorithm, 30, Loop(1e-2), seed=0)
-    task = algorithm.shell.task
+    task = algorithm.task
 
     def mean(label: str, scale: float) -> float:
         cond = task.encode([f"{PROMPTS[0]} | side={label}"] * 200)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from gencontrol.algorithms.base import StepContext
-from gencontrol.algorithms.forward.crd import Crd, CrdConfig, centered_reward_loss, implicit_reward
-from gencontrol.algorithms.online.snapshots import LinearDecay, RewardRange
+from gencontrol.algorithms.crd import centered_reward_loss, implicit_reward
+from gencontrol.algorithms.forward.base import LinearDecay, RewardRange
+from gencontrol.algorithms.forward.crd import Crd, CrdConfig
 from gencontrol.bench.base import Loop, run_in_memory
 from gencontrol.errors import UsageError
 from gencontrol.models.roles import LoraConfig, Roles
@@ -114,7 +115,7 @@ def test_the_loss_is_that_of_the_public_functions() -> None:
     crd = moved(updates_per_round=1, train_times=1)
     (micro,) = crd.minibatches(crd.collect(CTX).data, 0, CTX)
     out = crd.loss(micro, CTX)
-    task, t = crd.shell.task, micro.t[:, None]
+    task, t = crd.task, micro.t[:, None]
     xt, v = (1 - t) * micro.latents + t * micro.noise, micro.noise - micro.latents
 
     def velocity(role: str, cond: torch.Tensor) -> torch.Tensor:
@@ -233,7 +234,7 @@ def test_counters_count_every_network_evaluation() -> None:
         nonlocal calls
         calls += len(inputs[0])
 
-    crd.shell.task.denoiser.network.register_forward_pre_hook(count)
+    crd.task.denoiser.network.register_forward_pre_hook(count)
     records = run_in_memory(crd, 2, Loop(1e-3), seed=0)
     assert records[-1]["count/evaluations"] == calls and records[-1]["count/samples"] == 24
 

@@ -8,8 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from gencontrol.algorithms.forward.crd import centered_reward_loss, implicit_reward
-from gencontrol.algorithms.forward.crd_losses import centered_losses, centring_weights, elbo_weight
+from gencontrol.algorithms.crd import (
+    centered_losses,
+    centered_reward_loss,
+    centring_weights,
+    elbo_weight,
+    implicit_reward,
+)
 from gencontrol.models.denoiser import Denoiser
 from gencontrol.process import VP, GaussianProcess, Linear
 from gencontrol.rng import stream

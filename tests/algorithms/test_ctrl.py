@@ -42,7 +42,7 @@ CTX = StepContext(seed=0, step=0, micro_batch=10_000)
 def small(reward: Any = None, *, seed: int = 0, **options: Any) -> Ctrl:
     """CTRL on the mixture with few steps."""
     network = ExactNetwork(MEANS, WEIGHTS, STD)
-    defaults = {"batch": 8, "steps": 6, "bound_samples": 64}
+    defaults = {"prompts_per_round": 8, "steps": 6, "bound_samples": 64}
     return make_ctrl(reward or two_classes(), network, 2, seed=seed, **(defaults | options))
 
 
@@ -181,7 +181,15 @@ def test_linear_gaussian_closed_form(backprop: str) -> None:
     """E-CTRL-3: reward a·x: shift a·Var(x0)(1 − rho²), J = a²·Var(x0)(1 − rho²)/2; the flow has rho² = 0."""
     slope, network = 1.3, ExactNetwork([[0.0]], [1.0], 1.0)
     ctrl = make_ctrl(
-        Slope(slope), network, 1, seed=0, steps=5, batch=64, backprop=backprop, bound_samples=16, oversample=0.0
+        Slope(slope),
+        network,
+        1,
+        seed=0,
+        steps=5,
+        prompts_per_round=64,
+        backprop=backprop,
+        bound_samples=16,
+        oversample=0.0,
     )
     assert ctrl.rho2 == 0.0
     run_in_memory(ctrl, 60, Loop(1e-2), seed=0)
@@ -195,7 +203,9 @@ def test_linear_gaussian_closed_form(backprop: str) -> None:
 
 def test_adjoint_and_backprop_agree_on_the_linear_optimum() -> None:
     """DERIVED: u_i = a·∂E[x0|x_{i+1}]/∂x_{i+1} is exact for a linear chain; the adjoints are those numbers."""
-    ctrl = make_ctrl(Slope(1.3), ExactNetwork([[0.0]], [1.0], 1.0), 1, seed=0, steps=5, batch=4, bound_samples=4)
+    ctrl = make_ctrl(
+        Slope(1.3), ExactNetwork([[0.0]], [1.0], 1.0), 1, seed=0, steps=5, prompts_per_round=4, bound_samples=4
+    )
     chain, keys = ctrl.chain(), row_keys(0, "b", torch.arange(4))
     with torch.no_grad():
         path = chain.run(chain.start((1,), keys, torch.device("cpu")), keys, None, keep=True)
@@ -209,7 +219,7 @@ def test_adjoint_and_backprop_agree_on_the_linear_optimum() -> None:
 
 
 def test_training_closes_the_gap_below_the_bound() -> None:
-    ctrl = small(batch=64, steps=8, bound_samples=4000)
+    ctrl = small(prompts_per_round=64, steps=8, bound_samples=4000)
     records = run_in_memory(ctrl, 40, Loop(1e-2), seed=0)
     assert records[-1]["ctrl/gap"] < 0.5 * float(ctrl.ledger.log_z.mean() - records[0]["ctrl/j"])
     for row in range(2):
@@ -256,7 +266,7 @@ def test_mean_kl_is_the_sum_over_values() -> None:
     """P1: "mean" divides the KL in the loss by the 2 values of a sample; metrics stay in summed units."""
     totals, kls = [], []
     for kl in ("sum", "mean"):
-        ctrl = stirred(small(gamma=0.0, kl=kl))
+        ctrl = stirred(small(gamma=0.0, kl_reduction=kl))
         (micro,) = ctrl.minibatches(ctrl.collect(CTX).data, 0, CTX)
         out = ctrl.loss(micro, CTX)
         totals.append(float(out.total.detach()))

@@ -74,7 +74,7 @@ def test_loss_is_log_two_at_the_base_and_diffusion_dpo_beyond(pairs: Path) -> No
     (micro,) = dpo.minibatches(dpo.collect(CTX).data, 0, CTX)
     first = dpo.loss(micro, CTX)
     assert float(first.total.detach()) == pytest.approx(4 * math.log(2), rel=1e-5) and first.count == 4
-    base, network = [], dpo.shell.task.denoiser.network
+    base, network = [], dpo.task.denoiser.network
 
     def error(x0: Tensor) -> Tensor:
         t = micro.t[:, None]

@@ -41,7 +41,7 @@ class TestContract(AlgorithmContract):
 
     def make(self) -> Draft:
         return make_draft(
-            grad_steps=3, truncation="random", guidance_scale=2.0, anchor=0.2, anchor_scale=3.0, sampler="sde"
+            grad_steps=3, truncation="random", guidance_scale=2.0, kl_coef=0.2, kl_guidance=3.0, sampler="sde"
         )
 
 
@@ -78,7 +78,7 @@ def test_gradient_equals_finite_differences_of_the_last_steps(depth: int) -> Non
     """Earlier steps keep the old weights; central differences of a parabola are exact, so only rounding is left."""
     draft = make_draft(linear_task(), grad_steps=depth)
     micro = first_micro(draft)
-    network = draft.shell.task.denoiser.network
+    network = draft.task.denoiser.network
     old = network.shift.detach().clone()
 
     def value(shift: Tensor) -> float:
@@ -102,7 +102,7 @@ def test_low_variance_averages_fresh_noise_at_the_last_time() -> None:
     draft = make_draft(linear_task(), low_variance=2)
     micro = first_micro(draft)
     draft.loss(micro, CTX).total.backward()
-    shift = draft.shell.task.denoiser.network.shift
+    shift = draft.task.denoiser.network.shift
     measured = shift.grad.clone()
     x0 = draft._sample(micro, CTX).detach()
     total = 0.0
@@ -118,7 +118,7 @@ def test_low_variance_averages_fresh_noise_at_the_last_time() -> None:
 
 def test_anchor_pulls_to_the_base() -> None:
     """At the base its gradient is 0; after a move of the shift by δ it is 2·δ·mean t² per axis/2 (mean over 2 axes)."""
-    plain, anchored = make_draft(linear_task()), make_draft(linear_task(), anchor=2.0)
+    plain, anchored = make_draft(linear_task()), make_draft(linear_task(), kl_coef=2.0)
     delta = 0.4
     for draft in (plain, anchored):
         with torch.no_grad():
@@ -165,7 +165,7 @@ def test_gradient_reaches_the_network_through_a_diffusers_vae(lora: LoraConfig |
     roles = Roles(task.denoiser.network, ("policy", "ref"), lora)
     start = [p.detach().clone() for p in roles.trainable()]
     config = DraftConfig(
-        prompts_per_round=2, updates_per_round=1, demo_steps=2, grad_steps=2, ema_decay=0.0, anchor=0.1
+        prompts_per_round=2, updates_per_round=1, demo_steps=2, grad_steps=2, ema_decay=0.0, kl_coef=0.1
     )
     run_in_memory(Draft(task, Bright(), config, roles=roles, seed=0), 2, Loop(1e-3), seed=0)
     assert any(not torch.equal(p, q) for p, q in zip(roles.trainable(), start))
@@ -211,7 +211,7 @@ def test_too_few_valid_rewards_stop_the_run() -> None:
         {"grad_steps": 21},
         {"truncation": "half"},
         {"low_variance": 2, "grad_steps": 3},
-        {"anchor": -1.0},
+        {"kl_coef": -1.0},
         {"demo_steps": 0},
     ],
 )

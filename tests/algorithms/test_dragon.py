@@ -59,10 +59,10 @@ def test_seeded_rerun_is_bit_identical_and_another_seed_is_not(fenced_rng: None)
 
 def test_samples_do_not_depend_on_micro_batches_and_differ_by_step() -> None:
     """Row i is a function of (seed, step, i); 1e-5 is float32 rounding of other batch shapes."""
-    pools = [make_dragon().shell.draw(6, replace(CTX, micro_batch=m))[0].latents for m in (1000, 5, 1)]
+    pools = [make_dragon().draw(replace(CTX, micro_batch=m))[0].latents for m in (1000, 5, 1)]
     for other in pools[1:]:
         torch.testing.assert_close(pools[0], other, atol=1e-5, rtol=0)
-    later = make_dragon().shell.draw(6, replace(CTX, step=1))[0].latents
+    later = make_dragon().draw(replace(CTX, step=1))[0].latents
     assert (later - pools[0]).abs().amax(1).min() > 1e-3
     assert (pools[0][0::2] - pools[0][1::2]).abs().amax(1).min() > 1e-3, "generations of a prompt must differ"
 
@@ -155,7 +155,7 @@ def test_automatic_beta_is_bounded(factor: float, product: float) -> None:
 def test_stop_rule_ends_the_round_and_then_the_run() -> None:
     """ℓ_θ(D+) above the bound: the round's other updates yield nothing; three dead rounds raise NumericsError."""
     dragon = make_dragon(stop_ratio=1.05, reference="frozen", beta=1.0, updates_per_round=3)
-    bias = dragon.shell.task.denoiser.network.body[-1].bias
+    bias = dragon.task.denoiser.network.body[-1].bias
 
     def updates_after_damage(step: int, first: int) -> list[int]:
         """Collect, then damage θ before update `first`; how many micro-batches each update has."""
@@ -208,7 +208,7 @@ def test_evaluation_is_paired_and_samples_the_base_once() -> None:
     assert first.metrics["eval/win_rate"] == 0.5 and first.metrics["eval/reward/gain"] == 0.0
     assert first.metrics["eval/distance_to_base"] == 0.0 and first.metrics["eval/items"] == 8
     with torch.no_grad():
-        dragon.shell.task.denoiser.network.body[-1].bias[0] -= 0.5  # a velocity of −0.5 ends 0.5 higher at t = 0
+        dragon.task.denoiser.network.body[-1].bias[0] -= 0.5  # a velocity of −0.5 ends 0.5 higher at t = 0
     dragon.roles.copy("policy", "ema")
     moved = dragon.evaluate(CTX)
     assert reward.calls == calls + 1
@@ -238,7 +238,7 @@ def test_evaluation_of_a_set_reward_uses_subsets() -> None:
 def test_lora_roles_tune_adapters_only() -> None:
     task = make_task()
     roles = Roles(task.denoiser.network, lora=LoraConfig(rank=2, targets=("2", "4")))
-    config = DragonConfig(pairs_per_round=6, updates_per_round=2, demo_steps=4, eval_steps=4)
+    config = DragonConfig(prompts_per_round=6, updates_per_round=2, demo_steps=4, eval_steps=4)
     dragon = Dragon(task, FirstAxis(), config, roles=roles, seed=0)
     before = {name: p.clone() for name, p in task.denoiser.network.named_parameters() if "lora" not in name}
     run_in_memory(dragon, 2, Loop(1e-2), seed=0)
@@ -253,7 +253,7 @@ def test_two_atom_law_has_its_fixed_point_at_one_half() -> None:
     The network is the exact posterior mean of the two-atom law, with logit p as its one parameter.  0.08 is two
     standard deviations of the share in the 64 samples that one round sees, √(¼/64) = 0.06, damped by the steps.
     """
-    config = DragonConfig(pairs_per_round=64, updates_per_round=2, demo_steps=8, eval_steps=8, ema_decay=0.0)
+    config = DragonConfig(prompts_per_round=64, updates_per_round=2, demo_steps=8, eval_steps=8, ema_decay=0.0)
 
     def trained(reward: Any, rounds: int) -> list[float]:
         task, path = two_atoms(0.9), []
@@ -284,7 +284,7 @@ def test_two_atom_law_has_its_fixed_point_at_one_half() -> None:
         ({"stop_ratio": 0.9}, "stop_ratio"),
         ({"reference": "ema", "ema_decay": 0.0}, "ema_decay"),
         ({"min_valid": 1.5}, "min_valid"),
-        ({"pairs_per_round": 0}, "pairs_per_round"),
+        ({"prompts_per_round": 0}, "prompts_per_round"),
         ({"sweeps": 0}, "sweeps"),
         ({"demo_steps": 0}, "demo_steps"),
     ],

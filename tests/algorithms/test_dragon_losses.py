@@ -9,7 +9,8 @@ import torch
 
 from gencontrol.algorithms.base import StepContext
 from gencontrol.algorithms.matching.dragon import Dragon
-from gencontrol.algorithms.online.preference import Errors, dpo, draw_times, kto, kto_baseline, positive_only
+from gencontrol.algorithms.matching.preference import Errors, dpo, kto, kto_baseline, positive_only
+from gencontrol.algorithms.online.rollout import draw_times
 from gencontrol.rng import stream
 from tests.helpers.dragon_worlds import Share, make_dragon
 
@@ -39,7 +40,7 @@ def update_gradient(dragon: Dragon, data, update: int, ctx: StepContext) -> tupl
 
 def mean_errors(dragon: Dragon, micros: list) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean ℓ(D+) and mean ℓ(D−) with gradient, straight from the network, without the algorithm's code."""
-    network, plus, minus = dragon.shell.task.denoiser.network, [], []
+    network, plus, minus = dragon.task.denoiser.network, [], []
     for micro in micros:
         t = micro.t[:, None]
         for x0, into in ((micro.positive, plus), (micro.negative, minus)):
@@ -165,7 +166,7 @@ def test_baseline_is_a_constant_of_the_graph() -> None:
     out = dragon.loss(micro, CTX)
     baseline = float(out.metrics["policy/baseline"]) / out.count
     t = micro.t[:, None]
-    network, parts = dragon.shell.task.denoiser.network, []
+    network, parts = dragon.task.denoiser.network, []
     for x0 in (micro.positive, micro.negative):
         velocity = network((1 - t) * x0 + t * micro.noise, micro.t, micro.cond)
         parts.append((velocity - (micro.noise - x0)).square().mean(1))
@@ -182,7 +183,7 @@ def test_kl_term_pulls_to_the_base() -> None:
     assert at_base[0].total.item() == pytest.approx(at_base[1].total.item(), rel=1e-6)
     for dragon in (plain, tied):
         with torch.no_grad():
-            dragon.shell.task.denoiser.network.body[-1].bias += 0.5
+            dragon.task.denoiser.network.body[-1].bias += 0.5
     moved = [d.loss(next(iter(d.minibatches(d.data, 1, CTX))), CTX) for d in (plain, tied)]
     # the output bias moved by 0.5: ‖v_θ − v_base‖² = 0.25 on every axis, at every t
     assert (moved[1].total - moved[0].total).item() / moved[0].count == pytest.approx(2.0 * 3.0 * 0.25, rel=1e-4)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gencontrol.algorithms.online.sets import Scores, build_sets, climb
+from gencontrol.algorithms.matching.sets import build_sets, climb
+from gencontrol.algorithms.online.rollout import Scores
 from gencontrol.rewards.base import ItemAsSet
 from gencontrol.rewards.sets.gaussian import Gaussian
 from gencontrol.rewards.sets.states import FrechetState

@@ -64,7 +64,7 @@ class TestGrpoContract(AlgorithmContract):
     accumulation_tolerance: ClassVar[float] = 2e-3
 
     def make(self) -> FlowGrpo:
-        return make_grpo(guidance_scale=2.0, anchor=0.1, anchor_scale=3.0, train_steps=2)
+        return make_grpo(guidance_scale=2.0, kl_coef=0.1, kl_guidance=3.0, train_steps=2)
 
 
 class TestDdpoContract(AlgorithmContract):
@@ -110,12 +110,12 @@ def chain(algorithm: PathGradient, schedule: str) -> tuple[list[tuple[float, flo
 def test_gradient_is_reinforce_and_its_mean_the_derivative_of_the_reward(kind: str, schedule: str) -> None:
     """Exact per sample: Σ_k A·∂log p_k/∂m; and over samples d E[x0]/dm through the stochastic steps (4 s.e.)."""
     n, m = 6000, 0.3
-    options = {"prompts_per_round": n, "generations": 2, "updates_per_round": 1, "reduce": "sum", "kl": 0.0}
+    options = {"prompts_per_round": n, "generations": 2, "updates_per_round": 1, "reduce": "sum", "path_kl_coef": 0.0}
     make = make_grpo if kind == "grpo" else make_ddpo
     algorithm = make(gaussian_task(schedule, m), FirstAxis(), **options)
     ctx = dataclasses.replace(CTX, micro_batch=10**6)
     data = algorithm.collect(ctx).data
-    x0 = algorithm.shell.task.denoiser(data.states[-2], data.times[-2]).x0.flatten().detach()
+    x0 = algorithm.task.denoiser(data.states[-2], data.times[-2]).x0.flatten().detach()
     data = dataclasses.replace(data, advantages=x0 - x0.mean())
     for micro in algorithm.minibatches(data, 0, ctx):
         algorithm.loss(micro, ctx).total.backward()
@@ -139,7 +139,7 @@ def test_gradient_is_reinforce_and_its_mean_the_derivative_of_the_reward(kind: s
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
 def test_kl_in_closed_form(schedule: str, reduce: str) -> None:
     """Moving m by δ moves the step's mean by B·δ: KL = (B·δ)²/(2·std²) at each step."""
-    algorithm = make_grpo(gaussian_task(schedule), reduce=reduce, updates_per_round=1, kl=1.0, ema_decay=0.0)
+    algorithm = make_grpo(gaussian_task(schedule), reduce=reduce, updates_per_round=1, path_kl_coef=1.0, ema_decay=0.0)
     data = algorithm.collect(CTX).data
     delta = 0.25
     with torch.no_grad():
@@ -168,7 +168,7 @@ def test_mean_and_sum_differ_by_the_number_of_axes() -> None:
 def test_gradient_equals_finite_differences(make: Any) -> None:
     """Away from θ_old and from the base, with KL and anchor, in float64: central differences agree to 1e-6."""
     task = gaussian_task("flow", 0.2, torch.float64)
-    algorithm = make(task, kl=0.5, anchor=0.3, reduce="sum", clip_ratio=10.0)
+    algorithm = make(task, path_kl_coef=0.5, kl_coef=0.3, reduce="sum", clip_range=10.0)
     generator = torch.Generator().manual_seed(1)
     x, x_next, advantages = (torch.randn(5, 1, generator=generator, dtype=torch.float64) for _ in range(3))
     micro = PathMicro(x, x_next, torch.full((5,), -1.0, dtype=torch.float64), advantages[:, 0], None, 0.75, 0.5)
@@ -229,8 +229,8 @@ def test_training_raises_the_reward(make: Any) -> None:
         Parabola(1.0),
         prompts_per_round=16,
         generations=16,
-        kl=0.0,
-        clip_ratio=0.2,
+        path_kl_coef=0.0,
+        clip_range=0.2,
         updates_per_round=2,
         ema_decay=0.0,
         demo_steps=5,
@@ -260,9 +260,9 @@ def test_records_are_per_prompt() -> None:
         (FlowGrpoConfig, {"spread": "none"}),
         (FlowGrpoConfig, {"train_steps": 10}),
         (FlowGrpoConfig, {"demo_steps": 1}),
-        (FlowGrpoConfig, {"kl": -1.0}),
+        (FlowGrpoConfig, {"path_kl_coef": -1.0}),
         (FlowGrpoConfig, {"reduce": "max"}),
-        (DdpoConfig, {"clip_ratio": 0.0}),
+        (DdpoConfig, {"clip_range": 0.0}),
         (DdpoConfig, {"min_history": 40}),
         (DdpoConfig, {"prompts_per_round": 0}),
     ],

@@ -15,7 +15,7 @@ from gencontrol.algorithms.forward.base import Micro
 from gencontrol.algorithms.forward.crd import Crd
 from gencontrol.algorithms.forward.nft import Nft, NftConfig
 from gencontrol.algorithms.matching.rwr import RewardWeightedRegression
-from gencontrol.algorithms.online.anchor import reference_velocity
+from gencontrol.algorithms.online.base import reference_prediction
 from gencontrol.models.roles import LoraConfig
 from gencontrol.rewards.compose import weighted
 from gencontrol.types import RewardContext, RewardOut
@@ -84,7 +84,7 @@ def test_nft_loss_is_the_official_formula() -> None:
     (micro,) = nft.minibatches(nft.collect(CTX).data, 0, CTX)
     out = nft.loss(micro, CTX)
     t = micro.t[:, None]
-    xt, task = (1 - t) * micro.latents + t * micro.noise, nft.shell.task
+    xt, task = (1 - t) * micro.latents + t * micro.noise, nft.task
     with nft.roles.use("old"):
         old = task.denoiser(xt, micro.t, micro.cond).velocity
     theta = task.denoiser(xt, micro.t, micro.cond).velocity
@@ -126,7 +126,7 @@ def test_awm_off_policy_ratio_and_pull_to_the_snapshot() -> None:
 
     def velocity(role: str) -> Tensor:
         with awm.roles.use(role):
-            return awm.shell.task.denoiser(xt, micro.t, micro.cond).velocity
+            return awm.task.denoiser(xt, micro.t, micro.cond).velocity
 
     theta, start, old = velocity("policy"), velocity("start"), velocity("old")
     gain = (start - v).square().mean(1) - (theta - v).square().mean(1)
@@ -147,7 +147,7 @@ def test_awm_weighs_errors_by_the_generalised_huber_gradient() -> None:
     got = [p.grad.clone() for p in awm.roles.trainable()]
     t = micro.t[:, None]
     xt, v = (1 - t) * micro.latents + t * micro.noise, micro.noise - micro.latents
-    error = (awm.shell.task.denoiser(xt, micro.t, micro.cond).velocity - v).square().mean(1)
+    error = (awm.task.denoiser(xt, micro.t, micro.cond).velocity - v).square().mean(1)
     pull = (micro.advantage / 5.0 * micro.t * error.detach() ** -0.75 * error).sum()
     expected = torch.autograd.grad(pull, list(awm.roles.trainable()))
     for mine, other in zip(got, expected, strict=True):
@@ -165,8 +165,8 @@ def test_every_method_takes_the_same_anchor(kind: Any) -> None:
         micro = next(iter(algorithm.minibatches(algorithm.collect(CTX).data, 0, CTX)))
         totals.append(algorithm.loss(micro, CTX).total.detach())
     t = micro.t[:, None]
-    xt, task = (1 - t) * micro.latents + t * micro.noise, algorithm.shell.task
-    reference = reference_velocity(task, algorithm.roles, xt, micro.t, micro.cond, 3.0)
+    xt, task = (1 - t) * micro.latents + t * micro.noise, algorithm.task
+    reference = reference_prediction(task, algorithm.roles, xt, micro.t, micro.cond, 3.0).velocity
     distance = (task.denoiser(xt, micro.t, micro.cond).velocity - reference).square().mean(1).sum().detach()
     torch.testing.assert_close(totals[1] - totals[0], 0.7 * distance, rtol=1e-3, atol=1e-4)
 
@@ -186,7 +186,7 @@ def test_reward_weighted_regression_takes_it_too() -> None:
         totals.append(rwr.loss(micro, CTX).total.detach())
     t = micro.t[:, None]
     xt = (1 - t) * micro.latents + t * micro.noise
-    reference = reference_velocity(task, rwr.roles, xt, micro.t, micro.cond, 3.0)
+    reference = reference_prediction(task, rwr.roles, xt, micro.t, micro.cond, 3.0).velocity
     distance = (task.denoiser(xt, micro.t, micro.cond).velocity - reference).square().mean(1).sum().detach()
     torch.testing.assert_close(totals[1] - totals[0], 0.7 * distance, rtol=1e-3, atol=1e-4)
 

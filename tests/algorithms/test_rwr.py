@@ -54,7 +54,7 @@ def test_loss_is_the_weighted_denoising_error() -> None:
     data = rwr.collect(CTX).data
     (micro,) = rwr.minibatches(data, 0, CTX)
     out = rwr.loss(micro, CTX)
-    t, network = micro.t[:, None], rwr.shell.task.denoiser.network
+    t, network = micro.t[:, None], rwr.task.denoiser.network
     velocity = network((1 - t) * micro.latents + t * micro.noise, micro.t, micro.cond)
     errors = (velocity - (micro.noise - micro.latents)).square().mean(1)
     torch.testing.assert_close(out.total, (micro.weights * errors).sum(), rtol=1e-5, atol=1e-6)

@@ -28,7 +28,7 @@ from gencontrol.train.trainer import TrainConfig, Trainer
 def small_dragon() -> Dragon:
     denoiser = toy_flow(2, width=8)
     reward = EmbeddedFrechet(lambda x: x[:, None], torch.randn(64, 2, generator=stream(0, "test/reference")))
-    config = DragonConfig(pairs_per_round=8, updates_per_round=2, demo_steps=3, eval_steps=3)
+    config = DragonConfig(prompts_per_round=8, updates_per_round=2, demo_steps=3, eval_steps=3)
     return Dragon(toy_task(denoiser, 2), reward, config, roles=Roles(denoiser.network), seed=0)
 
 

@@ -16,9 +16,9 @@ from tests.helpers.dragon_worlds import Share, make_dragon
 
 def measure(ctx: StepContext) -> dict[str, Any]:
     """Return global metrics, Q, β, this rank's item count and summed gradient."""
-    dragon = make_dragon(Share(), pairs_per_round=12)
+    dragon = make_dragon(Share(), prompts_per_round=12)
     collected = dragon.collect(ctx)
-    network = dragon.shell.task.denoiser.network
+    network = dragon.task.denoiser.network
     with torch.no_grad():  # shrink the untrained network's output: all errors fall, so Q > 0
         network.body[-1].weight *= 0.5
     count, found = 0, None

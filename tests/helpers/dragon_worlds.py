@@ -145,7 +145,7 @@ def make_task() -> PromptTask:
 
 def make_dragon(reward: Any = None, *, seed: int = 0, **options: Any) -> Dragon:
     """DRAGON on `make_task` with few pairs and steps."""
-    small = {"pairs_per_round": 6, "updates_per_round": 2, "demo_steps": 4, "eval_steps": 4}
+    small = {"prompts_per_round": 6, "updates_per_round": 2, "demo_steps": 4, "eval_steps": 4}
     task = make_task()
     config = DragonConfig(**(small | options))
     return Dragon(task, reward or FirstAxis(), config, roles=Roles(task.denoiser.network), seed=seed)

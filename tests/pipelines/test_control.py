@@ -42,7 +42,7 @@ def train(pipe: TextToImagePipeline, run: Path, *, rank: int = 2, **options: Any
     pixels = pipe.backend.size(None, None)[0]
     own = {"shape": classifier(SHAPES, pixels), "size": classifier(SIZES, pixels)}
     reward = ClassifierReward(reward_model=own, device="cpu")
-    config = CtrlConfig(**({"batch": 2, "steps": 3, "bound_samples": 2} | options))
+    config = CtrlConfig(**({"prompts_per_round": 2, "steps": 3, "bound_samples": 2} | options))
     task = Ctrl.prepare(pipe.task(PROMPTS, PROMPTS[:1]), reward, config)
     lora = LoraConfig(rank) if rank else None
     whole = Ctrl.whole_parameters(config) if rank else ()

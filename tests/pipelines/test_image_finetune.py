@@ -27,7 +27,6 @@ from tests.helpers.fixtures_images import FAMILIES
 PROMPTS = ["a red cube", "two blue balls", "green", "x"]
 #: of every algorithm that has the option
 SMALL: dict[str, Any] = {
-    "pairs_per_round": 2,
     "prompts_per_round": 2,
     "batch": 2,
     "generations": 2,

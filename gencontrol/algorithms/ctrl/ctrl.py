@@ -13,99 +13,91 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from annotated_types import Gt, Le
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from gencontrol.algorithms.base import Collected, LossOut, StepContext
-from gencontrol.algorithms.ctrl import task as ctrl_task
 from gencontrol.algorithms.ctrl.bound import Corrected, Ledger, log_mean_exp, reweighted
 from gencontrol.algorithms.ctrl.chain import ControlChain, ControlledPath
-from gencontrol.algorithms.online.rollout import autocast, chunks, device_of, prompts_of_step
+from gencontrol.algorithms.online.base import Several, Tuning, TuningConfig
+from gencontrol.algorithms.online.rollout import Sampling, chunks, device_of
 from gencontrol.algorithms.online.task import PromptTask
-from gencontrol.algorithms.online.tuning import RewardTuning, check_counts
-from gencontrol.config import options
+from gencontrol.config import BelowOne, Count, Natural, NonNegative, Share, options
 from gencontrol.errors import UsageError
-from gencontrol.models.conditions.base import conditioned
-from gencontrol.models.conditions.labels import join_prompt
+from gencontrol.files import digest
+from gencontrol.models.conditions.base import Conditioned, add_condition, conditioned, with_labels
+from gencontrol.models.conditions.labels import Labels, join_prompt, split_prompt
 from gencontrol.models.roles import Roles
 from gencontrol.process.gaussian import GaussianProcess
 from gencontrol.rewards.base import Reward, SetReward
+from gencontrol.rewards.image.classifier import attributes_of, fingerprint
 from gencontrol.rng import Keyed, row_keys, stream
 from gencontrol.sampling.control.controlled import ControlPlan, controlled, memory, plan_of
 from gencontrol.sampling.control.files import save_control
+from gencontrol.sampling.steps import Ddim
 from gencontrol.types import Cond, RewardContext, cond_to
+
+#: evaluation prompts at most, when each label needs one
+_EVAL_PROMPTS = 64
 
 
 @options
-class CtrlConfig:
+class CtrlConfig(TuningConfig):
     """Options of `Ctrl`; values are ours (E-CTRL-1 and 2) unless marked CODE.
 
     Args:
-        batch: paths of one update, over all processes.
+        prompts_per_round: paths of one update, over all processes; each has a prompt and a label of its own.
         gamma: power of p(y|x) in the target, with the KL summed over all values of a sample.
-        kl: "sum"; "mean" divides the KL by the number of values, as CODE does (gamma is then that many times larger).
+        kl_reduction: "sum"; "mean" divides the KL by the number of values, as CODE does (gamma is then that many times
+            larger).
         steps: sampler steps K, of training and of the final model (CODE: 50).
-        eta: noise of the chain; below 1 the final sample remembers the first noise, and the target is missed (P2).
+        eta: noise of the chain, in (0, 1]; below 1 the final sample remembers the first noise, and the target is missed
+            (P2); at 0 there is no noise and no path KL.
         exact: refuse eta < 1.
         backprop: "full", "truncated" (states carry gradients in the last `backprop_steps` only) or "adjoint".
         backprop_steps: for "truncated", in [1, steps].
         adjoint_steps: sampler steps that one adjoint-matching update regresses on; 0 takes all.
         frozen_gradient: let gradients flow through the frozen network to the states; off is cheaper and biased (P5).
         checkpointing: recompute each sampler step in the backward pass.
-        guidance, guidance_scale: how the control meets classifier-free guidance; see `sampling.control.controlled`.
+        guidance: how the control meets classifier-free guidance; see `sampling.control.controlled`.
+        guidance_scale: its scale.
         oversample: share of the labels drawn in proportion to their gap log Z − J, in [0, 1]; the rest is uniform.
         held_out: label combinations that are never trained on, as rows of numbers.
         bound_samples: base samples for log Z, ≥ 2.
         stop_gap: stop updating once the mean gap is below this; 0 never stops.
-        ema_decay, eval_samples: as in `DragonConfig`.
         inject: where `prepare` puts the condition; see `gencontrol.models.conditions.base`.
     """
 
-    batch: int = 96
-    gamma: float = 1.0
-    kl: Literal["sum", "mean"] = "sum"
-    steps: int = 40
-    eta: float = 1.0
+    renamed: ClassVar[dict[str, str]] = {"batch": "prompts_per_round", "kl": "kl_reduction"}
+
+    prompts_per_round: Count = 96
+    gamma: NonNegative = 1.0
+    kl_reduction: Literal["sum", "mean"] = "sum"
+    steps: Several = 40
+    eta: Annotated[float, Gt(0), Le(1)] = 1.0
     exact: bool = True
     backprop: Literal["full", "truncated", "adjoint"] = "full"
-    backprop_steps: int = 10
-    adjoint_steps: int = 0
+    backprop_steps: Count = 10
+    adjoint_steps: Natural = 0
     frozen_gradient: bool = True
     checkpointing: bool = True
     guidance: Literal["none", "separate", "amplified"] = "none"
-    guidance_scale: float = 1.0
-    oversample: float = 0.5
+    oversample: Share = 0.5
     held_out: tuple[tuple[int, ...], ...] = ()
-    bound_samples: int = 1024
-    stop_gap: float = 0.0
-    ema_decay: float = 0.0
-    eval_samples: int = 1
+    bound_samples: Several = 1024
+    stop_gap: NonNegative = 0.0
+    ema_decay: BelowOne = 0.0
     inject: Literal["residual", "time"] = "residual"
 
     def __post_init__(self) -> None:
-        check_counts(self, "batch", "eval_samples", "backprop_steps")
-        if not self.gamma >= 0:
-            raise ValueError(f"gamma = {self.gamma}; expected at least 0")
-        for name, known in (
-            ("kl", ("sum", "mean")),
-            ("backprop", ("full", "truncated", "adjoint")),
-            ("inject", ("residual", "time")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} = '{getattr(self, name)}'; expected one of {', '.join(known)}")
-        if self.steps < 2 or self.bound_samples < 2:
-            raise ValueError("steps and bound_samples are at least 2")
-        if not 0 < self.eta <= 1:
-            raise ValueError(f"eta = {self.eta}; expected (0, 1]: at eta = 0 the chain has no noise and no path KL")
         if self.backprop == "truncated" and self.backprop_steps > self.steps:
             raise ValueError(f"backprop_steps = {self.backprop_steps} exceeds steps = {self.steps}")
-        if not 0 <= self.adjoint_steps < self.steps:
+        if self.adjoint_steps >= self.steps:
             raise ValueError(f"adjoint_steps = {self.adjoint_steps}; expected [0, {self.steps - 1}], 0 = all")
-        if not (0 <= self.oversample <= 1 and 0 <= self.ema_decay < 1 and self.stop_gap >= 0):
-            raise ValueError("oversample in [0, 1], ema_decay in [0, 1) and stop_gap ≥ 0 are needed")
 
 
 @dataclass(frozen=True)
@@ -117,18 +109,65 @@ class Draws:
     prompts: Sequence[str]
 
 
-class Ctrl(RewardTuning):
+def labelled(task: PromptTask, labels: Labels, texts: Sequence[str]) -> PromptTask:
+    """Return a task whose prompts carry labels ("a cube | size=3"); evaluation prompts without any get them in turn."""
+    prompts = list(task.eval_prompts)
+    if prompts and not any(split_prompt(prompt)[1] for prompt in prompts):
+        count = min(max(len(prompts), len(texts)), max(_EVAL_PROMPTS, len(prompts)))
+        prompts = [join_prompt(prompts[i % len(prompts)], texts[i % len(texts)]) for i in range(count)]
+    name = labels.config.name
+
+    def encode(given: Sequence[str]) -> Cond:
+        parts = [split_prompt(text) for text in given]
+        cond = task.encode([prompt for prompt, _ in parts])
+        device = next(task.denoiser.parameters()).device
+        return with_labels(cond, labels.encode([found or None for _, found in parts]).to(device), name=name)
+
+    return replace(task, encode=encode, eval_prompts=prompts)
+
+
+class Ctrl(Tuning):
     """Conditional control by KL-regularised backpropagation or adjoint matching; see the module docstring."""
 
     Config = CtrlConfig
+    config: CtrlConfig
     name = "ctrl"
     title = "CTRL, a new condition by reward (Zhao et al. 2024)"
-    paper, medium = "arXiv:2406.12120", "any"
+    paper = "arXiv:2406.12120"
     summary = (
         "A new condition is learnt by KL-regularised control towards a classifier's labels; the base stays as it is."
     )
-    prepare = staticmethod(ctrl_task.prepare)
-    whole_parameters = staticmethod(ctrl_task.whole_parameters)
+
+    @staticmethod
+    def prepare(task: PromptTask, reward: Reward | SetReward, config: Any) -> PromptTask:
+        """Return the task with a condition made of the reward's classifiers, or as it is where it has a condition.
+
+        Raises:
+            UsageError: the reward has no classifier whose classes could be the labels.
+        """
+        if isinstance(task.denoiser.network, Conditioned):
+            return task
+        attributes = attributes_of(reward)
+        if not attributes:
+            raise UsageError(
+                f"reward '{reward.name}' has no classifier; ctrl needs reward 'classifier' for its labels."
+            )
+        single = len(attributes) == 1
+        name = next(iter(attributes)) if single else "y"
+        denoiser = add_condition(
+            task.denoiser,
+            shape=task.latent_shape,
+            name=name,
+            kind="categorical" if single else "multi",
+            cardinality=attributes[name] if single else attributes,
+            inject=config.inject,
+        )
+        return replace(task, denoiser=denoiser)
+
+    @staticmethod
+    def whole_parameters(config: Any) -> tuple[str, ...]:
+        """What is trained whole beside LoRA: all of the condition."""
+        return ("embed", "control") if config.inject == "residual" else ("embed",)
 
     def __init__(
         self, task: PromptTask, reward: Reward | SetReward, config: CtrlConfig, *, roles: Roles, seed: int
@@ -139,12 +178,16 @@ class Ctrl(RewardTuning):
             UsageError: no condition, a backbone that is trained without LoRA, a reward without gradient, eta < 1 with
                 `exact`, or guidance without an unconditional condition.
         """
-        ctrl_task.check_reward(reward)
+        if reward.kind != "item" or not reward.differentiable:
+            raise UsageError(
+                f"reward '{reward.name}' has no gradient per sample; ctrl needs log p(y|x) of a classifier. For other "
+                "rewards use a method that needs none (crd, rwr)."
+            )
         self.network = conditioned(task.denoiser)
-        ctrl_task.check_backbone(self.network, roles)
-        self.config = config
+        self._check_backbone(roles)
         process = task.denoiser.process
         assert isinstance(process, GaussianProcess)  # `Conditioned` takes no other
+        marks = fingerprint(reward)  # of the weights of the classifiers, none where it has none
         self.plan: ControlPlan = plan_of(
             process,
             config.steps,
@@ -152,7 +195,7 @@ class Ctrl(RewardTuning):
             guidance=config.guidance,
             guidance_scale=config.guidance_scale,
             gamma=config.gamma,
-            classifier=ctrl_task.reward_hash(reward),
+            classifier=digest(marks, 16) if marks else "",
         )
         self.rho2 = memory(process.schedule, self.plan.grid, config.eta)
         if config.eta < 1 and config.exact:
@@ -168,16 +211,34 @@ class Ctrl(RewardTuning):
         self.rows = self.labels.combinations(excluded=config.held_out)
         self.texts = [self.labels.text(row) for row in self.rows]
         self.ledger = Ledger(len(self.rows))
-        self.task = task
-        shell_task = ctrl_task.labelled(replace(task, denoiser=self.model), self.labels, self.texts)
-        super().__init__("ctrl", shell_task, reward, ctrl_task.shell_config(config), roles, seed)
+        self.base_task = task
+        # guidance is inside the controlled model, so the evaluation asks for none
+        how = Sampling(config.steps, Ddim(eta=config.eta), 1.0)
+        labelled_task = labelled(replace(task, denoiser=self.model), self.labels, self.texts)
+        super().__init__(labelled_task, reward, config, roles=roles, seed=seed, evaluate_by=how)
+
+    def _check_backbone(self, roles: Roles) -> None:
+        """Check that without labels the model stays the base.
+
+        Raises:
+            UsageError: the roles hold another network, or backbone weights are trained themselves.
+        """
+        if roles.module is not self.network:
+            raise UsageError("ctrl: the roles must hold the task's conditioned network (task.denoiser.network).")
+        own = {id(p) for p in self.network.own_parameters().values()}
+        if roles.lora is None and any(id(p) not in own for p in roles.trainable()):
+            raise UsageError("ctrl: backbone weights are trained, so the base would be lost; freeze them, or use LoRA.")
+        if roles.lora is not None and not own & {id(p) for p in roles.trainable()}:
+            raise UsageError(
+                "ctrl: LoRA alone cannot see the labels; make the roles with whole=whole_parameters(config)."
+            )
 
     # ---- the chain ------------------------------------------------------------------------------------------------
 
     def chain(self, ctx: StepContext | None = None) -> ControlChain:
         """Return the controlled chain with the weights that are active now."""
         c = self.config
-        own: dict[str, Any] = {} if ctx is None else {"autocast": lambda: autocast(ctx), "poll": ctx.poll}
+        own: dict[str, Any] = {} if ctx is None else {"autocast": ctx.autocast, "poll": ctx.poll}
         return ControlChain(self.model, self.plan.grid, c.eta, c.frozen_gradient, c.checkpointing, **own)
 
     def reward_of(
@@ -190,23 +251,22 @@ class Ctrl(RewardTuning):
         }
         texts = [join_prompt(prompt, self.texts[row]) for prompt, row in zip(prompts, rows.tolist(), strict=True)]
         context = RewardContext(prompts=texts, sampling_rate=self.task.sampling_rate, metadata=values)
-        out = self.shell.reward(self.task.decode(x), context)
+        out = self.reward(self.task.decode(x), context)
         valid = out.valid.to(x.device) & out.values.detach().isfinite().to(x.device)
         return torch.where(valid, out.values.to(x.device), 0.0), valid
 
     def condition(self, prompts: Sequence[str], rows: Int64[Tensor, " b"]) -> Cond:
         """Return the condition of prompts with label rows."""
         device = device_of(self.task)
-        own = cond_to(self.task.encode(list(prompts)), device)
-        return ctrl_task.join(own, self.rows[rows].to(device), self.network.config.name)
+        own = cond_to(self.base_task.encode(list(prompts)), device)
+        return with_labels(own, self.rows[rows].to(device), name=self.network.config.name)
 
     # ---- the Trainer's contract -----------------------------------------------------------------------------------
 
     def collect(self, ctx: StepContext) -> Collected:
         """Draw this step's prompts and labels; the first call estimates the bound."""
         c = self.config
-        if c.batch % ctx.world_size:
-            raise UsageError(f"batch {c.batch} does not divide over {ctx.world_size} processes; use a multiple.")
+        prompts = self.prompts(ctx)
         self.ledger.clear()
         if bool(self.ledger.log_z.isnan().any()):
             self._estimate_bound(ctx)
@@ -214,12 +274,11 @@ class Ctrl(RewardTuning):
         gap = self.ledger.mean_gap()
         if c.stop_gap and gap < c.stop_gap:
             return Collected(None, 0, {**metrics, "ctrl/stopped": 1.0})
-        count = c.batch // ctx.world_size
+        count = c.prompts_per_round // ctx.world_size
         items = torch.arange(ctx.rank * count, (ctx.rank + 1) * count)
         cumulative = self.ledger.shares(c.oversample).cumsum(0)
         draw = Keyed(row_keys(self.seed, f"ctrl/label/{ctx.step}", items)).uniform((count, 1))[:, 0]
         rows = torch.searchsorted(cumulative, draw * cumulative[-1], right=True).clamp(max=len(self.rows) - 1)
-        prompts = prompts_of_step(self.task.prompts, c.batch, self.seed, "ctrl/prompts", ctx.step)
         return Collected(Draws(items, rows, [prompts[i] for i in items.tolist()]), 1, metrics)
 
     def minibatches(self, data: Draws, update: int, ctx: StepContext) -> Iterable[Draws]:
@@ -252,7 +311,7 @@ class Ctrl(RewardTuning):
         first = c.steps - c.backprop_steps if c.backprop == "truncated" else 0
         path = chain.run(start, keys, cond, gradient_from=first)
         value, valid = self.reward_of(path.x, micro.prompts, micro.rows)
-        price = path.kl / (start[0].numel() if c.kl == "mean" else 1)
+        price = path.kl / (start[0].numel() if c.kl_reduction == "mean" else 1)
         return price - c.gamma * value, path, value, valid
 
     def _adjoint(
@@ -266,7 +325,7 @@ class Ctrl(RewardTuning):
         with torch.enable_grad():
             value, valid = self.reward_of(leaf, micro.prompts, micro.rows)
             (slope,) = torch.autograd.grad(value.sum(), leaf)
-        size = start[0].numel() if c.kl == "mean" else 1
+        size = start[0].numel() if c.kl_reduction == "mean" else 1
         adjoints = chain.adjoints(path.states, cond, c.gamma * size * slope)
         stochastic = c.steps - 1
         chosen = list(range(stochastic))
@@ -283,18 +342,18 @@ class Ctrl(RewardTuning):
 
     def state_dict(self) -> dict[str, Any]:
         """Number of updates, bound and running J of every label."""
-        return {"updates": self.shell.updates, "ledger": self.ledger.state_dict()}
+        return super().state_dict() | {"ledger": self.ledger.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.shell.updates = int(state["updates"])
+        super().load_state_dict(state)
         self.ledger.load_state_dict(state["ledger"])
 
     def save_final(self, folder: Path) -> None:
         """Write the untouched base, loadable by `from_pretrained`, and beside it control/: all that is new."""
         with self.roles.use("ref"):
-            self.task.save_final(folder)
-        save_control(self.network, self.roles, self.shell.role, self.plan, folder / "control")
+            self.base_task.save_final(folder)
+        save_control(self.network, self.roles, self.role, self.plan, folder / "control")
 
     # ---- the bound and the corrector ------------------------------------------------------------------------------
 
@@ -309,7 +368,7 @@ class Ctrl(RewardTuning):
             items = torch.arange(part.start, part.stop)
             prompts = [self.task.prompts[i % len(self.task.prompts)] for i in items.tolist()]
             keys = row_keys(self.seed, name, items)
-            cond = cond_to(self.task.encode(prompts), device_of(self.task))
+            cond = cond_to(self.base_task.encode(prompts), device_of(self.task))
             x = chain.run(chain.start(self.task.latent_shape, keys, device_of(self.task)), keys, cond).x
             samples.append(x)
             columns = [self.reward_of(x, prompts, torch.full((len(x),), row))[0] for row in range(len(self.rows))]

@@ -9,17 +9,17 @@ single-node GenEval run (CODE), of which crd.md §9 gives an outline; the 1e-3 o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Gt, Le
 from jaxtyping import Float
 from torch import Tensor
 
-from gencontrol.algorithms.forward.base import ForwardTuning, Micro, Views
-from gencontrol.algorithms.forward.config import ForwardConfig, KlAdapt, check_choice
-from gencontrol.algorithms.online.anchor import anchor_penalty
+from gencontrol.algorithms.forward.base import ForwardConfig, ForwardTuning, Micro, Views
+from gencontrol.algorithms.online.base import anchor_penalty
 from gencontrol.algorithms.online.task import PromptTask
-from gencontrol.config import options
+from gencontrol.config import Count, NonNegative, Positive, options
 from gencontrol.models.denoiser import Pred
 from gencontrol.models.roles import Roles
 from gencontrol.rewards.base import Reward, SetReward
@@ -48,31 +48,20 @@ class AwmConfig(ForwardConfig):
     """
 
     weighting: Literal["robust", "time", "uniform"] = "robust"
-    robust: float = 0.25
-    advantage_max: float = 1.0
-    clip_range: float = 1.0
-    snapshot_coef: float = 1.0
+    robust: Annotated[float, Gt(0), Le(1)] = 0.25
+    advantage_max: Positive = 1.0
+    clip_range: NonNegative = 1.0
+    snapshot_coef: NonNegative = 1.0
     snapshot_decay: str = "0-0-0.001-0.3"
-    prompts_per_round: int = 72
-    updates_per_round: int = 1
-    train_times: int = 6
-    demo_steps: int = 14
+    prompts_per_round: Count = 72
+    updates_per_round: Count = 1
+    train_times: Count = 6
+    demo_steps: Count = 14
     time_sampling: Literal["stratified", "grid", "uniform", "logit-normal"] = "grid"
-    time_range: float = 0.9
-    kl_coef: float = 3e-3
-    kl_guidance: float = 1.0
-    kl_adapt: KlAdapt = "off"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self, "weighting", ("robust", "time", "uniform"))
-        if not 0 < self.robust <= 1:
-            raise ValueError(f"robust = {self.robust}; expected a power in (0, 1]")
-        for name in ("snapshot_coef", "clip_range"):
-            if not vars(self)[name] >= 0:
-                raise ValueError(f"{name} = {vars(self)[name]}; expected at least 0")
-        if not self.advantage_max > 0:
-            raise ValueError(f"advantage_max = {self.advantage_max}; expected a number above 0")
+    time_range: Annotated[float, Gt(0), Le(1)] = 0.9
+    kl_coef: NonNegative = 3e-3
+    kl_guidance: NonNegative = 1.0
+    kl_adapt: Literal["raw_reward", "advantage", "off"] = "off"
 
     def snapshots(self) -> Mapping[str, str]:
         """The lagging snapshot of the penalty; with several updates per round also the policy at the round's start."""
@@ -84,40 +73,36 @@ class Awm(ForwardTuning):
     """Advantage-weighted matching; see the module docstring and `AwmConfig`."""
 
     Config = AwmConfig
+    config: AwmConfig
     name = "awm"
     title = "advantage-weighted matching (2025)"
-    paper, medium = "arXiv:2509.25050", "any"
+    paper = "arXiv:2509.25050"
     summary = "A policy gradient that takes the denoising error as minus the log-probability."
-    options: AwmConfig
 
     def __init__(
         self, task: PromptTask, reward: Reward | SetReward, config: AwmConfig, *, roles: Roles, seed: int
     ) -> None:
-        """Set up; `roles` holds the names that `role_names(config)` gives.
-
-        Raises:
-            UsageError: a role is missing, or guidance is asked of a model without an unconditional condition.
-        """
+        """Set up; arguments and errors are those of `Tuning`."""
         super().__init__(task, reward, config, roles=roles, seed=seed)
         self.frozen_roles = tuple(config.snapshots())
 
     def _log_prob(self, pred: Pred, target: Tensor, t: Float[Tensor, " r"]) -> Float[Tensor, " r"]:
         """The stand-in for log p of every row: its mean squared error, weighted, with a minus."""
         error = (pred.raw.float() - target).square().flatten(1).mean(1)
-        if self.options.weighting == "uniform":
+        if self.config.weighting == "uniform":
             return -error
-        power = self.options.robust if self.options.weighting == "robust" else 1.0
+        power = self.config.robust if self.config.weighting == "robust" else 1.0
         return -t * ((error + _SOFT) ** power - _SOFT**power) / power
 
     def objective(self, micro: Micro, views: Views) -> tuple[Float[Tensor, " r"], dict[str, Tensor]]:
         """Loss of every row, with the pull to the lagging snapshot."""
-        options = self.options
+        cfg = self.config
         now = self._log_prob(views.theta, views.target, micro.t)
         before = self._log_prob(views.frozen["start"], views.target, micro.t) if "start" in views.frozen else now
         ratio = (now - before.detach()).exp()
-        advantage = micro.advantage * (options.advantage_max / options.adv_clip)
-        clipped = ratio.clamp(1.0 - options.clip_range, 1.0 + options.clip_range)
+        advantage = micro.advantage * (cfg.advantage_max / cfg.adv_clip)
+        clipped = ratio.clamp(1.0 - cfg.clip_range, 1.0 + cfg.clip_range)
         losses = torch.maximum(-advantage * ratio, -advantage * clipped)
         if "old" in views.frozen:
-            losses = losses + options.snapshot_coef * anchor_penalty(views.theta.raw, views.frozen["old"].raw)
+            losses = losses + cfg.snapshot_coef * anchor_penalty(views.theta.raw, views.frozen["old"].raw)
         return losses, {"loss/log_prob": now.detach().sum(), "policy/ratio": ratio.detach().sum()}

@@ -1,30 +1,40 @@
-"""What the forward-process methods share (CRD, DiffusionNFT, AWM): groups, advantages, noised rows, the anchor, roles.
+"""What the forward-process methods share (CRD, DiffusionNFT, AWM): options, groups, noised rows, anchor, snapshots.
 
 A round draws `generations` samples per prompt, scores them, and takes a few optimizer steps on noised samples: the
 reverse process is never differentiated and any sampler may draw.  Update u uses the groups g with g mod updates = u.
 All samples of a group see the same times at an update (centred means must not mix noise levels), noise of their own.
 A method gives its snapshots' schedules and a loss per row; the penalty κ·‖v_θ − v_ref‖² is added here for all of them.
+
+Schedules of the snapshots: methods/crd.md §3.2 (PORT; the same rule serves DiffusionNFT).  The history of rewards is
+ours: a KL strength that grows with the reward needs a reward in [0, 1], and an unbounded one has no place there but its
+rank among those seen so far.
 """
 
 from __future__ import annotations
 
+import re
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Gt, Le
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from gencontrol.algorithms.base import Collected, LossOut, StepContext
-from gencontrol.algorithms.forward.config import ForwardConfig
-from gencontrol.algorithms.online.advantages import combined_advantages, zero_spread_share
-from gencontrol.algorithms.online.anchor import anchor_penalty, reference_prediction
-from gencontrol.algorithms.online.rollout import Pool, autocast, chunks
-from gencontrol.algorithms.online.sets import Scores, item_values, reward_of
-from gencontrol.algorithms.online.snapshots import LinearDecay, RewardRange
+from gencontrol.algorithms.online.base import OnPolicyConfig, Several, Tuning, anchor_penalty
+from gencontrol.algorithms.online.rollout import (
+    Spread,
+    chunks,
+    combined_advantages,
+    item_values,
+    reward_of,
+    zero_spread_share,
+)
 from gencontrol.algorithms.online.task import PromptTask
-from gencontrol.algorithms.online.tuning import RewardTuning, default_roles
+from gencontrol.config import Count, NonNegative, Positive, options
 from gencontrol.models.denoiser import Pred
 from gencontrol.models.roles import Roles
 from gencontrol.process.gaussian import GaussianProcess
@@ -32,6 +42,181 @@ from gencontrol.rewards.base import Reward, SetReward
 from gencontrol.rewards.compose import WeightedItems
 from gencontrol.rng import Keyed, row_keys, stream
 from gencontrol.types import Cond, index_cond
+
+#: Schedules by name (PORT).
+PRESETS = {
+    "none": "0-0-0-0",
+    "slow": "0-0-0.001-0.5",
+    "medium": "75-0-0.0075-0.999",
+    "offline": "0-1-0-1",
+    "fast": "0-0-0.02-0.99",
+    "moderate": "0-0-0.01-0.5",
+}
+_NUMBER = r"(\d+(?:\.\d*)?|\.\d+)"
+_FORM = re.compile("-".join([_NUMBER] * 4))
+
+
+@dataclass(frozen=True)
+class LinearDecay:
+    """d(s) = first for s < start, else min(first + slope·(s − start), last); d = 0 copies the policy, d = 1 freezes.
+
+    Args:
+        start: optimizer step from which the decay rises.
+        first, last: decay before and at the end, in [0, 1].
+        slope: rise per optimizer step, ≥ 0.
+    """
+
+    start: float
+    first: float
+    slope: float
+    last: float
+
+    @classmethod
+    def parse(cls, text: str) -> LinearDecay:
+        """Read "start-first-slope-last", e.g. "75-0.0-0.0075-0.999", or the name of a preset.
+
+        Raises:
+            ValueError: another form, or a decay outside [0, 1].
+        """
+        found = _FORM.fullmatch(PRESETS.get(text, text).replace(" ", ""))
+        if found is None:
+            raise ValueError(
+                f"decay {text!r}; expected start-first-slope-last like 75-0-0.0075-0.999, or {', '.join(PRESETS)}"
+            )
+        decay = cls(*(float(part) for part in found.groups()))
+        if decay.first > 1 or decay.last > 1:
+            raise ValueError(f"decay {text!r} leaves [0, 1]; 0 copies the policy, 1 freezes the snapshot")
+        return decay
+
+    def at(self, step: int) -> float:
+        """Decay after `step` optimizer steps."""
+        return self.first if step < self.start else min(self.first + self.slope * (step - self.start), self.last)
+
+
+class RewardRange:
+    """Places rewards in [0, 1]: as they are while all lie there, else by rank among all rewards seen so far.
+
+    The history keeps at most `LIMIT` values: when it is full, every second value of the sorted list stays and only
+    every second new one enters from then on, so that old and new ones keep equal weight.
+    """
+
+    LIMIT = 4096
+
+    def __init__(self) -> None:
+        self.unbounded = False
+        self.stride = 1
+        self.seen: Float[Tensor, " n"] = torch.zeros(0, dtype=torch.float64)
+
+    def add(self, values: Float[Tensor, " n"]) -> None:
+        """Enter a round's valid rewards."""
+        values = values.detach().double().cpu()
+        self.unbounded = self.unbounded or bool(((values < 0) | (values > 1)).any())
+        self.seen = torch.cat([self.seen, values.sort().values[:: self.stride]]).sort().values
+        while len(self.seen) > self.LIMIT:
+            self.seen, self.stride = self.seen[::2].clone(), 2 * self.stride
+
+    def place(self, values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Return the rewards' places in [0, 1], float64 on the CPU; the middle of its ties for a repeated value."""
+        values = values.detach().double().cpu()
+        if not self.unbounded:
+            return values.clamp(0.0, 1.0)
+        if not len(self.seen):
+            return torch.zeros_like(values)
+        values = values.contiguous()
+        below = torch.searchsorted(self.seen, values, right=False)
+        upto = torch.searchsorted(self.seen, values, right=True)
+        return (below + upto).double() / (2 * len(self.seen))
+
+    def state_dict(self) -> dict[str, object]:
+        """Everything, for the checkpoint."""
+        return {"unbounded": self.unbounded, "stride": self.stride, "seen": self.seen.clone()}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Restore what `state_dict` returned."""
+        seen = state["seen"]
+        assert isinstance(seen, Tensor)
+        self.unbounded, self.stride = bool(state["unbounded"]), int(str(state["stride"]))
+        self.seen = seen.double().clone()
+
+
+@options
+class ForwardConfig(OnPolicyConfig):
+    """Shared options; labels as in methods/crd.md (PORT = Flow-Factory's trainer and its SD3.5 preset).
+
+    PORT too: 48 prompts of 24 samples, 2 updates per round (each on its own share of the groups), 10 demonstration
+    steps of "euler" without guidance.
+
+    Args:
+        train_times: times per sample at an update (9, PORT).
+        time_sampling: "stratified" uniform in (0, 1) (ours), "grid" of the sampler's own equal steps (PORT),
+            "uniform", or "logit-normal" with shift 3 (PORT).
+        time_range: share of the times that is used, counted from t = 1: 0.99 leaves out the last 1 % (PORT).
+        spread: advantages are divided by the spread of the round ("global", PORT) or of each "group".
+        adv_clip: A_max, advantages are clipped to ±A_max (5, PORT).
+        combine: several rewards: normalise each, then sum ("gdpo", PORT), or advantages of the weighted "sum".
+        skip_equal: leave out groups whose rewards are all equal (False, PORT: they still pull ratios together).
+        kl_coef: κ_max, the anchor's largest weight; 0 switches it off.
+        kl_guidance: guidance scale of the anchor's base; 1 = its plain conditional prediction.
+        kl_adapt: κ = κ_min + q·(κ_max − κ_min) with q the reward in [0, 1] ("raw_reward", DERIVED; an unbounded reward
+            counts with its rank among all seen so far), q = A/(2·A_max) + ½ ("advantage", PORT), or q = 1 ("off").
+        kl_min: κ_min (1e-4, PORT).
+    """
+
+    prompts_per_round: Count = 48
+    generations: Several = 24
+    updates_per_round: Count = 2
+    demo_steps: Count = 10
+    train_times: Count = 9
+    time_sampling: Literal["stratified", "grid", "uniform", "logit-normal"] = "stratified"
+    time_range: Annotated[float, Gt(0), Le(1)] = 0.99
+    spread: Spread = "global"
+    adv_clip: Positive = 5.0
+    combine: Literal["gdpo", "sum"] = "gdpo"
+    skip_equal: bool = False
+    kl_coef: NonNegative = 0.1
+    kl_guidance: NonNegative = 4.5
+    kl_adapt: Literal["raw_reward", "advantage", "off"] = "raw_reward"
+    kl_min: NonNegative = 1e-4
+
+    def __post_init__(self) -> None:
+        if self.updates_per_round > self.prompts_per_round:
+            raise ValueError(
+                f"updates_per_round = {self.updates_per_round} is more than prompts_per_round = "
+                f"{self.prompts_per_round}; every update needs a group of its own"
+            )
+        for text in self.snapshots().values():
+            LinearDecay.parse(text)
+
+    def snapshots(self) -> Mapping[str, str]:
+        """Return role → decay schedule of the method's snapshots; none by default."""
+        return {}
+
+    def draws(self) -> int:
+        """Return the number of (t, ε) draws that a method averages for one sample at one time index."""
+        return 1
+
+    def strata(self) -> int:
+        """Return the number of strata over which the draws of one sample are spread."""
+        return self.draws()
+
+    def spaced_times(self, offsets: Float[Tensor, "g k m"]) -> Float[Tensor, "g k m"]:
+        """Return times in [1e-4, 1 − 1e-4] from uniform offsets: one stratum per index k (m = 1) or per draw m."""
+        _, k, m = offsets.shape
+        if self.time_sampling in ("uniform", "logit-normal"):
+            share = offsets
+        else:
+            count = k if m == 1 else self.strata()
+            number = torch.arange(k).view(1, k, 1) if m == 1 else (torch.arange(m) * count // m).view(1, 1, m)
+            share = (number + offsets) / count
+        if self.time_sampling == "logit-normal":
+            raw = torch.sigmoid(torch.special.ndtri(share.clamp(1e-9, 1 - 1e-9)))
+            share = 3.0 * raw / (1.0 + 2.0 * raw)
+        if self.time_sampling == "grid":  # the first floor(range·n) of the sampler's times 1, 1 − 1/n, …
+            kept = max(1, int(self.time_range * self.demo_steps + 1e-9))
+            t = 1.0 - torch.floor(share * kept) / self.demo_steps
+        else:
+            t = (1.0 - self.time_range) + self.time_range * share
+        return t.clamp(1e-4, 1.0 - 1e-4)
 
 
 @dataclass(frozen=True)
@@ -67,10 +252,6 @@ class Rows:
     t: Float[Tensor, " r"]
     unit: Int64[Tensor, " r"]
 
-    def take(self, part: slice) -> Rows:
-        """Return a stretch of rows."""
-        return Rows(self.item[part], self.index[part], self.draw[part], self.t[part], self.unit[part])
-
 
 @dataclass(frozen=True)
 class Micro:
@@ -102,61 +283,38 @@ class Views:
     anchor: Pred | None
 
 
-class ForwardTuning(RewardTuning):
+class ForwardTuning(Tuning):
     """Base of the forward-process methods; a method overrides `objective` and, by need, the class attributes."""
 
-    #: short name: prefix of the random streams
-    name: ClassVar[str] = "forward"
+    config: ForwardConfig
     #: role that draws the samples, and roles of the snapshots whose predictions the loss needs
     sampler_role: str = "policy"
     frozen_roles: tuple[str, ...] = ()
 
-    def __init__(
-        self, task: PromptTask, reward: Reward | SetReward, config: ForwardConfig, *, roles: Roles, seed: int
-    ) -> None:
-        """Set up; `roles` holds the names that `role_names(config)` gives.
-
-        Raises:
-            UsageError: a role is missing, or guidance is asked of a model without an unconditional condition.
-        """
-        super().__init__(self.name, task, reward, config, roles, seed)
-        self.options = config
+    def __init__(self, task: PromptTask, reward: Reward | SetReward, config: Any, *, roles: Roles, seed: int) -> None:
+        """Set up; arguments and errors are those of `Tuning`."""
+        super().__init__(task, reward, config, roles=roles, seed=seed)
         self.decays = {role: LinearDecay.parse(text) for role, text in config.snapshots().items()}
         self.range = RewardRange()
         self.samples = self.evaluations = 0
-        if config.kl_coef > 0:
-            self._check_anchor()
 
     @staticmethod
     def role_names(config: ForwardConfig) -> tuple[str, ...]:
         """Policy, ref, the average where there is one, and the method's snapshots."""
-        return (*default_roles(config), *config.snapshots())
-
-    def _check_anchor(self) -> None:
-        from gencontrol.errors import UsageError
-
-        if self.options.kl_guidance != 1.0 and self.shell.task.uncond is None:
-            raise UsageError(
-                f"kl_guidance {self.options.kl_guidance}: this model has no unconditional branch; use kl_guidance = 1."
-            )
+        return (*Tuning.role_names(config), *config.snapshots())
 
     # ---------------------------------------------------------------- data rule
 
-    def _advantages(self, scores: Scores, values: Float[Tensor, " pool"]) -> Float[Tensor, " pool"]:
-        """Advantages of the reward, or with several rewards and combine = "gdpo" of each for itself, then summed."""
-        cfg, reward = self.options, self.shell.reward
-        parts = [(values, 1.0)]
-        if cfg.combine == "gdpo" and isinstance(reward, WeightedItems) and len(scores.parts) == len(reward.parts):
-            parts = [(scores.parts[r.name], w) for r, w in zip(reward.parts, reward.weights, strict=True)]
-        return combined_advantages(parts, scores.valid, cfg.generations, spread=cfg.spread, clip=cfg.adv_clip)
-
     def collect(self, ctx: StepContext) -> Collected:
         """Draw and score groups with the sampler's weights; compute advantages and the anchor's strength."""
-        cfg = self.options
-        pool, metrics = self.shell.draw(cfg.prompts_per_round, ctx, role=self.sampler_role)
-        valid, values = pool.scores.valid, item_values(self.shell.reward, pool.scores)
+        cfg, reward = self.config, self.reward
+        pool, metrics = self.draw(ctx, role=self.sampler_role)
+        valid, values = pool.scores.valid, item_values(reward, pool.scores)
         values = torch.where(valid, values, torch.zeros_like(values))
-        advantage = self._advantages(pool.scores, values)
+        parts = [(values, 1.0)]
+        if cfg.combine == "gdpo" and isinstance(reward, WeightedItems) and len(pool.scores.parts) == len(reward.parts):
+            parts = [(pool.scores.parts[r.name], w) for r, w in zip(reward.parts, reward.weights, strict=True)]
+        advantage = combined_advantages(parts, valid, cfg.generations, spread=cfg.spread, clip=cfg.adv_clip)
         self.range.add(values[valid])
         goal = (advantage / (2 * cfg.adv_clip) + 0.5).clamp(0.0, 1.0)
         place = {"raw_reward": self.range.place(values), "advantage": goal, "off": torch.ones_like(goal)}[cfg.kl_adapt]
@@ -167,52 +325,34 @@ class ForwardTuning(RewardTuning):
             grid = torch.where(valid, values, torch.nan).view(-1, cfg.generations)
             spread = (grid - grid.nanmean(1, keepdim=True)).nan_to_num().abs().amax(1)
             kept &= (spread > 0).repeat_interleave(cfg.generations)
-        data = self._samples(pool, kept, advantage.float(), goal.float(), values.float(), strength)
-        self._count(int(kept.sum()), len(valid))
-        if bool(valid.any()):
-            metrics["reward/mean"] = reward_of(self.shell.reward, pool.scores, valid.nonzero().flatten())
-            metrics |= {f"reward/{name}": float(part[valid].mean()) for name, part in pool.scores.parts.items()}
-            metrics["policy/anchor_strength"] = float(strength[valid].mean())
-        metrics["reward/equal_groups"] = zero_spread_share(values, valid, cfg.generations)
-        metrics |= {"count/samples": float(self.samples), "count/evaluations": float(self.evaluations)}
-        metrics |= {f"policy/decay_{role}": decay.at(self.shell.updates) for role, decay in self.decays.items()}
-        metrics |= self._distances()
-        return Collected(data, cfg.updates_per_round if bool(kept.any()) else 0, metrics)
-
-    def _samples(self, pool: Pool, kept: Tensor, advantage: Tensor, goal: Tensor, values: Tensor, k: Tensor) -> Samples:
-        """This rank's kept rows."""
         mine = torch.arange(pool.first_row, pool.first_row + len(pool.latents))
         mine = mine[kept[mine]]
         group = torch.div(mine, pool.generations, rounding_mode="floor")
-        place = group - pool.first_row // pool.generations
-        return Samples(
-            pool.take(mine),
-            pool.cond,
-            place,
-            mine,
-            group,
-            advantage[mine],
-            goal[mine],
-            values[mine],
-            k[mine],
-            len(kept),
-        )
+        each = (part[mine].float() for part in (advantage, goal, values, strength))
+        near = group - pool.first_row // pool.generations
+        data = Samples(pool.take(mine), pool.cond, near, mine, group, *each, rows=len(kept))
+        self._count(int(kept.sum()), len(valid))
+        if bool(valid.any()):
+            metrics["reward/mean"] = reward_of(reward, pool.scores, valid.nonzero().flatten())
+            metrics |= {f"reward/{name}": float(part[valid].mean()) for name, part in pool.scores.parts.items()}
+            metrics["policy/anchor_strength"] = float(strength[valid].mean())
+        metrics["reward/equal_groups"] = zero_spread_share(values, valid, cfg.generations)
+        return Collected(data, cfg.updates_per_round if bool(kept.any()) else 0, metrics | self._state_metrics())
 
     def _count(self, trained: int, drawn: int) -> None:
         """Add this round's samples and network evaluations (rollouts and training) to the run's counters."""
-        cfg = self.options
+        cfg = self.config
         passes = 1 + len(self.frozen_roles) + (cfg.kl_coef > 0) * (1 + (cfg.kl_guidance != 1.0))
         self.samples += drawn
         self.evaluations += drawn * cfg.demo_steps * (1 + (cfg.guidance_scale != 1.0))
         self.evaluations += trained * cfg.train_times * cfg.draws() * passes
 
-    def _distances(self) -> dict[str, float]:
-        """‖θ − snapshot‖ of every snapshot: a frozen sampler shows here (crd.md §5.12)."""
-        if not self.decays:
-            return {}
-        weights = self.roles.state_dict()
-        found = {}
-        for role in self.decays:
+    def _state_metrics(self) -> dict[str, float]:
+        """Counters, and each snapshot's decay and ‖θ − snapshot‖: a frozen sampler shows here (crd.md §5.12)."""
+        found = {"count/samples": float(self.samples), "count/evaluations": float(self.evaluations)}
+        weights = self.roles.state_dict() if self.decays else {}
+        for role, decay in self.decays.items():
+            found[f"policy/decay_{role}"] = decay.at(self.updates)
             squares = [
                 (weights["policy"][name].float() - w.float()).square().sum() for name, w in weights[role].items()
             ]
@@ -223,14 +363,14 @@ class ForwardTuning(RewardTuning):
 
     def times(self, groups: int, ctx: StepContext, update: int) -> Float[Tensor, "g k m"]:
         """Return the times of every group at an update, a pure function of (seed, step, update)."""
-        cfg = self.options
+        cfg = self.config
         generator = stream(self.seed, f"{self.name}/time", ctx.step, update)
         offsets = torch.rand((groups, cfg.train_times, cfg.draws()), generator=generator, dtype=torch.float64)
         return cfg.spaced_times(offsets)
 
     def rows(self, data: Samples, update: int, ctx: StepContext) -> Rows:
         """Return this rank's noised rows of an update, sample by sample inside a unit, unit by unit."""
-        cfg = self.options
+        cfg = self.config
         groups = data.rows // cfg.generations
         items = ((data.group % cfg.updates_per_round) == update).nonzero().flatten()
         k, m, n = cfg.train_times, cfg.draws(), len(items)
@@ -254,21 +394,17 @@ class ForwardTuning(RewardTuning):
         """Yield the rows with noise, at most `ctx.micro_batch` at once; `whole` never cuts a unit."""
         device = data.latents.device
         for part in _units(rows.unit, ctx.micro_batch) if whole else chunks(len(rows.t), ctx.micro_batch):
-            piece = rows.take(part)
-            item = piece.item
-            keys = row_keys(self.seed, f"{self.name}/eps/{ctx.step}/{update}", data.row[item], piece.index, piece.draw)
+            item, name = rows.item[part], f"{self.name}/eps/{ctx.step}/{update}"
+            keys = row_keys(self.seed, name, data.row[item], rows.index[part], rows.draw[part])
             noise = Keyed(keys).normal((len(item), *data.latents.shape[1:]), device, data.latents.dtype)
             at = item.to(device)
             yield Micro(
                 data.latents[at],
                 noise,
-                piece.t.to(device),
+                rows.t[part].to(device),
                 index_cond(data.cond, data.place[item].to(device)),
-                piece.unit.to(device),
-                data.advantage[item].to(device),
-                data.goal[item].to(device),
-                data.value[item].to(device),
-                data.strength[item].to(device),
+                rows.unit[part].to(device),
+                *(each[item].to(device) for each in (data.advantage, data.goal, data.value, data.strength)),
                 {key: value[part].to(device) for key, value in (extra or {}).items()},
             )
 
@@ -278,17 +414,16 @@ class ForwardTuning(RewardTuning):
 
     # ---------------------------------------------------------------- loss
 
-    def views(self, micro: Micro, ctx: StepContext, *, anchored: bool) -> Views:
+    def views(self, micro: Micro, ctx: StepContext, *, anchored: bool = True) -> Views:
         """Return all predictions of a micro-batch; frozen ones first, so that no switch meets the policy's graph."""
         ctx.poll()
-        task = self.shell.task
+        task = self.task
         assert isinstance(task.denoiser.process, GaussianProcess)
         xt = task.denoiser.process.corrupt(micro.latents, micro.t, micro.noise)
         target = task.denoiser.target(micro.latents, micro.noise, micro.t).float()
-        anchor, frozen = None, {}
-        with autocast(ctx):
-            if anchored:
-                anchor = reference_prediction(task, self.roles, xt, micro.t, micro.cond, self.options.kl_guidance)
+        anchor = self.base_at(xt, micro.t, micro.cond, ctx) if anchored else None
+        frozen = {}
+        with ctx.autocast():
             for role in () if micro.extra else self.frozen_roles:
                 with self.roles.use(role), torch.no_grad():
                     frozen[role] = task.denoiser(xt, micro.t, micro.cond)
@@ -296,13 +431,13 @@ class ForwardTuning(RewardTuning):
                 theta = task.denoiser(xt, micro.t, micro.cond)
         return Views(theta, target, frozen, anchor)
 
+    @abstractmethod
     def objective(self, micro: Micro, views: Views) -> tuple[Float[Tensor, " r"], dict[str, Tensor]]:
         """Return the method's loss of each row, and sums over the rows to log."""
-        raise NotImplementedError(f"{type(self).__name__}.objective")  # abstract: every method has its own
 
     def loss(self, micro: Micro, ctx: StepContext) -> LossOut:
         """The method's loss plus κ·mean_d (v_θ − v_ref)² of every row."""
-        views = self.views(micro, ctx, anchored=self.options.kl_coef > 0)
+        views = self.views(micro, ctx)
         losses, metrics = self.objective(micro, views)
         losses = losses.float()
         metrics["loss/reward"] = losses.detach().sum()
@@ -319,22 +454,18 @@ class ForwardTuning(RewardTuning):
     def after_update(self, ctx: StepContext, update: int) -> None:
         """Move the average after every update, the snapshots after the round's last one (step count included)."""
         super().after_update(ctx, update)
-        if update == self.options.updates_per_round - 1:
+        if update == self.config.updates_per_round - 1:
             for role, decay in self.decays.items():
-                self.roles.lerp(role, decay.at(self.shell.updates))
+                self.roles.lerp(role, decay.at(self.updates))
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and the history of rewards; the snapshots are roles."""
-        return {
-            "updates": self.shell.updates,
-            "samples": self.samples,
-            "evaluations": self.evaluations,
-            "range": self.range.state_dict(),
-        }
+        own = {"samples": self.samples, "evaluations": self.evaluations, "range": self.range.state_dict()}
+        return super().state_dict() | own
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.shell.updates = int(state["updates"])
+        super().load_state_dict(state)
         self.samples, self.evaluations = int(state["samples"]), int(state["evaluations"])
         self.range.load_state_dict(state["range"])
 

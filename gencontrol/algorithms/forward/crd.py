@@ -1,9 +1,10 @@
 """CRD: centred reward distillation of diffusion and flow models (arXiv 2603.14128; methods/crd.md).
 
-Per prompt, the centred implicit reward β(ρ_i − ρ̄) is regressed on the centred reward (`crd_losses`): the normaliser of
-KL-regularised reward maximisation cancels, any sampler may draw, no trajectory is differentiated.  Three controls of
-drift: the ratio's snapshot "old" and the sampler "sampling" follow the policy by schedules of their own; an anchor to
-the base under guidance; its strength grows with the raw reward.
+Per prompt, the centred implicit reward β(ρ_i − ρ̄) is regressed on the centred reward: the normaliser of
+KL-regularised reward maximisation cancels, any sampler may draw, no trajectory is differentiated.  The mathematics of
+the regression is in `gencontrol.algorithms.crd`, free of models and rollouts.  Three controls of drift: the ratio's
+snapshot "old" and the sampler "sampling" follow the policy by schedules of their own; an anchor to the base under
+guidance; its strength grows with the raw reward.
 
 Settings follow the author's trainer in Flow-Factory (PORT) except where marked: centring is inside the prompt's group
 (there: the micro-batch), κ follows the raw reward (there: the advantage), snapshots and counters are in the checkpoint.
@@ -31,22 +32,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gencontrol.algorithms.base import Collected, Collectives, LossOut, StepContext
-from gencontrol.algorithms.forward.base import ForwardTuning, Micro, Rows, Samples, Views
-from gencontrol.algorithms.forward.config import ForwardConfig, check_choice
-from gencontrol.algorithms.forward.crd_losses import (
-    centered_losses,
-    centered_reward_loss,
-    elbo_weight,
-    implicit_reward,
-)
-from gencontrol.algorithms.online.anchor import anchor_penalty
+from gencontrol.algorithms.crd import centered_losses, elbo_weight, implicit_reward
+from gencontrol.algorithms.forward.base import ForwardConfig, ForwardTuning, Micro, Rows, Samples, Views
+from gencontrol.algorithms.online.base import anchor_penalty
 from gencontrol.algorithms.online.task import PromptTask
-from gencontrol.algorithms.online.tuning import check_counts
-from gencontrol.config import options
+from gencontrol.config import Count, Positive, options
 from gencontrol.models.roles import Roles
 from gencontrol.rewards.base import Reward, SetReward
-
-__all__ = ["Crd", "CrdConfig", "centered_reward_loss", "implicit_reward"]
 
 #: Mean ‖v_θ − v_old‖² below which the ratio carries no signal, and first updates in a row before the warning.
 _COLLAPSED, _PATIENCE = 1e-6, 5
@@ -59,7 +51,7 @@ class CrdConfig(ForwardConfig):
     Args:
         beta: > 0, scale of the implicit reward; the temperature of the tilt in the exact mode only (1, PORT).
         loss: "mse" (PORT) or "bce".
-        weight_temp: τ of the centring weights: negative is uniform (PORT); see `crd_losses.centring_weights`.
+        weight_temp: τ of the centring weights: negative is uniform (PORT); see `centring_weights`.
         center: means over the prompt's "group", or over the whole optimizer "batch" (parity with PORT's micro-batch).
         weighting: of an error: "adaptive" self-normalised (PORT), "none", or "elbo", the bound's own (exact mode).
         target: R is A/(2·A_max) + ½ clipped to [0, 1] ("advantage", PORT; the loss is scaled by A_max/β), or the raw
@@ -71,26 +63,19 @@ class CrdConfig(ForwardConfig):
         sampling_decay: schedule of the sampler (the same source).
     """
 
-    beta: float = 1.0
+    beta: Positive = 1.0
     loss: Literal["mse", "bce"] = "mse"
     weight_temp: float = -1.0
     center: Literal["group", "batch"] = "group"
     weighting: Literal["adaptive", "none", "elbo"] = "adaptive"
     target: Literal["advantage", "reward"] = "advantage"
-    draws_per_sample: int = 1
+    draws_per_sample: Count = 1
     unbiased: bool = False
     old_decay: str = "0-0.25-0.005-0.999"
     sampling_decay: str = "75-0.0-0.0075-0.999"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self, "draws_per_sample")
-        check_choice(self, "loss", ("mse", "bce"))
-        check_choice(self, "center", ("group", "batch"))
-        check_choice(self, "weighting", ("adaptive", "none", "elbo"))
-        check_choice(self, "target", ("advantage", "reward"))
-        if not self.beta > 0:
-            raise ValueError(f"beta = {self.beta}; expected a number above 0")
         if self.unbiased and (self.draws_per_sample % 2 or self.loss != "mse"):
             raise ValueError("unbiased = True needs loss = 'mse' and an even draws_per_sample, at least 2")
 
@@ -111,9 +96,10 @@ class Crd(ForwardTuning):
     """Centred reward distillation; see the module docstring and `CrdConfig`."""
 
     Config = CrdConfig
+    config: CrdConfig
     name = "crd"
     title = "CRD, centred reward distillation"
-    paper, medium = "arXiv:2603.14128", "any"
+    paper = "arXiv:2603.14128"
     summary = "Per prompt, the centred log-ratio of new and old model is regressed on the centred reward."
     sampler_role = "sampling"
     frozen_roles = ("old",)
@@ -121,13 +107,8 @@ class Crd(ForwardTuning):
     def __init__(
         self, task: PromptTask, reward: Reward | SetReward, config: CrdConfig, *, roles: Roles, seed: int
     ) -> None:
-        """Set up; `roles` has policy, ref, old, sampling and (for ema_decay > 0) ema.
-
-        Raises:
-            UsageError: a role is missing, or guidance is asked of a model without an unconditional condition.
-        """
+        """Set up; arguments and errors are those of `Tuning`."""
         super().__init__(task, reward, config, roles=roles, seed=seed)
-        self.config = config
         self._gap: tuple[float, int] = (0.0, 0)
         self._still = 0
         self._first = False
@@ -168,7 +149,7 @@ class Crd(ForwardTuning):
         """ρ̂, or its ELBO estimate in nats."""
         if self.config.weighting != "elbo":
             return ratio
-        weight = elbo_weight(self.shell.task.denoiser, micro.t, micro.latents)
+        weight = elbo_weight(self.task.denoiser, micro.t, micro.latents)
         return ratio * weight.to(ratio)
 
     def _losses(self, ratio: Tensor, goal: Tensor, unit: Tensor) -> Float[Tensor, " n"]:

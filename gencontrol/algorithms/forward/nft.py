@@ -14,10 +14,9 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from gencontrol.algorithms.forward.base import ForwardTuning, Micro, Views
-from gencontrol.algorithms.forward.config import ForwardConfig, KlAdapt
-from gencontrol.algorithms.forward.crd_losses import WEIGHT_FLOOR
-from gencontrol.config import options
+from gencontrol.algorithms.crd import WEIGHT_FLOOR
+from gencontrol.algorithms.forward.base import ForwardConfig, ForwardTuning, Micro, Views
+from gencontrol.config import NonNegative, Positive, options
 from gencontrol.models.denoiser import Pred
 
 
@@ -34,18 +33,13 @@ class NftConfig(ForwardConfig):
         kl_coef, kl_guidance, kl_adapt: constant weight 1e-4 to the plain base (CODE).
     """
 
-    beta: float = 1.0
+    beta: Positive = 1.0
     adaptive: bool = True
     decay: str = "0-0-0.001-0.5"
-    kl_coef: float = 1e-4
-    kl_guidance: float = 1.0
-    kl_adapt: KlAdapt = "off"
+    kl_coef: NonNegative = 1e-4
+    kl_guidance: NonNegative = 1.0
+    kl_adapt: Literal["raw_reward", "advantage", "off"] = "off"
     time_sampling: Literal["stratified", "grid", "uniform", "logit-normal"] = "grid"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.beta > 0:
-            raise ValueError(f"beta = {self.beta}; expected a number above 0")
 
     def snapshots(self) -> Mapping[str, str]:
         """Sampler and reference in one."""
@@ -56,23 +50,23 @@ class Nft(ForwardTuning):
     """DiffusionNFT; see the module docstring and `NftConfig`."""
 
     Config = NftConfig
+    config: NftConfig
     name = "nft"
     title = "DiffusionNFT (Zheng et al. 2025)"
-    paper, medium = "arXiv:2509.16117", "any"
+    paper = "arXiv:2509.16117"
     summary = "An implicit better and an implicit worse model are contrasted on noised samples."
     sampler_role = "old"
     frozen_roles = ("old",)
-    options: NftConfig
 
     def _error(self, pred: Pred, micro: Micro) -> Float[Tensor, " r"]:
         """Error of x0 averaged over the data axes, divided by its mean absolute value where adaptive."""
         gap = (pred.x0.double() - micro.latents.double()).flatten(1)
         error = gap.square().mean(1)
-        return error / gap.detach().abs().mean(1).clamp_min(WEIGHT_FLOOR) if self.options.adaptive else error
+        return error / gap.detach().abs().mean(1).clamp_min(WEIGHT_FLOOR) if self.config.adaptive else error
 
     def objective(self, micro: Micro, views: Views) -> tuple[Float[Tensor, " r"], dict[str, Tensor]]:
         """Loss of every row."""
-        cfg, theta, old = self.options, views.theta, views.frozen["old"]
+        cfg, theta, old = self.config, views.theta, views.frozen["old"]
         positive = self._error(theta.replace(old.raw + cfg.beta * (theta.raw - old.raw)), micro)
         negative = self._error(theta.replace(old.raw - cfg.beta * (theta.raw - old.raw)), micro)
         losses = (cfg.adv_clip / cfg.beta) * (micro.goal * positive + (1.0 - micro.goal) * negative)

@@ -19,14 +19,15 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from gencontrol.algorithms.base import Collected, LossOut, StepContext
-from gencontrol.algorithms.online.preference import LOSSES, Errors, kto_baseline, predict
-from gencontrol.algorithms.online.rollout import autocast
-from gencontrol.algorithms.online.sets import Grouping, Rule, build_sets
+from gencontrol.algorithms.matching.preference import LOSSES, Errors, kto_baseline
+from gencontrol.algorithms.matching.sets import Grouping, Rule, build_sets
+from gencontrol.algorithms.online.base import OnPolicyConfig, Several, Tuning
+from gencontrol.algorithms.online.rollout import predict
 from gencontrol.algorithms.online.task import PromptTask
-from gencontrol.algorithms.online.tuning import RewardTuning, check_counts, check_tuning
-from gencontrol.config import options
+from gencontrol.config import Count, Natural, NonNegative, Positive, options
 from gencontrol.errors import NumericsError
 from gencontrol.models.roles import Roles
+from gencontrol.process.gaussian import GaussianProcess
 from gencontrol.rewards.base import Reward, SetReward
 from gencontrol.rng import stream
 from gencontrol.types import Cond, cat_cond, index_cond
@@ -40,73 +41,41 @@ _SPREAD = (1e-3, 1e-1)
 
 
 @options
-class DragonConfig:
+class DragonConfig(OnPolicyConfig):
     """Options of `Dragon`; "ours" marks what the paper's available text does not give (methods/dragon.md §4).
 
+    Of the shared ones 256 prompts, 8 updates, 20 demonstration steps, "euler" and the average are ours; 2 generations
+    and 40 evaluation steps are the paper's, as is the idea of cheaper demonstrations.
+
     Args:
-        pairs_per_round: prompts drawn per round, over all processes (256, ours).
-        generations: samples per prompt, ≥ 2 (2, paper).
-        updates_per_round: optimizer steps on one round's sets (8, ours).
         pairs_per_update: pairs in one optimizer step; 0 = all of the round (ours).
-        demo_steps: sampler steps of demonstrations; fewer than at evaluation is fine (20, ours; idea of the paper).
-        eval_steps: sampler steps at evaluation (40, paper).
-        sampler: name of the sampler step ("euler", ours).
-        guidance_scale: of demonstrations and of evaluation alike; 1 = no guidance (1, ours).
         loss: "kto" unpaired, "dpo" paired (both in the paper), "positive" regression on D+ (ours, a peer).
         beta: sharpness of the contrast, > 0; "auto" makes beta·std(g) = 1 after the first optimizer step (ours).
         reference: model that the contrast compares with: the base ("frozen"), the policy at the start of each round
             ("per_round", ours), or the EMA at the start of each round ("ema", ours; needs ema_decay > 0).
-        kl_coef: pull to the base, ≥ 0: weight of mean ‖v_θ − v_base‖² per data axis, in units of beta (of 1 with loss
-            "positive"), so that it keeps its strength when beta is calibrated (0.02, ours).
+        kl_coef: in units of beta (of 1 with loss "positive"), so that the pull to the base keeps its strength when beta
+            is calibrated (0.02, ours).
         split: accept an exchange when R(D+) rises ("positive"), when R(D+) − R(D−) rises ("gap"), rank by leave-one-out
             "influence", or split at "random" (a control that must not train anything) (ours).
-        sweeps: passes of exchanges over the pairs for set rewards, ≥ 1 (2, ours).
+        sweeps: passes of exchanges over the pairs for set rewards (2, ours).
         grouping: for more than two generations, "best_worst" or top and bottom "halves" (ours).
-        ema_decay: of the averaged weights that evaluation and the final model use; 0 = use the policy (0.99, ours).
         stop_ratio: end a round's updates when ℓ_θ(D+) > stop_ratio·ℓ_ref(D+), e.g. 1.05; 0 = never (0, ours).
-        min_valid: least share of groups with valid rewards; below it the round is drawn once more (0.8, ours).
-        eval_samples: samples per evaluation prompt (1, ours).
     """
 
-    pairs_per_round: int = 256
-    generations: int = 2
-    updates_per_round: int = 8
-    pairs_per_update: int = 0
-    demo_steps: int = 20
-    eval_steps: int = 40
-    sampler: str = "euler"
-    guidance_scale: float = 1.0
+    generations: Several = 2
+    pairs_per_update: Natural = 0
     loss: Literal["kto", "dpo", "positive"] = "kto"
-    beta: float | Literal["auto"] = "auto"
+    beta: Positive | Literal["auto"] = "auto"
     reference: Literal["frozen", "per_round", "ema"] = "per_round"
-    kl_coef: float = 0.02
+    kl_coef: NonNegative = 0.02
     split: Rule = "positive"
-    sweeps: int = 2
+    sweeps: Count = 2
     grouping: Grouping = "best_worst"
-    ema_decay: float = 0.99
-    stop_ratio: float = 0.0
-    min_valid: float = 0.8
-    eval_samples: int = 1
+    stop_ratio: NonNegative = 0.0
 
     def __post_init__(self) -> None:
-        check_tuning(self)
-        check_counts(self, "pairs_per_round", "updates_per_round", "sweeps")
-        for name in ("pairs_per_update", "kl_coef"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} = {getattr(self, name)}; expected at least 0")
-        choices = {
-            "loss": LOSSES,
-            "reference": ("frozen", "per_round", "ema"),
-            "split": ("positive", "gap", "influence", "random"),
-            "grouping": ("best_worst", "halves"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} = {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
-        if self.generations < 2 or (self.grouping == "halves" and self.generations % 2):
-            raise ValueError(f"generations = {self.generations}; expected at least 2, and an even number with halves")
-        if self.beta != "auto" and not (isinstance(self.beta, (int, float)) and self.beta > 0):
-            raise ValueError(f"beta = {self.beta!r}; expected a number above 0 or 'auto'")
+        if self.grouping == "halves" and self.generations % 2:
+            raise ValueError(f"generations = {self.generations}; expected an even number with grouping = 'halves'")
         if self.reference == "ema" and self.ema_decay == 0:
             raise ValueError("reference = 'ema' needs ema_decay > 0")
         if self.stop_ratio and self.stop_ratio <= 1:
@@ -150,13 +119,14 @@ class Spread:
     scale: float
 
 
-class Dragon(RewardTuning):
+class Dragon(Tuning):
     """The DRAGON algorithm; see the module docstring and `DragonConfig`."""
 
     Config = DragonConfig
+    config: DragonConfig
     name = "dragon"
     title = "DRAGON, distributional rewards (Bai et al. 2025)"
-    paper, medium = "arXiv:2504.15217", "any"
+    paper = "arXiv:2504.15217"
     summary = (
         "Samples are split into a better and a worse set by their effect on "
         "the reward, and a contrast of denoising errors tells them apart."
@@ -165,13 +135,8 @@ class Dragon(RewardTuning):
     def __init__(
         self, task: PromptTask, reward: Reward | SetReward, config: DragonConfig, *, roles: Roles, seed: int
     ) -> None:
-        """Set up; `roles.module` is the task's network, with the roles policy, ref and (for ema_decay > 0) ema.
-
-        Raises:
-            UsageError: a role is missing, or guidance is asked of a model without an unconditional condition.
-        """
-        super().__init__("dragon", task, reward, config, roles, seed)
-        self.config = config
+        """Set up; arguments and errors are those of `Tuning`."""
+        super().__init__(task, reward, config, roles=roles, seed=seed)
         self.sides = 1 if config.loss == "positive" else 2
         self._beta: float | None = None if config.beta == "auto" else float(config.beta)
         self._halted = self._halted_rounds = 0
@@ -181,10 +146,10 @@ class Dragon(RewardTuning):
     def collect(self, ctx: StepContext) -> Collected:
         """Draw groups with the policy, build D+ and D−, and take the reference's denoising errors of all updates."""
         cfg, step = self.config, ctx.step
-        pool, metrics = self.shell.draw(cfg.pairs_per_round, ctx)
+        pool, metrics = self.draw(ctx)
         begun = time.perf_counter()
         sets = build_sets(
-            self.shell.reward,
+            self.reward,
             pool.scores,
             cfg.generations,
             rule=cfg.split,
@@ -225,7 +190,7 @@ class Dragon(RewardTuning):
         """Yield an update's pairs, `ctx.micro_batch` samples at a time, with times and noise of their own per pair."""
         members, device = self._members(data, update, ctx.step), data.positive.device
         items, size = data.pair[members], max(1, ctx.micro_batch // self.sides)
-        for part, t, noise in self.shell.noised(items, data.total, data.positive, size, ctx, update):
+        for part, t, noise in self.noised(items, data.total, data.positive, size, ctx, update):
             rows = members[part].to(device)
             known = len(data.references) > update
             reference = data.references[update][:, part] if known else torch.zeros(self.sides, 0, device=device)
@@ -244,8 +209,8 @@ class Dragon(RewardTuning):
     def _predict(self, micro: Micro, ctx: StepContext) -> tuple[Float[Tensor, "b *d"], Float[Tensor, "s p"]]:
         """Return the active role's prediction and ℓ [sides p], D+ in row 0."""
         ctx.poll()
-        with autocast(ctx):
-            prediction, target = predict(self.shell.task.denoiser, *self._stacked(micro))
+        with ctx.autocast():
+            prediction, target = predict(self.task.denoiser, *self._stacked(micro))
         return prediction, (prediction - target).square().flatten(1).mean(1).view(self.sides, -1)
 
     def minibatches(self, data: Round, update: int, ctx: StepContext) -> Iterable[Micro]:
@@ -322,14 +287,16 @@ class Dragon(RewardTuning):
 
     def loss(self, micro: Micro, ctx: StepContext) -> LossOut:
         """Contrast of one micro-batch (KTO, DPO or positive-only) plus the pull to the base where kl_coef > 0."""
-        base = self._base_prediction(micro, ctx)
+        x0, t, noise, cond = self._stacked(micro)
+        assert isinstance(self.task.denoiser.process, GaussianProcess)
+        base = self.base_at(self.task.denoiser.process.corrupt(x0, t, noise), t, cond, ctx)
         with self.roles.use("policy"):
             prediction, errors = self._predict(micro, ctx)
         pairs = Errors(errors[0], errors[1:].flatten(), micro.reference[0], micro.reference[1:].flatten())
         gains = pairs.gains().detach()
         baseline = kto_baseline(float(gains.mean())) if micro.baseline is None else micro.baseline
         losses = LOSSES[self.config.loss](pairs, micro.beta, baseline)
-        kl = prediction.new_zeros(()) if base is None else (prediction - base).square().mean()
+        kl = prediction.new_zeros(()) if base is None else (prediction - base.raw.float()).square().mean()
         means = {"loss/contrast": losses.mean(), "loss/kl": kl, "policy/g_mean": gains.mean()}
         means |= {"policy/g_std": gains.std(unbiased=False), "loss/positive": errors[0].mean()}
         means |= {"loss/ref_positive": micro.reference[0].mean()}
@@ -340,27 +307,15 @@ class Dragon(RewardTuning):
         pull = self.config.kl_coef * (micro.beta if self.sides == 2 else 1.0) * kl
         return LossOut(losses.sum() + pull * len(losses), len(losses), metrics)
 
-    @torch.no_grad()
-    def _base_prediction(self, micro: Micro, ctx: StepContext) -> Tensor | None:
-        """Return the base model's prediction, or None where nothing pulls to it; runs before the policy's forward."""
-        if not self.config.kl_coef:
-            return None
-        with self.roles.use("ref"):
-            return self._predict(micro, ctx)[0]
-
     # ---------------------------------------------------------------- the rest of the contract
 
     def state_dict(self) -> dict[str, Any]:
-        """Calibrated β (None before), counters of updates and of the stop rule."""
-        return {
-            "beta": self._beta,
-            "updates": self.shell.updates,
-            "halted": self._halted,
-            "halted_rounds": self._halted_rounds,
-        }
+        """Number of updates, calibrated β (None before), and the counters of the stop rule."""
+        own = {"beta": self._beta, "halted": self._halted, "halted_rounds": self._halted_rounds}
+        return super().state_dict() | own
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+        super().load_state_dict(state)
         self._beta = None if state["beta"] is None else float(state["beta"])
-        self.shell.updates, self._halted = int(state["updates"]), int(state["halted"])
-        self._halted_rounds = int(state["halted_rounds"])
+        self._halted, self._halted_rounds = int(state["halted"]), int(state["halted_rounds"])

@@ -10,18 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from gencontrol.algorithms.base import Collected, StepContext
+from gencontrol.algorithms.online.base import Tuning, TuningConfig
 from gencontrol.algorithms.online.rollout import device_of, rows_of_step
 from gencontrol.algorithms.online.task import PromptTask
-from gencontrol.algorithms.online.tuning import RewardTuning, check_counts
-from gencontrol.config import options
-from gencontrol.data.manifest import Entry, read_sample
+from gencontrol.config import Count, options
+from gencontrol.data.manifest import Entry, read_manifest, read_sample
 from gencontrol.errors import UsageError
 from gencontrol.models.roles import Roles
 from gencontrol.rewards.base import Reward, SetReward
@@ -29,46 +29,21 @@ from gencontrol.types import Cond, cond_to, grouped
 
 
 @options
-class OfflineConfig:
+class OfflineConfig(TuningConfig):
     """Options that offline methods share.
 
     Args:
         data: the manifest, a file of JSON lines; its paths are relative to it.
         batch: entries of an optimizer step, over all processes.
         updates_per_round: optimizer steps per training step.
-        eval_steps, sampler, guidance_scale, eval_samples: of the evaluation.
-        ema_decay: of the averaged weights that evaluation and the final model use; 0 = use the policy.
+        eval_steps, sampler: sampler steps and sampler of the evaluation.
     """
 
     data: str = ""
-    batch: int = 32
-    updates_per_round: int = 8
-    eval_steps: int = 40
+    batch: Count = 32
+    updates_per_round: Count = 8
+    eval_steps: Count = 40
     sampler: str = "euler"
-    guidance_scale: float = 1.0
-    ema_decay: float = 0.99
-    eval_samples: int = 1
-
-    def __post_init__(self) -> None:
-        check_counts(self, "batch", "updates_per_round", "eval_steps", "eval_samples")
-        if self.guidance_scale < 0:
-            raise ValueError(f"guidance_scale = {self.guidance_scale}; expected at least 0 (1 = no guidance)")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay = {self.ema_decay}; expected [0, 1), 0 = no average")
-
-
-@dataclass(frozen=True)
-class _Shell:
-    """What `Tuning` asks of a configuration: there are no rollouts, so their part is fixed."""
-
-    eval_steps: int
-    sampler: str
-    guidance_scale: float
-    ema_decay: float
-    eval_samples: int
-    demo_steps: int = 1
-    generations: int = 1
-    min_valid: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -89,23 +64,29 @@ class Encoded:
         return torch.arange(update * size, (update + 1) * size)
 
 
-class Offline(RewardTuning):
+class Offline(Tuning):
     """Base of the methods that train on files."""
 
-    def __init__(
-        self,
-        name: str,
-        task: PromptTask,
-        reward: Reward | SetReward,
-        config: OfflineConfig,
-        entries: Sequence[Entry],
-        roles: Roles,
-        seed: int,
-    ) -> None:
-        """Set up the shell; arguments and errors are those of `Tuning`."""
-        shell = _Shell(config.eval_steps, config.sampler, config.guidance_scale, config.ema_decay, config.eval_samples)
-        super().__init__(name, task, reward, shell, roles, seed)
-        self.config, self.entries = config, entries
+    config: OfflineConfig
+    #: fields of a manifest's lines: texts, files, and others
+    fields: ClassVar[tuple[tuple[str, ...], ...]]
+
+    def __init__(self, task: PromptTask, reward: Reward | SetReward, config: Any, *, roles: Roles, seed: int) -> None:
+        """Set up; arguments and errors are those of `Tuning`.
+
+        Raises:
+            UsageError: no manifest is given, or it has a fault; the message gives the line.
+        """
+        super().__init__(task, reward, config, roles=roles, seed=seed)
+        self.entries = self.read(config)
+
+    @classmethod
+    def read(cls, config: Any) -> list[Entry]:
+        """Return the manifest's entries; a method that asks more of them overrides it."""
+        if not config.data:
+            raise UsageError(f"{cls.name} trains on files: give their manifest, --set algorithm.data=FILE.jsonl.")
+        texts, files, other = cls.fields
+        return read_manifest(Path(config.data), texts=texts, files=files, other=other)
 
     def prompt_of(self, entry: Entry) -> str:
         """Return the text that the task encodes for an entry."""
@@ -121,26 +102,25 @@ class Offline(RewardTuning):
         if cfg.batch % ctx.world_size:
             raise UsageError(f"a batch of {cfg.batch} does not divide over {ctx.world_size} processes; use a multiple.")
         count = cfg.batch * cfg.updates_per_round
-        chosen = rows_of_step(len(self.entries), count, self.seed, f"{self.shell.name}/entries", ctx.step)
+        chosen = rows_of_step(len(self.entries), count, self.seed, f"{self.name}/entries", ctx.step)
         mine = [i for i in range(count) if i % ctx.world_size == ctx.rank]
         entries = [self.entries[chosen[i]] for i in mine]
         with ctx.group.all_or_none(ctx.poll):
             cond = self._conditions([self.prompt_of(entry) for entry in entries])
-            latents = {field: self._latents(entries, field, ctx) for field in entries[0].files}
+            latents = {
+                field: torch.stack([self._latent(entry, field, ctx) for entry in entries]) for field in entries[0].files
+            }
         data = Encoded(latents, cond, torch.tensor([chosen[i] for i in mine]), torch.tensor(mine) % cfg.batch)
         return Collected(data, cfg.updates_per_round, {"data/epoch": ctx.step * count / len(self.entries)})
 
     def _conditions(self, prompts: Sequence[str]) -> Cond:
         """Encode each distinct prompt once."""
         distinct = sorted(set(prompts))
-        cond = cond_to(self.shell.task.encode(distinct), device_of(self.shell.task))
+        cond = cond_to(self.task.encode(distinct), device_of(self.task))
         place = {prompt: row for row, prompt in enumerate(distinct)}
         return grouped(cond, torch.tensor([place[prompt] for prompt in prompts]))
 
     @torch.no_grad()
-    def _latents(self, entries: Sequence[Entry], field: str, ctx: StepContext) -> Float[Tensor, "n *d"]:
-        return torch.stack([self._latent(entry, field, ctx) for entry in entries])
-
     def _latent(self, entry: Entry, field: str, ctx: StepContext) -> Float[Tensor, "*d"]:
         """Read a file and encode it alone, so that its latent does not depend on its neighbours.
 
@@ -148,7 +128,7 @@ class Offline(RewardTuning):
             UsageError: the model has no encoder, or the latent has another shape; the message names file and line.
         """
         ctx.poll()
-        task, file = self.shell.task, entry.files[field]
+        task, file = self.task, entry.files[field]
         sample, is_latent = read_sample(file, task.sampling_rate)
         if not is_latent:
             if task.encode_samples is None:
@@ -165,22 +145,3 @@ class Offline(RewardTuning):
                 f"{list(task.latent_shape)}: bring the file to the model's size."
             )
         return sample.float().to(device_of(task))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Number of updates taken (for the warm-up of the average)."""
-        return {"updates": self.shell.updates}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self.shell.updates = int(state["updates"])
-
-
-def manifest_of(config: OfflineConfig, name: str) -> Path:
-    """Return the path of the manifest.
-
-    Raises:
-        UsageError: none is given.
-    """
-    if not config.data:
-        raise UsageError(f"{name} trains on files: give their manifest, --set algorithm.data=FILE.jsonl.")
-    return Path(config.data)

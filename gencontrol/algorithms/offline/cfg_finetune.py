@@ -18,12 +18,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gencontrol.algorithms.base import LossOut, StepContext
-from gencontrol.algorithms.offline.base import Encoded, Offline, OfflineConfig, manifest_of
-from gencontrol.algorithms.online.preference import denoising_error
-from gencontrol.algorithms.online.rollout import autocast
+from gencontrol.algorithms.offline.base import Encoded, Offline, OfflineConfig
+from gencontrol.algorithms.online.rollout import denoising_error
 from gencontrol.algorithms.online.task import PromptTask
-from gencontrol.config import options
-from gencontrol.data.manifest import Entry, check_labels, read_manifest
+from gencontrol.config import BelowOne, options
+from gencontrol.data.manifest import Entry, check_labels
 from gencontrol.errors import UsageError
 from gencontrol.models.conditions.base import Conditioned, add_condition, conditioned, with_labels
 from gencontrol.models.conditions.labels import join_prompt, split_prompt
@@ -48,15 +47,8 @@ class CfgFinetuneConfig(OfflineConfig):
         inject: where the condition enters; see `gencontrol.models.conditions.base`.
     """
 
-    dropout: float = 0.1
+    dropout: BelowOne = 0.1
     inject: Literal["time", "residual"] = "time"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout = {self.dropout}; expected [0, 1)")
-        if self.inject not in ("time", "residual"):
-            raise ValueError(f"inject = {self.inject!r}; expected 'time' or 'residual'")
 
 
 @dataclass(frozen=True)
@@ -67,21 +59,6 @@ class LabelledMicro:
     cond: Cond
     t: Float[Tensor, " n"]
     noise: Float[Tensor, "n *d"]
-
-
-def read_labelled(config: OfflineConfig) -> list[Entry]:
-    """Return the entries of a manifest of labelled files.
-
-    Raises:
-        UsageError: a fault of the manifest or of a label; the message gives the line.
-    """
-    entries = read_manifest(manifest_of(config, "cfg-finetune"), texts=("prompt",), files=("file",), other=("labels",))
-    for entry in entries:
-        check_labels(entry)
-        labels = entry.other["labels"]
-        if NONE in (*labels, *labels.values()):
-            raise UsageError(f"{entry.place}: label '{NONE}' stands for an attribute that is not given; rename it.")
-    return entries
 
 
 def attributes_of(entries: Sequence[Entry]) -> dict[str, tuple[str, ...]]:
@@ -133,10 +110,23 @@ class CfgFinetune(Offline):
     """Classifier-free fine-tuning; see the module docstring."""
 
     Config = CfgFinetuneConfig
+    config: CfgFinetuneConfig
     name = "cfg-finetune"
     title = "classifier-free fine-tuning (Ho & Salimans 2022)"
-    paper, medium = "arXiv:2207.12598", "any"
+    paper = "arXiv:2207.12598"
     summary = "A new label condition is learnt from labelled files by denoising regression, for guidance by it."
+    fields = (("prompt",), ("file",), ("labels",))
+
+    @classmethod
+    def read(cls, config: Any) -> list[Entry]:
+        """Return the manifest's entries with their labels checked."""
+        entries = super().read(config)
+        for entry in entries:
+            check_labels(entry)
+            labels = entry.other["labels"]
+            if NONE in (*labels, *labels.values()):
+                raise UsageError(f"{entry.place}: label '{NONE}' stands for an attribute that is not given; rename it.")
+        return entries
 
     @staticmethod
     def prepare(task: PromptTask, reward: Reward | SetReward, config: Any) -> PromptTask:
@@ -152,7 +142,7 @@ class CfgFinetune(Offline):
             shape=task.latent_shape,
             name=NAME,
             kind="multi",
-            cardinality=attributes_of(read_labelled(config)),
+            cardinality=attributes_of(CfgFinetune.read(config)),
             inject=config.inject,
         )
         denoiser.network.requires_grad_(True)
@@ -173,14 +163,13 @@ class CfgFinetune(Offline):
                 or dropout or guidance where the model's own condition cannot be dropped.
         """
         self.network, self.base_task = conditioned(task.denoiser), task
-        entries = read_labelled(config)
+        entries = self.read(config)
         for entry in entries:
             self.network.labels.encode([entry.other["labels"]])
         whole = labelled_task(task, self.network, sorted({text_of(entry) for entry in entries}))
         if whole.uncond is None and config.dropout > 0:
             raise UsageError(f"dropout = {config.dropout}: this model has no unconditional branch; use 0.")
-        super().__init__("cfg-finetune", whole, reward, config, entries, roles, seed)
-        self.dropout = config.dropout
+        super().__init__(whole, reward, config, roles=roles, seed=seed)
 
     def prompt_of(self, entry: Entry) -> str:
         """Return the prompt with its labels."""
@@ -192,20 +181,20 @@ class CfgFinetune(Offline):
         rows = data.rows(update, cfg.updates_per_round)
         places = data.place[rows]
         chance = torch.rand(cfg.batch, generator=stream(self.seed, "cfg-finetune/drop", ctx.step, update))
-        drop = (chance < self.dropout)[places].to(latents.device)
-        for part, t, noise in self.shell.noised(places, cfg.batch, latents, ctx.micro_batch, ctx, update):
+        drop = (chance < cfg.dropout)[places].to(latents.device)
+        for part, t, noise in self.noised(places, cfg.batch, latents, ctx.micro_batch, ctx, update):
             own = rows[part].to(latents.device)
             shared = index_cond(data.cond, own)
             cond = shared.expand() if isinstance(shared, Grouped) else shared
-            if self.dropout:
-                cond = mixed(drop[part], cond, self.shell.task.uncond)
+            if cfg.dropout:
+                cond = mixed(drop[part], cond, self.task.uncond)
             yield LabelledMicro(latents[own], cond, t, noise)
 
     def loss(self, micro: LabelledMicro, ctx: StepContext) -> LossOut:
         """Denoising error under the condition, or without it where it was dropped."""
         ctx.poll()
-        with self.roles.use("policy"), autocast(ctx):
-            errors = denoising_error(self.shell.task.denoiser, micro.latents, micro.t, micro.noise, micro.cond)
+        with self.roles.use("policy"), ctx.autocast():
+            errors = denoising_error(self.task.denoiser, micro.latents, micro.t, micro.noise, micro.cond)
         return LossOut(errors.sum(), len(errors), {"loss/denoising": errors.detach().sum()})
 
     def save_final(self, folder: Path) -> None:
@@ -213,9 +202,9 @@ class CfgFinetune(Offline):
 
         With LoRA the model is the untouched base; without, its weights are the tuned ones.
         """
-        with self.roles.use("ref" if self.roles.lora is not None else self.shell.role):
+        with self.roles.use("ref" if self.roles.lora is not None else self.role):
             self.base_task.save_final(folder)
         process = self.base_task.denoiser.process
         assert isinstance(process, GaussianProcess)  # `Conditioned` takes no other
         plan = plan_of(process, self.config.eval_steps)
-        save_control(self.network, self.roles, self.shell.role, plan, folder / "control")
+        save_control(self.network, self.roles, self.role, plan, folder / "control")

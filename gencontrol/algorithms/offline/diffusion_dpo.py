@@ -14,14 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gencontrol.algorithms.base import LossOut, StepContext
-from gencontrol.algorithms.offline.base import Encoded, Offline, OfflineConfig, manifest_of
-from gencontrol.algorithms.online.preference import Errors, denoising_error, dpo
-from gencontrol.algorithms.online.rollout import autocast
-from gencontrol.algorithms.online.task import PromptTask
-from gencontrol.config import options
-from gencontrol.data.manifest import read_manifest
-from gencontrol.models.roles import Roles
-from gencontrol.rewards.base import Reward, SetReward
+from gencontrol.algorithms.matching.preference import Errors, dpo
+from gencontrol.algorithms.offline.base import Encoded, Offline, OfflineConfig
+from gencontrol.algorithms.online.rollout import denoising_error
+from gencontrol.config import Positive, options
 from gencontrol.types import Cond, cat_cond, index_cond
 
 
@@ -33,12 +29,7 @@ class DpoConfig(OfflineConfig):
         beta: of the contrast, > 0; 5000 with errors averaged over the data axes (PEER-CODE, dragon.md §2.4).
     """
 
-    beta: float = 5000.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.beta > 0:
-            raise ValueError(f"beta = {self.beta}; expected a number above 0")
+    beta: Positive = 5000.0
 
 
 @dataclass(frozen=True)
@@ -56,23 +47,12 @@ class DiffusionDpo(Offline):
     """Diffusion-DPO on pairs of files; see the module docstring."""
 
     Config = DpoConfig
+    config: DpoConfig
     name = "diffusion-dpo"
     title = "Diffusion-DPO (Wallace et al. 2023)"
-    paper, medium = "arXiv:2311.12908", "any"
+    paper = "arXiv:2311.12908"
     summary = "Pairs of a preferred and a rejected file are told apart by a contrast of denoising errors."
-
-    def __init__(
-        self, task: PromptTask, reward: Reward | SetReward, config: DpoConfig, *, roles: Roles, seed: int
-    ) -> None:
-        """Set up; `roles.module` is the task's network, with the roles policy, ref and (for ema_decay > 0) ema.
-
-        Raises:
-            UsageError: a role is missing, or the manifest has a fault; the message gives the line.
-        """
-        path = manifest_of(config, "diffusion-dpo")
-        pairs = read_manifest(path, texts=("prompt",), files=("chosen", "rejected"))
-        super().__init__("diffusion-dpo", task, reward, config, pairs, roles, seed)
-        self.beta = config.beta
+    fields = (("prompt",), ("chosen", "rejected"), ())
 
     def minibatches(self, data: Encoded, update: int, ctx: StepContext) -> Iterable[DpoMicro]:
         """Yield an update's pairs, `ctx.micro_batch` samples at a time."""
@@ -80,7 +60,7 @@ class DiffusionDpo(Offline):
         plus, minus = data.latents["chosen"], data.latents["rejected"]
         size = max(1, ctx.micro_batch // 2)
         places = data.place[rows]
-        for part, t, noise in self.shell.noised(places, self.config.batch, plus, size, ctx, update):
+        for part, t, noise in self.noised(places, self.config.batch, plus, size, ctx, update):
             own = rows[part].to(plus.device)
             yield DpoMicro(plus[own], minus[own], index_cond(data.cond, own), t, noise)
 
@@ -88,8 +68,8 @@ class DiffusionDpo(Offline):
         """Return ℓ of the active role, chosen in row 0."""
         x0, t = torch.cat([micro.chosen, micro.rejected]), torch.cat([micro.t, micro.t])
         noise, cond = torch.cat([micro.noise, micro.noise]), cat_cond([micro.cond, micro.cond])
-        with autocast(ctx):
-            return denoising_error(self.shell.task.denoiser, x0, t, noise, cond).view(2, -1)
+        with ctx.autocast():
+            return denoising_error(self.task.denoiser, x0, t, noise, cond).view(2, -1)
 
     def loss(self, micro: DpoMicro, ctx: StepContext) -> LossOut:
         """−log σ(−β/2·[Δ(chosen) − Δ(rejected)]) of each pair; log 2 at the base."""
@@ -98,7 +78,7 @@ class DiffusionDpo(Offline):
             base = self._errors(micro, ctx)
         with self.roles.use("policy"):
             own = self._errors(micro, ctx)
-        losses = dpo(Errors(own[0], own[1], base[0], base[1]), self.beta, 0.0)
+        losses = dpo(Errors(own[0], own[1], base[0], base[1]), self.config.beta, 0.0)
         margin = ((base - own)[0] - (base - own)[1]).detach()
         metrics: dict[str, float | Tensor] = {
             "loss/dpo": losses.detach().sum(),

@@ -15,9 +15,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gencontrol.algorithms.base import Evaluation, RolesProtocol, StepContext
-from gencontrol.algorithms.online.preference import draw_times, predict
-from gencontrol.algorithms.online.rollout import Sampling, autocast, chunks, device_of, generate, score
-from gencontrol.algorithms.online.sets import Scores
+from gencontrol.algorithms.online.rollout import (
+    Sampling,
+    Scores,
+    chunks,
+    device_of,
+    draw_times,
+    generate,
+    predict,
+    score,
+)
 from gencontrol.algorithms.online.task import PromptTask
 from gencontrol.errors import UsageError
 from gencontrol.rewards.base import Reward, SetReward, as_set_reward
@@ -124,7 +131,7 @@ class Comparison:
         for part in chunks(len(latents), ctx.micro_batch):
             outputs = []
             for who in ("ref", role):
-                with self.roles.use(who), autocast(ctx):
+                with self.roles.use(who), ctx.autocast():
                     outputs.append(
                         predict(self.task.denoiser, latents[part], t[part], noise[part], index_cond(cond, part))[0]
                     )

@@ -1,35 +1,41 @@
-"""Groups of on-policy samples with their scores: the part that all prompt-conditioned methods share.
+"""Samples of a model on prompts: drawn, scored, compared inside their groups, and noised again.
 
 Everything random is a pure function of (seed, stream name, step, row): row i of a pool is the same sample in any
 micro-batch and on any number of ranks.  A pool has `groups × generations` rows, the generations of a prompt adjacent.
+
+Advantages are A = (r − mean of its prompt group)/std, clipped; the mean removes what all samples of a prompt share, the
+spread makes the learning rate independent of the reward's unit.  Rule and floor are those of Flow-GRPO's and
+DiffusionNFT's code (PORT; methods/crd.md §3).
 """
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from gencontrol.algorithms.base import Collectives, StepContext
-from gencontrol.algorithms.online.sets import Scores
 from gencontrol.algorithms.online.task import PromptTask
 from gencontrol.errors import RewardError, UsageError
-from gencontrol.models.denoiser import TakesGroups
-from gencontrol.rewards.base import Reward, SetReward, as_set_reward
-from gencontrol.rng import item_generators, stream
+from gencontrol.models.denoiser import Denoiser, TakesGroups
+from gencontrol.process.gaussian import GaussianProcess
+from gencontrol.rewards.base import Features, Reward, SetReward, as_set_reward
+from gencontrol.rng import stream
 from gencontrol.sampling import Path, sample
 from gencontrol.sampling.guidance import cfg
 from gencontrol.sampling.state import Step
-from gencontrol.types import Cond, Grouped, RewardContext, cond_to, grouped, index_cond
+from gencontrol.types import Cond, Grouped, RewardContext, grouped, index_cond
 
+Spread = Literal["global", "group"]
+
+#: Added to a standard deviation (PORT): groups of nearly equal rewards must not become advantages of size 1.
+FLOOR = 1e-4
 #: prefix of the values of a weighted sum's parts while they are collected
 _PART = "part/"
 
@@ -41,6 +47,41 @@ class Sampling:
     steps: int
     sampler: str | Step
     guidance_scale: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a reward says about a pool of samples: `values` for an item reward, `features` for a set reward.
+
+    `parts` holds the values of each reward of a weighted sum of item rewards, by name; `reasons` counts why samples of
+    this rank could not be scored, where the reward says it.
+    """
+
+    valid: Bool[Tensor, " pool"]
+    values: Float[Tensor, " pool"] | None = None
+    features: Features | None = None
+    parts: Mapping[str, Float[Tensor, " pool"]] = field(default_factory=dict)
+    reasons: Mapping[str, int] = field(default_factory=dict)
+
+
+def item_values(reward: Reward | SetReward, scores: Scores) -> Float[Tensor, " pool"]:
+    """Return item values, or the influence R(S) − R(S∖i) of each valid item in the set of all valid items."""
+    if scores.values is not None:
+        return scores.values
+    assert scores.features is not None
+    rows = scores.valid.nonzero().flatten()
+    values = torch.zeros(len(scores.valid), dtype=torch.float64)
+    if len(rows):
+        values[rows] = as_set_reward(reward).state(scores.features, rows).influence().double().cpu()
+    return values
+
+
+def reward_of(reward: Reward | SetReward, scores: Scores, rows: Int64[Tensor, " n"]) -> float:
+    """Return the reward of a set of pool rows: the mean of an item reward, or the value of a set reward."""
+    if scores.values is not None:
+        return float(scores.values[rows].double().mean())
+    assert scores.features is not None
+    return float(as_set_reward(reward).evaluate({key: value[rows] for key, value in scores.features.items()}))
 
 
 @dataclass(frozen=True)
@@ -56,7 +97,6 @@ class Pool:
     generations: int
     first_row: int
     scores: Scores
-    seconds: dict[str, float]
     path: Path | None = None
     shared: bool = False
 
@@ -77,11 +117,6 @@ class Pool:
 def device_of(task: PromptTask) -> torch.device:
     """Return the device of the denoiser's parameters."""
     return next(task.denoiser.parameters()).device
-
-
-def autocast(ctx: StepContext) -> AbstractContextManager[Any]:
-    """Return the context manager of the run's precision."""
-    return ctx.autocast() if ctx.autocast is not None else nullcontext()
 
 
 def chunks(count: int, size: int) -> Iterator[slice]:
@@ -131,7 +166,7 @@ def ready(task: PromptTask, scale: float, cond: Cond, ctx: StepContext) -> tuple
     network = task.denoiser.network
     if not isinstance(cond, Grouped) or not isinstance(network, TakesGroups):
         return guided(task, scale), cond
-    with autocast(ctx):
+    with ctx.autocast():
         if scale == 1.0 or task.uncond is None:
             return guided(task, scale), network.prepare(cond)
         empty = network.prepare(Grouped(task.uncond, torch.zeros(1, dtype=torch.int64)))
@@ -165,7 +200,7 @@ def generate(
             cond=index_cond(cond, part),
             callback=lambda index, t, x: ctx.poll(),
         )
-        with autocast(ctx):
+        with ctx.autocast():
             if record is None:
                 latents = draw()
             else:
@@ -220,7 +255,8 @@ def score(
     return Scores(valid, merged["values"], parts=parts, reasons=reasons), kept
 
 
-def _gathered(scores: Scores, group: Collectives) -> Scores:
+def gathered(scores: Scores, group: Collectives) -> Scores:
+    """Return the scores of all ranks' rows, in rank order."""
     return Scores(
         valid=group.gather_rows(scores.valid),
         values=None if scores.values is None else group.gather_rows(scores.values),
@@ -241,77 +277,97 @@ def joined(parts: Sequence[Path]) -> Path:
     )
 
 
-def _draw(
-    task: PromptTask,
-    reward: Reward | SetReward,
-    prompts: list[str],
+# ---------------------------------------------------------------- advantages
+
+
+def group_advantages(
+    values: Float[Tensor, " n"],
+    valid: Bool[Tensor, " n"],
     generations: int,
-    how: Sampling,
-    ctx: StepContext,
-    noise: tuple[int, str],
-    record: list[Path] | None,
-) -> Pool:
-    """Sample and score this rank's share of the groups; `noise` is (seed, stream name); see `generate` for `record`."""
-    count = len(prompts) // ctx.world_size
-    mine = prompts[ctx.rank * count : (ctx.rank + 1) * count]
-    first = ctx.rank * count * generations
-    began = time.perf_counter()
-    with ctx.group.all_or_none(ctx.poll):
-        cond = cond_to(task.encode(mine), device_of(task))
-        rows = torch.arange(len(mine)).repeat_interleave(generations)
-        generators = item_generators(*noise, range(first, first + len(rows)))
-        latents = generate(task, grouped(cond, rows), generators, how, ctx, record=record)
-        drawn = time.perf_counter()
-        scores, _ = score(task, reward, latents, [mine[i] for i in rows.tolist()], ctx)
-    seconds = {"time/rollout": drawn - began, "time/reward": time.perf_counter() - drawn}
-    path = joined(record) if record else None
-    return Pool(
-        latents,
-        cond,
-        generations,
-        first,
-        _gathered(scores, ctx.group),
-        seconds,
-        path,
-        isinstance(task.denoiser.network, TakesGroups),
-    )
-
-
-def draw_pool(
-    task: PromptTask,
-    reward: Reward | SetReward,
-    how: Sampling,
-    ctx: StepContext,
     *,
-    seed: int,
-    name: str,
-    groups: int,
-    generations: int,
-    min_valid: float,
-    keep_path: bool = False,
-) -> tuple[Pool, dict[str, float]]:
-    """Sample and score the groups of this step with the active weights; returns the pool and metrics.
+    spread: Spread = "global",
+    clip: float = 5.0,
+) -> Float[Tensor, " n"]:
+    """Return the clipped advantage of each sample in its group of `generations` neighbours; 0 where invalid.
 
-    Below `min_valid` valid groups the pool is drawn once more with other noise.  With `keep_path` the pool has a path.
+    Args:
+        values: rewards in any unit; invalid items may hold anything.
+        valid: which items count; an invalid one enters neither mean nor spread.
+        generations: samples per prompt, adjacent; divides n.
+        spread: "global" divides by the standard deviation of all valid rewards, "group" by that of the own group.
+        clip: largest size of an advantage, > 0 (5, PORT).
 
     Raises:
-        RewardError: too few groups are valid twice in a row.
-        UsageError: the groups do not divide over the ranks.
+        ValueError: n is not a multiple of `generations`, or `spread` is unknown.
     """
-    if groups % ctx.world_size:
-        raise UsageError(f"{groups} groups per round do not divide over {ctx.world_size} processes; use a multiple.")
-    prompts = prompts_of_step(task.prompts, groups, seed, f"{name}/prompts", ctx.step)
-    for attempt in range(2):
-        noise = f"{name}/noise" if attempt == 0 else f"{name}/redraw"
-        record: list[Path] | None = [] if keep_path else None
-        pool = _draw(task, reward, prompts, generations, how, ctx, (seed, f"{noise}/{ctx.step}"), record)
-        valid = float(pool.scores.valid.view(-1, generations).all(1).double().mean())
-        if valid >= min_valid:
-            items = float(pool.scores.valid.double().mean())
-            metrics = {"reward/valid_fraction": items, "rollout/valid_groups": valid, "rollout/redrawn": float(attempt)}
-            return pool, metrics | pool.seconds
-    why = "; ".join(f"{reason} ({count})" for reason, count in pool.scores.reasons.items())
-    raise RewardError(
-        f"reward '{reward.name}' was valid for {valid:.0%} of the groups, twice; at least {min_valid:.0%} are needed: "
-        f"{why or 'look at the samples'}; mend the reward or its inputs, or lower min_valid."
-    )
+    if generations < 1 or len(values) % generations:
+        raise ValueError(f"{len(values)} rewards do not divide into groups of {generations}; give whole groups")
+    if spread not in ("global", "group"):
+        raise ValueError(f"spread = {spread!r}; expected 'global' or 'group'")
+    grid = torch.where(valid, values, torch.zeros_like(values)).double().view(-1, generations)
+    mask = valid.view(-1, generations).double()
+    count = mask.sum(1, keepdim=True).clamp_min(1.0)
+    centred = (grid - grid.sum(1, keepdim=True) / count) * mask
+    if spread == "group":
+        scale = (centred.square().sum(1, keepdim=True) / count).sqrt()
+    else:
+        kept = values[valid].double()
+        scale = kept.std(unbiased=False) if len(kept) else torch.zeros((), dtype=torch.float64, device=values.device)
+    return (centred / (scale + FLOOR)).clamp(-clip, clip).flatten().to(values.dtype)
+
+
+def combined_advantages(
+    parts: Sequence[tuple[Float[Tensor, " n"], float]],
+    valid: Bool[Tensor, " n"],
+    generations: int,
+    *,
+    spread: Spread = "global",
+    clip: float = 5.0,
+) -> Float[Tensor, " n"]:
+    """Normalise each reward for itself, add with its weight, normalise the sum: "gdpo" (PORT, crd.md §3.4).
+
+    So no reward dominates by its unit or spread.  `parts` are (values, weight); a single part of weight 1 is
+    `group_advantages` of it (up to the floor).
+    """
+    total = torch.zeros(len(valid), dtype=torch.float64, device=valid.device)
+    for values, weight in parts:
+        total += weight * group_advantages(values.double(), valid, generations, spread=spread, clip=clip)
+    if len(parts) == 1:
+        return total.clamp(-clip, clip).to(parts[0][0].dtype)
+    return group_advantages(total, valid, generations, spread=spread, clip=clip).to(parts[0][0].dtype)
+
+
+def zero_spread_share(values: Float[Tensor, " n"], valid: Bool[Tensor, " n"], generations: int) -> float:
+    """Return the share of groups whose valid rewards are all equal: they carry no preference."""
+    grid, mask = values.view(-1, generations).double(), valid.view(-1, generations)
+    high = torch.where(mask, grid, -torch.inf).amax(1)
+    low = torch.where(mask, grid, torch.inf).amin(1)
+    return float((high <= low).double().mean())
+
+
+# ---------------------------------------------------------------- noised samples
+
+
+def predict(
+    denoiser: Denoiser, x0: Float[Tensor, "b *d"], t: Float[Tensor, " b"], noise: Float[Tensor, "b *d"], cond: Cond
+) -> tuple[Float[Tensor, "b *d"], Float[Tensor, "b *d"]]:
+    """Return the network's own prediction at x_t and its target r·(x0, eps), both float32."""
+    assert isinstance(denoiser.process, GaussianProcess)
+    xt = denoiser.process.corrupt(x0, t, noise)
+    return denoiser(xt, t, cond).raw.float(), denoiser.target(x0, noise, t).float()
+
+
+def denoising_error(
+    denoiser: Denoiser, x0: Float[Tensor, "b *d"], t: Float[Tensor, " b"], noise: Float[Tensor, "b *d"], cond: Cond
+) -> Float[Tensor, " b"]:
+    """Return ℓ(x0; t, noise) per item: the squared prediction error averaged over the data axes."""
+    prediction, target = predict(denoiser, x0, t, noise, cond)
+    return (prediction - target).square().flatten(1).mean(1)
+
+
+def draw_times(count: int, seed: int, name: str, *indices: int) -> Float[Tensor, " count"]:
+    """Return `count` times, each uniform on (0, 1), jointly stratified and in random order (lower variance; ours)."""
+    generator = stream(seed, name, *indices)
+    offset = torch.rand((), generator=generator, dtype=torch.float64)
+    grid = (torch.arange(count, dtype=torch.float64) + offset) / count
+    return grid[torch.randperm(count, generator=generator)].float().clamp(1e-4, 1 - 1e-4)

@@ -9,22 +9,26 @@ one sampler step, cut as the rollout was, so that before the first update every 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from gencontrol.algorithms.base import Collected, LossOut, StepContext
-from gencontrol.algorithms.online.advantages import zero_spread_share
-from gencontrol.algorithms.online.anchor import anchor_penalty, reference_velocity
-from gencontrol.algorithms.online.rollout import Pool, Sampling, autocast, chunks, guided
-from gencontrol.algorithms.online.sets import item_values, reward_of
+from gencontrol.algorithms.online.base import OnPolicyConfig, Several, Tuning, anchor_penalty
+from gencontrol.algorithms.online.rollout import (
+    Sampling,
+    chunks,
+    guided,
+    item_values,
+    reward_of,
+    zero_spread_share,
+)
 from gencontrol.algorithms.online.task import PromptTask
-from gencontrol.algorithms.online.tuning import RewardTuning, check_counts, check_tuning
-from gencontrol.config import options
+from gencontrol.config import Count, Natural, NonNegative, Positive, options
 from gencontrol.errors import UsageError
 from gencontrol.models.denoiser import Pred
 from gencontrol.models.roles import Roles
@@ -38,61 +42,39 @@ from gencontrol.types import Cond, index_cond
 
 
 @options
-class PathConfig:
-    """Options that the policy gradients share.
+class PathConfig(OnPolicyConfig):
+    """Options that the policy gradients share; an update takes its share of every process's samples.
+
+    The sampler is the evaluation's: rollouts need the method's own stochastic step.
 
     Args:
-        prompts_per_round, generations: prompts drawn per round over all processes, and samples of each.
-        updates_per_round: optimizer steps per round; each takes its share of every process's samples.
         train_steps: sampler steps trained on per round, drawn anew each round; 0 = all that are stochastic.
-        clip_ratio: the likelihood ratio counts up to 1 ± this, > 0.
-        advantage_clip: largest size of an advantage, > 0.
-        kl: weight of the path KL to the base, Σ over data axes of (mean − mean_ref)²/(2·std²) of a step, reduced like
-            the log-probability; 0 = none.
+        clip_range: the likelihood ratio counts up to 1 ± this, > 0.
+        adv_clip: largest size of an advantage, > 0.
+        path_kl_coef: weight of the path KL to the base, Σ over data axes of (mean − mean_ref)²/(2·std²) of a step,
+            reduced like the log-probability; 0 = none.  `kl_coef` is the pull of the velocity instead.
         reduce: "mean" averages log-probability and KL over the data axes (PORT), "sum" is the true density.
-        anchor, anchor_scale: weight (0 = none) and guidance scale of the pull of the velocity to the guided base; see
-            `gencontrol.algorithms.online.anchor`.
         demo_steps: sampler steps of a rollout, at least 2.
-        eval_steps, sampler, guidance_scale: evaluation's steps and sampler; guidance of rollouts and evaluation.
-        ema_decay: of the averaged weights that evaluation and the final model use; 0 = use the policy.
-        min_valid: least share of prompts with valid rewards; below it the round is drawn once more.
-        eval_samples: samples per evaluation prompt.
     """
 
-    prompts_per_round: int = 48
-    generations: int = 24
-    updates_per_round: int = 2
-    train_steps: int = 0
-    clip_ratio: float = 1e-3
-    advantage_clip: float = 5.0
-    kl: float = 0.04
+    renamed: ClassVar[dict[str, str]] = {"kl": "path_kl_coef"}
+
+    prompts_per_round: Count = 48
+    generations: Count = 24
+    updates_per_round: Count = 2
+    demo_steps: Several = 10
+    train_steps: Natural = 0
+    clip_range: Positive = 1e-3
+    adv_clip: Positive = 5.0
+    path_kl_coef: NonNegative = 0.04
     reduce: Literal["mean", "sum"] = "mean"
-    anchor: float = 0.0
-    anchor_scale: float = 1.0
-    demo_steps: int = 10
-    eval_steps: int = 40
-    sampler: str = "euler"
-    guidance_scale: float = 1.0
-    ema_decay: float = 0.99
-    min_valid: float = 0.8
-    eval_samples: int = 1
 
     def __post_init__(self) -> None:
-        check_tuning(self)
-        check_counts(self, "prompts_per_round", "updates_per_round")
-        for name in ("clip_ratio", "advantage_clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} = {getattr(self, name)}; expected a number above 0")
-        for name in ("kl", "anchor", "anchor_scale"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} = {getattr(self, name)}; expected a number of at least 0")
-        if self.demo_steps < 2 or not 0 <= self.train_steps < self.demo_steps:
+        if self.train_steps >= self.demo_steps:
             raise ValueError(
-                f"demo_steps = {self.demo_steps}, train_steps = {self.train_steps}; expected at least 2 sampler steps, "
-                "and at most demo_steps − 1 to train (the last is deterministic)"
+                f"train_steps = {self.train_steps}; expected at most demo_steps − 1 = {self.demo_steps - 1} (the last "
+                "step is deterministic)"
             )
-        if self.reduce not in ("mean", "sum"):
-            raise ValueError(f"reduce = {self.reduce!r}; expected 'mean' or 'sum'")
 
 
 @dataclass(frozen=True)
@@ -129,29 +111,26 @@ def clipped_surrogate(
     return torch.maximum(free, bounded), (bounded > free).float()
 
 
-class PathGradient(RewardTuning):
+class PathGradient(Tuning):
     """Base of the policy gradients on sampler steps: all but the step and the advantages."""
 
-    def __init__(
-        self,
-        name: str,
-        task: PromptTask,
-        reward: Reward | SetReward,
-        config: PathConfig,
-        roles: Roles,
-        seed: int,
-        step: StochasticStep,
-    ) -> None:
-        """Set up; arguments and errors are those of `Tuning`, `step` draws the rollouts.
+    config: PathConfig
+
+    def __init__(self, task: PromptTask, reward: Reward | SetReward, config: Any, *, roles: Roles, seed: int) -> None:
+        """Set up; arguments and errors are those of `Tuning`.
 
         Raises:
             UsageError: the model is no Gaussian process.
         """
         if not isinstance(task.denoiser.process, GaussianProcess):
-            raise UsageError(f"{name} trains Gaussian sampler steps; a masked-token model has none.")
-        super().__init__(name, task, reward, config, roles, seed)
-        self.config, self.step, self.process = config, step, task.denoiser.process
-        self.rollout = Sampling(config.demo_steps, step, config.guidance_scale)
+            raise UsageError(f"{self.name} trains Gaussian sampler steps; a masked-token model has none.")
+        super().__init__(task, reward, config, roles=roles, seed=seed)
+        self.step, self.process = self.rollout_step(config), task.denoiser.process
+
+    @staticmethod
+    @abstractmethod
+    def rollout_step(config: Any) -> StochasticStep:
+        """Return the step that draws the rollouts."""
 
     @abstractmethod
     def advantages(
@@ -164,28 +143,25 @@ class PathGradient(RewardTuning):
     def collect(self, ctx: StepContext) -> Collected:
         """Draw paths with the policy and score their ends."""
         cfg = self.config
-        pool, metrics = self.shell.draw(cfg.prompts_per_round, ctx, path_of=self.rollout)
+        pool, metrics = self.draw(ctx, path_of=Sampling(cfg.demo_steps, self.step, cfg.guidance_scale))
         valid = pool.scores.valid
         if not bool(valid.any()):
             return Collected(None, 0, metrics)
-        values = item_values(self.shell.reward, pool.scores)
+        values = item_values(self.reward, pool.scores)
         weights, own = self.advantages(values, valid, ctx)
         metrics |= own | {
-            "reward/mean": reward_of(self.shell.reward, pool.scores, valid.nonzero().flatten()),
+            "reward/mean": reward_of(self.reward, pool.scores, valid.nonzero().flatten()),
             "reward/zero_spread_groups": zero_spread_share(values, valid, cfg.generations),
             "policy/advantage_abs": float(weights[valid].abs().mean()),
         }
-        return Collected(self._round(pool, weights, ctx), cfg.updates_per_round, metrics)
-
-    def _round(self, pool: Pool, weights: Float[Tensor, " n"], ctx: StepContext) -> PathRound:
-        """Keep this rank's valid rows and choose the sampler steps."""
-        path = pool.path
+        path, device = pool.path, pool.latents.device
         assert path is not None and path.log_probs is not None
         mine = torch.arange(pool.first_row, pool.first_row + len(pool.latents))
-        mine = mine[pool.scores.valid[mine]]
-        rows, device = mine - pool.first_row, pool.latents.device
+        mine = mine[valid[mine]]
+        rows = mine - pool.first_row
+        # all rows: a view, since the path is the largest thing in memory
         kept: Any = slice(None) if len(rows) == len(pool.latents) else rows.to(device)
-        return PathRound(
+        data = PathRound(
             path.states[:, kept],
             path.log_probs[:, kept],
             weights[mine].float().to(device),
@@ -193,12 +169,13 @@ class PathGradient(RewardTuning):
             path.times,
             self.steps_of(ctx.step),
         )
+        return Collected(data, cfg.updates_per_round, metrics)
 
     def steps_of(self, step: int) -> tuple[int, ...]:
         """Return the sampler steps that a round trains on, in order: a fresh subset, the same on all ranks."""
         stochastic = self.config.demo_steps - 1
         count = self.config.train_steps or stochastic
-        order = torch.randperm(stochastic, generator=stream(self.seed, f"{self.shell.name}/steps", step))
+        order = torch.randperm(stochastic, generator=stream(self.seed, f"{self.name}/steps", step))
         return tuple(sorted(order[:count].tolist()))
 
     def minibatches(self, data: PathRound, update: int, ctx: StepContext) -> Iterable[PathMicro]:
@@ -223,35 +200,25 @@ class PathGradient(RewardTuning):
     def _moments(self, micro: PathMicro, ctx: StepContext) -> tuple[Tensor, Scalar, Pred]:
         """Return mean and deviation of the step under the active role, guided as in the rollout, and its prediction."""
         w0, w1, std = self.step.weights(self.process, micro.t, micro.t_next, micro.x)
-        with autocast(ctx):
-            pred = guided(self.shell.task, self.config.guidance_scale)(micro.x, micro.t, micro.cond)
+        with ctx.autocast():
+            pred = guided(self.task, self.config.guidance_scale)(micro.x, micro.t, micro.cond)
         assert isinstance(pred, Pred)
         return pred.mix(w0, w1), std, pred
-
-    @torch.no_grad()
-    def _references(self, micro: PathMicro, ctx: StepContext) -> tuple[Tensor | None, Tensor | None]:
-        """Return the base's step mean and guided velocity where kl and anchor ask for them."""
-        mean, velocity = None, None
-        if self.config.kl:
-            with self.roles.use("ref"):
-                mean = self._moments(micro, ctx)[0]
-        if self.config.anchor:
-            t = torch.full((len(micro.x),), micro.t, device=micro.x.device)
-            scale = self.config.anchor_scale
-            with autocast(ctx):
-                velocity = reference_velocity(self.shell.task, self.roles, micro.x, t, micro.cond, scale)
-        return mean, velocity
 
     def loss(self, micro: PathMicro, ctx: StepContext) -> LossOut:
         """Clipped surrogate of one sampler step, plus KL and anchor where their weights are above 0."""
         ctx.poll()
         cfg = self.config
         axes = micro.x[0].numel() if cfg.reduce == "mean" else 1
-        base_mean, base_velocity = self._references(micro, ctx)
+        base_mean = None
+        if cfg.path_kl_coef:
+            with self.roles.use("ref"), torch.no_grad():
+                base_mean = self._moments(micro, ctx)[0]
+        base = self.base_at(micro.x, torch.full((len(micro.x),), micro.t, device=micro.x.device), micro.cond, ctx)
         with self.roles.use("policy"):
             mean, std, pred = self._moments(micro, ctx)
         log_ratio = (gaussian_log_prob(micro.x_next, mean, std) - micro.log_prob) / axes
-        losses, bounded = clipped_surrogate(log_ratio, micro.advantages, cfg.clip_ratio)
+        losses, bounded = clipped_surrogate(log_ratio, micro.advantages, cfg.clip_range)
         change = log_ratio.detach()
         metrics: dict[str, float | Tensor] = {
             "loss/surrogate": losses.detach().sum(),
@@ -261,18 +228,8 @@ class PathGradient(RewardTuning):
         }
         if base_mean is not None:
             kl = self.process.path_kl(mean, base_mean, std) / axes
-            losses, metrics["policy/kl"] = losses + cfg.kl * kl, kl.detach().sum()
-        if base_velocity is not None:
-            pull = anchor_penalty(pred.velocity, base_velocity)
-            losses, metrics["loss/anchor"] = losses + cfg.anchor * pull, pull.detach().sum()
+            losses, metrics["policy/kl"] = losses + cfg.path_kl_coef * kl, kl.detach().sum()
+        if base is not None:
+            pull = anchor_penalty(pred.velocity, base.velocity)
+            losses, metrics["loss/anchor"] = losses + cfg.kl_coef * pull, pull.detach().sum()
         return LossOut(losses.sum(), len(losses), metrics)
-
-    # ---------------------------------------------------------------- the rest of the contract
-
-    def state_dict(self) -> dict[str, Any]:
-        """Number of updates taken (for the warm-up of the average)."""
-        return {"updates": self.shell.updates}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self.shell.updates = int(state["updates"])

@@ -8,21 +8,19 @@ DRaFT-LV adds re-noised copies of the result to lower the variance of K = 1; Ali
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from gencontrol.algorithms.base import Collected, LossOut, StepContext
-from gencontrol.algorithms.online.anchor import anchor_penalty, reference_velocity
-from gencontrol.algorithms.online.preference import draw_times
-from gencontrol.algorithms.online.rollout import autocast, chunks, device_of, guided, prompts_of_step
+from gencontrol.algorithms.online.base import OnPolicyConfig, Tuning, anchor_penalty
+from gencontrol.algorithms.online.rollout import chunks, device_of, draw_times, guided
 from gencontrol.algorithms.online.task import PromptTask
-from gencontrol.algorithms.online.tuning import RewardTuning, check_counts, check_tuning
-from gencontrol.config import options
+from gencontrol.config import Count, Natural, options
 from gencontrol.errors import RewardError, UsageError
 from gencontrol.models.denoiser import Pred
 from gencontrol.models.roles import Roles
@@ -35,52 +33,31 @@ from gencontrol.types import Cond, RewardContext, cond_to, grouped, index_cond
 
 
 @options
-class DraftConfig:
-    """Options of `Draft`; the shared ones are DRAGON's, the rest is PAPER unless marked.
+class DraftConfig(OnPolicyConfig):
+    """Options of `Draft`; its own are PAPER, the pull to the base and the sizes are ours.
+
+    An update takes its share of the round's samples; `sampler` and `demo_steps` are of the chain that is
+    differentiated, and `min_valid` bounds the share of valid rewards in an update: nothing is drawn twice.
 
     Args:
-        prompts_per_round, generations: prompts drawn per round over all processes, and samples of each.
-        updates_per_round: optimizer steps per round; each takes its share of the samples.
         grad_steps: K, the last sampler steps that carry gradient, 1 to `demo_steps`.
         truncation: "fixed" K, or "random" (AlignProp): uniform on 1 … grad_steps, drawn anew for each update.
         low_variance: re-noised copies whose gradients are averaged with the sample's own (DRaFT-LV; grad_steps must be
             1); 0 = none.
-        anchor, anchor_scale: weight (0 = none) and guidance scale of the pull of the velocity to the guided base
-            (ours); see `gencontrol.algorithms.online.anchor`.
-        demo_steps, sampler, guidance_scale: of the chain that is differentiated; evaluation shares the last two.
-        eval_steps, eval_samples: sampler steps and samples per prompt of the evaluation.
-        ema_decay: of the averaged weights that evaluation and the final model use; 0 = use the policy.
-        min_valid: least share of valid rewards in an update.
     """
 
-    prompts_per_round: int = 64
-    generations: int = 1
-    updates_per_round: int = 4
-    grad_steps: int = 1
-    truncation: str = "fixed"
-    low_variance: int = 0
-    anchor: float = 0.0
-    anchor_scale: float = 1.0
-    demo_steps: int = 20
-    eval_steps: int = 40
-    sampler: str = "euler"
-    guidance_scale: float = 1.0
-    ema_decay: float = 0.99
-    min_valid: float = 0.8
-    eval_samples: int = 1
+    prompts_per_round: Count = 64
+    generations: Count = 1
+    updates_per_round: Count = 4
+    grad_steps: Count = 1
+    truncation: Literal["fixed", "random"] = "fixed"
+    low_variance: Natural = 0
 
     def __post_init__(self) -> None:
-        check_tuning(self)
-        check_counts(self, "prompts_per_round", "updates_per_round", "grad_steps")
         if self.grad_steps > self.demo_steps:
             raise ValueError(f"grad_steps = {self.grad_steps}; the chain has {self.demo_steps} steps (demo_steps)")
-        if self.truncation not in ("fixed", "random"):
-            raise ValueError(f"truncation = {self.truncation!r}; expected 'fixed' or 'random'")
-        if self.low_variance < 0 or (self.low_variance and self.grad_steps != 1):
-            raise ValueError(f"low_variance = {self.low_variance}; expected at least 0, and grad_steps = 1 with it")
-        for name in ("anchor", "anchor_scale"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} = {getattr(self, name)}; expected a number of at least 0")
+        if self.low_variance and self.grad_steps != 1:
+            raise ValueError(f"low_variance = {self.low_variance} needs grad_steps = 1, not {self.grad_steps}")
 
 
 @dataclass(frozen=True)
@@ -112,22 +89,23 @@ def differentiable_rewards() -> list[str]:
     return sorted(name for name, own in kinds.items() if own.get("differentiable") is True)
 
 
-class Draft(RewardTuning):
+class Draft(Tuning):
     """DRaFT-K; see the module docstring."""
 
     Config = DraftConfig
+    config: DraftConfig
     name = "draft"
     title = "DRaFT, direct reward fine-tuning (Clark et al. 2023)"
-    paper, medium = "arXiv:2309.17400", "any"
+    paper = "arXiv:2309.17400"
     summary = "The reward's own gradient is taken back through the last sampler steps."
 
     def __init__(
         self, task: PromptTask, reward: Reward | SetReward, config: DraftConfig, *, roles: Roles, seed: int
     ) -> None:
-        """Set up; `roles.module` is the task's network, with the roles policy, ref and (for ema_decay > 0) ema.
+        """Set up; arguments and errors are those of `Tuning`.
 
         Raises:
-            UsageError: a role is missing, the reward has no gradient, or the model has no Gaussian process.
+            UsageError: the reward has no gradient, or the model has no Gaussian process.
         """
         if not reward.differentiable or reward.kind != "item":
             raise UsageError(
@@ -136,9 +114,8 @@ class Draft(RewardTuning):
             )
         if not isinstance(task.denoiser.process, GaussianProcess):
             raise UsageError("draft differentiates Gaussian sampler steps; a masked-token model has none.")
-        super().__init__("draft", task, reward, config, roles, seed)
-        self.config, self.process = config, task.denoiser.process
-        self.step = make_step(config.sampler, self.process)
+        super().__init__(task, reward, config, roles=roles, seed=seed)
+        self.process, self.step = task.denoiser.process, make_step(config.sampler, task.denoiser.process)
         self._seen = self._valid = 0
 
     # ---------------------------------------------------------------- data rule
@@ -149,12 +126,9 @@ class Draft(RewardTuning):
         Raises:
             UsageError: the prompts do not divide over the ranks.
         """
-        cfg, task = self.config, self.shell.task
-        if cfg.prompts_per_round % ctx.world_size:
-            raise UsageError(f"{cfg.prompts_per_round} prompts do not divide over {ctx.world_size} processes.")
+        cfg, task = self.config, self.task
         count = cfg.prompts_per_round // ctx.world_size
-        prompts = prompts_of_step(task.prompts, cfg.prompts_per_round, self.seed, "draft/prompts", ctx.step)
-        mine = prompts[ctx.rank * count : (ctx.rank + 1) * count]
+        mine = self.prompts(ctx)[ctx.rank * count : (ctx.rank + 1) * count]
         with ctx.group.all_or_none(ctx.poll):
             cond = cond_to(task.encode(mine), device_of(task))
         rows = torch.arange(count).repeat_interleave(cfg.generations)
@@ -186,9 +160,9 @@ class Draft(RewardTuning):
 
     def _sample(self, micro: DraftMicro, ctx: StepContext) -> Float[Tensor, "n *d"]:
         """Draw the samples with the active weights; the last K steps keep their graph."""
-        task, cfg = self.shell.task, self.config
+        task, cfg = self.task, self.config
         name = f"draft/noise/{ctx.step}/{micro.update}"
-        with autocast(ctx):
+        with ctx.autocast():
             return sample(
                 guided(task, cfg.guidance_scale),
                 (len(micro.items), *task.latent_shape),
@@ -206,8 +180,8 @@ class Draft(RewardTuning):
         name = f"draft/copy/{ctx.step}/{micro.update}/{copy}"
         noise = item_noise(x0.shape[1:], self.seed, name, micro.items.tolist()).to(x0.device)
         xt = self.process.corrupt(x0.detach(), t, noise)
-        with autocast(ctx):
-            pred = guided(self.shell.task, self.config.guidance_scale)(xt, t, micro.cond)
+        with ctx.autocast():
+            pred = guided(self.task, self.config.guidance_scale)(xt, t, micro.cond)
         assert isinstance(pred, Pred)
         return pred.x0
 
@@ -217,7 +191,7 @@ class Draft(RewardTuning):
         Raises:
             RewardError: another number of values than samples, or values without a gradient.
         """
-        task, reward = self.shell.task, self.shell.reward
+        task, reward = self.task, self.reward
         samples = task.decode(x0)
         out = reward(samples, RewardContext(prompts=micro.prompts, sampling_rate=task.sampling_rate))
         if len(out.values) != len(x0):
@@ -244,23 +218,22 @@ class Draft(RewardTuning):
             "policy/depth": float(micro.depth * len(values)),
         }
         self._seen, self._valid = self._seen + len(valid), self._valid + int(valid.sum())
-        if cfg.anchor:
+        if cfg.kl_coef:
             pull = self._anchor(x0.detach(), micro, ctx)
-            losses, metrics["loss/anchor"] = losses + cfg.anchor * pull, pull.detach().sum()
+            losses, metrics["loss/anchor"] = losses + cfg.kl_coef * pull, pull.detach().sum()
         return LossOut(losses.sum(), len(losses), metrics)
 
     def _anchor(self, x0: Float[Tensor, "n *d"], micro: DraftMicro, ctx: StepContext) -> Float[Tensor, " n"]:
         """Distance of the policy's velocity from the guided base's at noised samples."""
-        task = self.shell.task
         name = f"draft/eps/{ctx.step}/{micro.update}"
         noise = item_noise(x0.shape[1:], self.seed, name, micro.items.tolist()).to(x0.device)
         t = micro.t.to(x0.device)
         xt = self.process.corrupt(x0, t, noise)
-        with autocast(ctx):
-            base = reference_velocity(task, self.roles, xt, t, micro.cond, self.config.anchor_scale)
-            with self.roles.use("policy"):
-                pred = task.denoiser(xt, t, micro.cond)
-        return anchor_penalty(pred.velocity, base)
+        base = self.base_at(xt, t, micro.cond, ctx)
+        assert base is not None
+        with self.roles.use("policy"), ctx.autocast():
+            velocity = self.task.denoiser(xt, t, micro.cond).velocity
+        return anchor_penalty(velocity, base.velocity)
 
     # ---------------------------------------------------------------- the rest of the contract
 
@@ -272,15 +245,7 @@ class Draft(RewardTuning):
         """
         if self._valid < self.config.min_valid * self._seen:
             raise RewardError(
-                f"reward '{self.shell.reward.name}' was valid for {self._valid} of {self._seen} samples; at least "
+                f"reward '{self.reward.name}' was valid for {self._valid} of {self._seen} samples; at least "
                 f"{self.config.min_valid:.0%} are needed: look at the samples, or lower min_valid."
             )
         super().after_update(ctx, update)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Number of updates taken (for the warm-up of the average)."""
-        return {"updates": self.shell.updates}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self.shell.updates = int(state["updates"])

@@ -17,12 +17,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gencontrol.algorithms.base import StepContext
-from gencontrol.algorithms.online.advantages import FLOOR, Spread, group_advantages
-from gencontrol.algorithms.online.rollout import prompts_of_step
+from gencontrol.algorithms.online.base import Several
+from gencontrol.algorithms.online.rollout import FLOOR, Spread, group_advantages
 from gencontrol.algorithms.online.task import PromptTask
-from gencontrol.algorithms.online.tuning import check_counts
 from gencontrol.algorithms.path.base import PathConfig, PathGradient
-from gencontrol.config import options
+from gencontrol.config import Count, NonNegative, Positive, options
 from gencontrol.models.roles import Roles
 from gencontrol.rewards.base import Reward, SetReward
 from gencontrol.sampling.steps import Ddim, Sde
@@ -37,47 +36,34 @@ class FlowGrpoConfig(PathConfig):
         spread: standard deviation that divides advantages: of all rewards ("global") or of the group ("group").
     """
 
-    noise: float = 0.7
+    generations: Several = 24
+    noise: Positive = 0.7
     spread: Spread = "global"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.noise > 0:
-            raise ValueError(f"noise = {self.noise}; expected a number above 0 (without noise a step has no density)")
-        if self.generations < 2:
-            raise ValueError(f"generations = {self.generations}; a group needs at least 2 samples to compare")
-        if self.spread not in ("global", "group"):
-            raise ValueError(f"spread = {self.spread!r}; expected 'global' or 'group'")
 
 
 class FlowGrpo(PathGradient):
     """Flow-GRPO; see the module docstring."""
 
     Config = FlowGrpoConfig
+    config: FlowGrpoConfig
     name = "flow-grpo"
     title = "Flow-GRPO (Liu et al. 2025)"
-    paper, medium = "arXiv:2505.05470", "any"
+    paper = "arXiv:2505.05470"
     summary = (
         "A clipped policy gradient on the steps of a stochastic sampler, with advantages inside each prompt's group."
     )
 
-    def __init__(
-        self, task: PromptTask, reward: Reward | SetReward, config: FlowGrpoConfig, *, roles: Roles, seed: int
-    ) -> None:
-        """Set up; `roles.module` is the task's network, with the roles policy, ref and (for ema_decay > 0) ema.
-
-        Raises:
-            UsageError: a role is missing, or the model has no Gaussian process.
-        """
-        super().__init__("flow-grpo", task, reward, config, roles, seed, Sde(config.noise / 2**0.5))
-        self.grouping: tuple[Spread, int] = (config.spread, config.generations)
+    @staticmethod
+    def rollout_step(config: FlowGrpoConfig) -> Sde:
+        """The flow's SDE."""
+        return Sde(config.noise / 2**0.5)
 
     def advantages(
         self, values: Float[Tensor, " n"], valid: Tensor, ctx: StepContext
     ) -> tuple[Float[Tensor, " n"], dict[str, float]]:
         """Centre the rewards in each prompt's group."""
-        spread, generations = self.grouping
-        return group_advantages(values, valid, generations, spread=spread, clip=self.config.advantage_clip), {}
+        cfg = self.config
+        return group_advantages(values, valid, cfg.generations, spread=cfg.spread, clip=cfg.adv_clip), {}
 
 
 @options
@@ -89,19 +75,18 @@ class DdpoConfig(PathConfig):
         min_history: below this many the statistics of the whole round serve.
     """
 
-    prompts_per_round: int = 256
-    generations: int = 1
-    clip_ratio: float = 1e-4
-    kl: float = 0.0
-    demo_steps: int = 50
-    eval_steps: int = 50
+    prompts_per_round: Count = 256
+    generations: Count = 1
+    clip_range: Positive = 1e-4
+    path_kl_coef: NonNegative = 0.0
+    demo_steps: Several = 50
+    eval_steps: Count = 50
     sampler: str = "sde"
-    history: int = 32
-    min_history: int = 16
+    history: Count = 32
+    min_history: Count = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self, "history", "min_history")
         if self.min_history > self.history:
             raise ValueError(f"min_history = {self.min_history}; expected at most history = {self.history}")
 
@@ -136,30 +121,31 @@ class Ddpo(PathGradient):
     """DDPO; see the module docstring.  `collect` moves the record of rewards, which `state_dict` holds."""
 
     Config = DdpoConfig
+    config: DdpoConfig
     name = "ddpo"
     title = "DDPO (Black et al. 2023)"
-    paper, medium = "arXiv:2305.13301", "any"
+    paper = "arXiv:2305.13301"
     summary = "A clipped policy gradient on the steps of DDIM, with rewards normalised by a record of each prompt."
 
     def __init__(
         self, task: PromptTask, reward: Reward | SetReward, config: DdpoConfig, *, roles: Roles, seed: int
     ) -> None:
-        """Set up; `roles.module` is the task's network, with the roles policy, ref and (for ema_decay > 0) ema.
-
-        Raises:
-            UsageError: a role is missing, or the model has no Gaussian process.
-        """
-        super().__init__("ddpo", task, reward, config, roles, seed, Ddim(eta=1.0))
+        """Set up; arguments and errors are those of `PathGradient`."""
+        super().__init__(task, reward, config, roles=roles, seed=seed)
         self.record = PromptRecord(config.history, config.min_history)
+
+    @staticmethod
+    def rollout_step(config: DdpoConfig) -> Ddim:
+        """DDIM with the noise of the ancestral chain."""
+        return Ddim(eta=1.0)
 
     def advantages(
         self, values: Float[Tensor, " n"], valid: Tensor, ctx: StepContext
     ) -> tuple[Float[Tensor, " n"], dict[str, float]]:
         """Normalise by each prompt's record, which all ranks keep alike."""
         cfg = self.config
-        groups = prompts_of_step(self.shell.task.prompts, cfg.prompts_per_round, self.seed, "ddpo/prompts", ctx.step)
-        prompts = [prompt for prompt in groups for _ in range(cfg.generations)]
-        weights = self.record.normalise(prompts, values, valid).clamp(-cfg.advantage_clip, cfg.advantage_clip)
+        prompts = [prompt for prompt in self.prompts(ctx) for _ in range(cfg.generations)]
+        weights = self.record.normalise(prompts, values, valid).clamp(-cfg.adv_clip, cfg.adv_clip)
         return weights, {"reward/prompts_on_record": float(len(self.record.rewards))}
 
     def state_dict(self) -> dict[str, Any]:

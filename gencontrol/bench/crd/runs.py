@@ -51,8 +51,8 @@ METHODS = (
     Method("AWM", "awm", {"updates_per_round": 2}),
     Method("AWM + anchor", "awm", ANCHOR | {"updates_per_round": 2}),
     Method("Flow-GRPO", "flow-grpo", {}),
-    Method("Flow-GRPO + anchor", "flow-grpo", {"kl": 0.0, "anchor": 0.1, "anchor_scale": 3.0}),
-    Method("Flow-GRPO, no KL, rate 1e-3", "flow-grpo", {"kl": 0.0}, 1e-3),
+    Method("Flow-GRPO + anchor", "flow-grpo", {"path_kl_coef": 0.0, "kl_coef": 0.1, "kl_guidance": 3.0}),
+    Method("Flow-GRPO, no KL, rate 1e-3", "flow-grpo", {"path_kl_coef": 0.0}, 1e-3),
     Method("RWR", "rwr", {}),
     Method("RWR + anchor", "rwr", {"kl_coef": 0.1, "kl_guidance": 3.0}),
 )
@@ -92,7 +92,7 @@ SCENES_PLAN = Plan(
     compiled=True,
     measured=(15, 30, 45, 60),
 )
-SCENES_ANCHOR = {"kl_coef": 2.0, "kl_guidance": 2.0, "anchor": 2.0, "anchor_scale": 2.0, "updates_per_round": 1}
+SCENES_ANCHOR = {"kl_coef": 2.0, "kl_guidance": 2.0, "updates_per_round": 1}
 
 
 def of_part(part: str) -> tuple[Method, ...]:

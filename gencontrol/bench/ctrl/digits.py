@@ -115,7 +115,7 @@ def train_ctrl(
     """Train a residual control; returns the algorithm and its final gap (running mean over the labels)."""
     reward = ClassifierReward(reward_model=classifier, device="cpu")
     config = CtrlConfig(
-        batch=batch,
+        prompts_per_round=batch,
         gamma=gamma,
         steps=STEPS,
         checkpointing=False,

@@ -79,7 +79,7 @@ def _mixture_run(label: str, seed: int, iterations: int, batch: int, steps: int,
         2,
         seed=seed,
         steps=steps,
-        batch=batch,
+        prompts_per_round=batch,
         bound_samples=samples,
         **options,
         **extra,
@@ -100,7 +100,7 @@ def _best_run(gamma: float, seed: int, steps: int, samples: int) -> dict[str, fl
 
     reward = two_classes()
     network = ExactNetwork(MEANS, WEIGHTS, STD)
-    ctrl = make_ctrl(reward, network, 2, seed=seed, steps=steps, batch=2, bound_samples=2, gamma=gamma)
+    ctrl = make_ctrl(reward, network, 2, seed=seed, steps=steps, prompts_per_round=2, bound_samples=2, gamma=gamma)
     base, values = ctrl.base_rewards(samples, StepContext(seed=seed, step=0, micro_batch=samples), "bench/truth")
     found: dict[str, float] = {}
     for row in range(len(ctrl.rows)):
@@ -275,7 +275,7 @@ def _linear_run(label: str, seed: int, iterations: int, samples: int, slope: flo
         1,
         seed=seed,
         steps=10,
-        batch=128,
+        prompts_per_round=128,
         bound_samples=16,
         **LINEAR[label],
     )

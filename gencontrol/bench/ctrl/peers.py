@@ -93,7 +93,7 @@ def cfg_samples(
 @torch.no_grad()
 def _labelled(algorithm: CfgFinetune, labels: Tensor, scale: float, seed: int) -> Tensor:
     """Samples of labels by the tuned model under classifier-free guidance."""
-    task = algorithm.shell.task
+    task = algorithm.task
     model = task.denoiser if scale == 1.0 else cfg(task.denoiser, scale, task.uncond)
     parts = [
         sample(

@@ -122,7 +122,7 @@ def _train(pipe: Any, reward: ClassifierReward, effort: Effort, seed: int) -> Ct
         seed=seed,
     )
     config = CtrlConfig(
-        batch=effort.batch,
+        prompts_per_round=effort.batch,
         steps=effort.steps,
         gamma=effort.gamma,
         backprop="adjoint",

@@ -129,7 +129,7 @@ def tune(
         weighted = RwrConfig(prompts_per_round=pairs, **common)
         algorithm = RewardWeightedRegression(toy_task(denoiser, 2), reward, weighted, roles=roles, seed=world.seed)
     else:
-        config = DragonConfig(pairs_per_round=pairs, kl_coef=0.0, **common)  # methods/dragon.md 6a has no pull
+        config = DragonConfig(prompts_per_round=pairs, kl_coef=0.0, **common)  # methods/dragon.md 6a has no pull
         algorithm = Dragon(toy_task(denoiser, 2), reward, config, roles=roles, seed=world.seed)
     records = run_in_memory(algorithm, rounds, Loop(lr), seed=world.seed)
     with roles.use("ema"):

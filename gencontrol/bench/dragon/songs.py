@@ -21,8 +21,8 @@ from torch import Tensor
 from gencontrol.algorithms.base import StepContext
 from gencontrol.algorithms.matching.dragon import Dragon, DragonConfig
 from gencontrol.algorithms.matching.rwr import RewardWeightedRegression, RwrConfig
+from gencontrol.algorithms.matching.sets import build_sets
 from gencontrol.algorithms.online.rollout import Sampling, generate, score
-from gencontrol.algorithms.online.sets import build_sets
 from gencontrol.algorithms.online.task import PromptTask
 from gencontrol.bench.base import Check, Loop, over_seeds, run_in_memory, table
 from gencontrol.bench.toys import EmbeddedFrechet, EmbeddedFrechetItem, fit_flow, toy_flow, toy_task
@@ -166,7 +166,7 @@ def tune(world: World, variant: Variant, *, rounds: int, pairs: int, lr: float) 
         weighted = RwrConfig(prompts_per_round=pairs, **common)
         algorithm = RewardWeightedRegression(make_task(denoiser), reward, weighted, roles=roles, seed=world.seed)
     else:
-        config = DragonConfig(pairs_per_round=pairs, **common)
+        config = DragonConfig(prompts_per_round=pairs, **common)
         algorithm = Dragon(make_task(denoiser), reward, config, roles=roles, seed=world.seed)
     records = run_in_memory(algorithm, rounds, Loop(lr), seed=world.seed)
     roles.copy("ema", "policy")

@@ -24,8 +24,7 @@ from gencontrol.algorithms.base import StepContext
 from gencontrol.algorithms.matching.dragon import Dragon, DragonConfig
 from gencontrol.algorithms.matching.rwr import RewardWeightedRegression, RwrConfig
 from gencontrol.algorithms.online.compare import compare_scores
-from gencontrol.algorithms.online.rollout import Sampling, generate, score
-from gencontrol.algorithms.online.sets import Scores
+from gencontrol.algorithms.online.rollout import Sampling, Scores, generate, score
 from gencontrol.algorithms.online.task import PromptTask
 from gencontrol.bench.base import Check, Loop, run_in_memory, table
 from gencontrol.models.roles import Roles
@@ -84,7 +83,7 @@ def make_algorithm(
         POSITIVE: {"loss": "positive"},
         RANDOM: {"loss": "kto", "split": "random"},
     }[method]
-    config = DragonConfig(pairs_per_round=budget.pairs, **common, **options)
+    config = DragonConfig(prompts_per_round=budget.pairs, **common, **options)
     return Dragon(task, reward, config, roles=roles, seed=seed)
 
 

@@ -9,13 +9,14 @@ than two generations are ours (derived in methods/dragon.md §2.3).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from gencontrol.algorithms.online.rollout import Scores, reward_of
 from gencontrol.rewards.base import Features, Reward, SetReward, SetState, as_set_reward
 
 Rule = Literal["positive", "gap", "influence", "random"]
@@ -23,33 +24,6 @@ Grouping = Literal["best_worst", "halves"]
 
 #: An exchange that changes the reward by less than this share of its size is a tie (rounding of incremental sums).
 TIE = 1e-10
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What a reward says about a pool of samples: `values` for an item reward, `features` for a set reward.
-
-    `parts` holds the values of each reward of a weighted sum of item rewards, by name; `reasons` counts why samples of
-    this rank could not be scored, where the reward says it.
-    """
-
-    valid: Bool[Tensor, " pool"]
-    values: Float[Tensor, " pool"] | None = None
-    features: Features | None = None
-    parts: Mapping[str, Float[Tensor, " pool"]] = field(default_factory=dict)
-    reasons: Mapping[str, int] = field(default_factory=dict)
-
-
-def item_values(reward: Reward | SetReward, scores: Scores) -> Float[Tensor, " pool"]:
-    """Return item values, or the influence R(S) − R(S∖i) of each valid item in the set of all valid items."""
-    if scores.values is not None:
-        return scores.values
-    assert scores.features is not None
-    rows = scores.valid.nonzero().flatten()
-    values = torch.zeros(len(scores.valid), dtype=torch.float64)
-    if len(rows):
-        values[rows] = as_set_reward(reward).state(scores.features, rows).influence().double().cpu()
-    return values
 
 
 @dataclass(frozen=True)
@@ -194,14 +168,6 @@ def _split(
         influence = reward.state(scores.features, groups.reshape(-1)).influence()
         return rank_split(influence.view(groups.shape), groups, grouping)
     return swap_split(reward, scores.features, groups, rule=rule, sweeps=sweeps, grouping=grouping, generator=generator)
-
-
-def reward_of(reward: Reward | SetReward, scores: Scores, rows: Int64[Tensor, " n"]) -> float:
-    """Return the reward of a set of pool rows: the mean of an item reward, or the value of a set reward."""
-    if scores.values is not None:
-        return float(scores.values[rows].double().mean())
-    assert scores.features is not None
-    return float(as_set_reward(reward).evaluate({key: value[rows] for key, value in scores.features.items()}))
 
 
 def build_sets(

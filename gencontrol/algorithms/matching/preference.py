@@ -18,36 +18,6 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from gencontrol.models.denoiser import Denoiser
-from gencontrol.process.gaussian import GaussianProcess
-from gencontrol.rng import stream
-from gencontrol.types import Cond
-
-
-def predict(
-    denoiser: Denoiser, x0: Float[Tensor, "b *d"], t: Float[Tensor, " b"], noise: Float[Tensor, "b *d"], cond: Cond
-) -> tuple[Float[Tensor, "b *d"], Float[Tensor, "b *d"]]:
-    """Return the network's own prediction at x_t and its target r·(x0, eps), both float32."""
-    assert isinstance(denoiser.process, GaussianProcess)
-    xt = denoiser.process.corrupt(x0, t, noise)
-    return denoiser(xt, t, cond).raw.float(), denoiser.target(x0, noise, t).float()
-
-
-def denoising_error(
-    denoiser: Denoiser, x0: Float[Tensor, "b *d"], t: Float[Tensor, " b"], noise: Float[Tensor, "b *d"], cond: Cond
-) -> Float[Tensor, " b"]:
-    """Return ℓ(x0; t, noise) per item: the squared prediction error averaged over the data axes."""
-    prediction, target = predict(denoiser, x0, t, noise, cond)
-    return (prediction - target).square().flatten(1).mean(1)
-
-
-def draw_times(count: int, seed: int, name: str, *indices: int) -> Float[Tensor, " count"]:
-    """Return `count` times, each uniform on (0, 1), jointly stratified and in random order (lower variance; ours)."""
-    generator = stream(seed, name, *indices)
-    offset = torch.rand((), generator=generator, dtype=torch.float64)
-    grid = (torch.arange(count, dtype=torch.float64) + offset) / count
-    return grid[torch.randperm(count, generator=generator)].float().clamp(1e-4, 1 - 1e-4)
-
 
 @dataclass(frozen=True)
 class Errors:
