@@ -287,7 +287,7 @@ def test_refusals() -> None:
     with pytest.raises(UsageError, match="held out"):
         small(held_out=((0,), (1,)))
     ctrl = small()
-    assert conditioned(ctrl.task.denoiser) is ctrl.network
+    assert conditioned(ctrl.base_task.denoiser) is ctrl.network
 
 
 def test_saved_control_samples_as_it_was_trained(tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_saved_control_samples_as_it_was_trained(tmp_path: Path) -> None:
     labels = torch.ones(4, 1).long()
     found = [
         sample_controlled(model, plan, (4, 2), labels=labels, generator=[stream(0, "s", i) for i in range(4)]).detach()
-        for model in (loaded, ctrl.task.denoiser)
+        for model in (loaded, ctrl.base_task.denoiser)
     ]
     assert torch.equal(*found)
     assert load_control(base, tmp_path)[1] == plan  # the folder above it is understood

@@ -111,15 +111,15 @@ def test_pipeline_samples_the_trained_chain(tmp_path: Path) -> None:
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     mine = pipe(PROMPTS, y={"shape": "star", "size": "small"}, generator=generators, output_type="latent").images
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
-    labels = conditioned(ctrl.task.denoiser).labels.encode([{"shape": "star", "size": "small"}]).expand(2, -1)
+    labels = conditioned(ctrl.base_task.denoiser).labels.encode([{"shape": "star", "size": "small"}]).expand(2, -1)
     with torch.no_grad():
         theirs = sample_controlled(
-            ctrl.task.denoiser,
+            ctrl.base_task.denoiser,
             ctrl.plan,
             tuple(mine.shape),
             labels=labels,
-            cond=ctrl.task.encode(PROMPTS),
-            uncond=ctrl.task.uncond,
+            cond=ctrl.base_task.encode(PROMPTS),
+            uncond=ctrl.base_task.uncond,
             generator=generators,
         )
     torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-6)

@@ -145,7 +145,7 @@ def ctrl_samples(ctrl: Ctrl, labels: Tensor, strength: float, seed: int) -> Tens
         with torch.no_grad():
             parts.append(
                 sample_controlled(
-                    ctrl.task.denoiser, ctrl.plan, shape, labels=encoded, strength=strength, generator=generators
+                    ctrl.base_task.denoiser, ctrl.plan, shape, labels=encoded, strength=strength, generator=generators
                 )
             )
     return torch.cat(parts)

@@ -148,12 +148,12 @@ def _draw(pipe: Any, ctrl: Ctrl, row: tuple[int, int] | None, count: int, seed: 
     parts = []
     for rows in torch.arange(count).split(64):
         x = sample_controlled(
-            ctrl.task.denoiser,
+            ctrl.base_task.denoiser,
             ctrl.plan,
-            (len(rows), *ctrl.task.latent_shape),
+            (len(rows), *ctrl.base_task.latent_shape),
             labels=None if row is None else torch.tensor(row).expand(len(rows), -1),
-            cond=ctrl.task.encode([PROMPT] * len(rows)),
-            uncond=ctrl.task.uncond,
+            cond=ctrl.base_task.encode([PROMPT] * len(rows)),
+            uncond=ctrl.base_task.uncond,
             generator=item_generators(seed, "bench/scenes", [f"{row}/{i}" for i in rows.tolist()]),
         )
         parts.append(pipe.decode(x).float().clamp(0, 1))
