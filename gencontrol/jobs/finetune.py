@@ -285,7 +285,7 @@ def check(table: dict[str, dict[str, Any]], start: Start, live: Live) -> Job:
 
 
 #: what algorithms call the number of prompts drawn in one step, which --batch sets
-_BATCH_FIELDS = ("pairs_per_round", "prompts_per_round")
+_BATCH_FIELDS = ("prompts_per_round",)
 
 
 def _name_batch(algorithm: str, given: Mapping[str, Any], kind: Any) -> dict[str, Any]:
