@@ -29,12 +29,13 @@ from gencontrol.jobs.setup.models import (
     DEFAULT_REWARD,
     Medium,
     adopt,
+    count_parameters,
     folder_of,
+    human_bytes,
     load_pipeline,
     medium_of,
     medium_of_class,
 )
-from gencontrol.jobs.setup.plan import count_parameters, human_bytes
 from gencontrol.jobs.setup.prompts import bundled_prompts, read_prompts
 from gencontrol.jobs.setup.runs import RunFolder, open_run, running
 from gencontrol.jobs.setup.settings import Start, called, describe, place

@@ -247,7 +247,7 @@ def test_dry_run_loads_and_writes_nothing(
 
 
 def test_planned_sizes_are_the_real_ones(tiny_model: Path) -> None:
-    from gencontrol.jobs.setup.plan import count_parameters
+    from gencontrol.jobs.setup.models import count_parameters
     from gencontrol.models.roles import LoraConfig, Roles
     from gencontrol.pipelines import TextToAudioPipeline
 
@@ -262,7 +262,7 @@ def test_planned_sizes_are_the_real_ones(tiny_model: Path) -> None:
 
 def test_a_crafted_header_is_refused(tmp_path: Path) -> None:
     from gencontrol.errors import UsageError
-    from gencontrol.jobs.setup.plan import read_shapes
+    from gencontrol.jobs.setup.models import read_shapes
 
     for content in (
         b"",

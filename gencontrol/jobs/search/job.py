@@ -38,8 +38,7 @@ from gencontrol.jobs.search.results import (
 )
 from gencontrol.jobs.setup.checks import check_model, check_reference, check_rewards, check_source, download_hint
 from gencontrol.jobs.setup.environment import choose_device, prepare
-from gencontrol.jobs.setup.models import folder_of
-from gencontrol.jobs.setup.plan import human_bytes
+from gencontrol.jobs.setup.models import folder_of, human_bytes
 from gencontrol.jobs.setup.prompts import read_prompts
 from gencontrol.jobs.setup.runs import RunFolder, open_run, record
 from gencontrol.jobs.setup.settings import Start, called, describe, place
