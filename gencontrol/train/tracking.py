@@ -158,32 +158,23 @@ class Progress:
         self._begin = time.monotonic()
         self._last = -LINE_EVERY_S
         self._bar: Any = None
-        self._task: Any = None
 
     def start(self, done: int) -> None:
         """Begin at a step; opens the bar on a terminal."""
         self.first, self._begin = done, time.monotonic()
         if self._visible and sys.stderr.isatty():
-            self._open_bar(done)
+            from tqdm import tqdm
 
-    def _open_bar(self, done: int) -> None:
-        try:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
-        except ImportError:
-            return
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-        self._bar = Bar(*columns, console=Console(stderr=True), transient=False)
-        self._task = self._bar.add_task("", total=self.steps, completed=done)
-        self._bar.start()
+            self._bar = tqdm(total=self.steps, initial=done, unit=self._unit, file=sys.stderr, dynamic_ncols=True)
 
     def show(self, step: int, record: Mapping[str, Any]) -> None:
         """Show a finished step."""
         if not self._visible:
             return
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=self._describe(record))
+            self._bar.set_postfix_str(self._describe(record), refresh=False)
+            self._bar.update(step - self._bar.n)
+            self._bar.refresh()  # update() draws at most ten times a second, and the last numbers must stand
             return
         now = time.monotonic()
         if now - self._last >= LINE_EVERY_S or step == self.steps:
@@ -195,4 +186,4 @@ class Progress:
     def close(self) -> None:
         """Leave the terminal as it was."""
         if self._bar is not None:
-            self._bar.stop()
+            self._bar.close()

@@ -107,7 +107,6 @@ def test_lines_on_stderr_hold_the_reward(tmp_path: Path, capsys: pytest.CaptureF
 def test_bar_on_a_terminal_holds_the_reward(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("rich")
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     monkeypatch.setenv("FORCE_COLOR", "1")
     progress = tracking.Progress(10, visible=True)
