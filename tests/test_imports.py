@@ -44,6 +44,7 @@ TOP = {
         "robotics.policies.config",
     },
     "cli": {*GROUND, "cli"},
+    "testing": {*METHODS, "train", "testing"},
     "bench": {*METHODS, "robotics", "pipelines", "train", "recipes", "bench"},
     "__main__": {"cli"},
 }

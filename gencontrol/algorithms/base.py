@@ -196,7 +196,7 @@ class RolesProtocol(Protocol):
 
 
 class Algorithm(Protocol):
-    """The contract that `tests/contracts.py` checks on every algorithm."""
+    """The contract that `gencontrol.testing.AlgorithmContract` checks on every algorithm."""
 
     @property
     def roles(self) -> RolesProtocol: ...

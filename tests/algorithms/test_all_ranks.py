@@ -32,9 +32,9 @@ from gencontrol.algorithms.forward.nft import Nft
 from gencontrol.models.denoiser import Denoiser
 from gencontrol.models.roles import LoraConfig
 from gencontrol.process import GaussianProcess, Linear
+from gencontrol.testing.algorithm import metric_lines
 from gencontrol.train.trainer import TrainConfig, Trainer
 from gencontrol.types import Prediction, RewardContext, RewardOut
-from tests.helpers.contracts import metric_lines
 from tests.helpers.dragon_worlds import FirstAxis, make_dragon
 from tests.helpers.forward_worlds import guided_task, make
 from tests.helpers.gaussian_world import Parabola

@@ -18,7 +18,7 @@ from gencontrol.errors import UsageError
 from gencontrol.models.roles import Roles
 from gencontrol.sampling import cfg, sample
 from gencontrol.sampling.control.files import load_control
-from tests.helpers.contracts import AlgorithmContract
+from gencontrol.testing.algorithm import AlgorithmContract
 from tests.helpers.dragon_worlds import PROMPTS, SIZE, FirstAxis, make_task
 
 CTX = StepContext(seed=0, step=0, micro_batch=1000)

@@ -14,8 +14,8 @@ from gencontrol.algorithms.forward.crd import Crd, CrdConfig
 from gencontrol.bench.base import Loop, run_in_memory
 from gencontrol.errors import UsageError
 from gencontrol.models.roles import LoraConfig, Roles
+from gencontrol.testing.algorithm import AlgorithmContract
 from gencontrol.types import RewardContext, RewardOut
-from tests.helpers.contracts import AlgorithmContract
 from tests.helpers.dragon_worlds import FirstAxis
 from tests.helpers.forward_worlds import SMALL, guided_task, make, move
 

@@ -33,8 +33,8 @@ from gencontrol.process import GaussianProcess, Linear, Table
 from gencontrol.rng import row_keys, stream
 from gencontrol.sampling.control.controlled import memory, sample_controlled
 from gencontrol.sampling.control.files import load_control
+from gencontrol.testing.algorithm import AlgorithmContract
 from gencontrol.types import Prediction
-from tests.helpers.contracts import AlgorithmContract
 
 CTX = StepContext(seed=0, step=0, micro_batch=10_000)
 

@@ -19,8 +19,8 @@ from gencontrol.bench.base import Loop, run_in_memory
 from gencontrol.data.images import to_pil
 from gencontrol.errors import UsageError
 from gencontrol.models.roles import LoraConfig, Roles
+from gencontrol.testing.algorithm import AlgorithmContract
 from gencontrol.types import RewardContext, RewardOut
-from tests.helpers.contracts import AlgorithmContract
 from tests.helpers.dragon_worlds import PROMPTS, SIZE, FirstAxis, make_task
 
 CTX = StepContext(seed=0, step=0, micro_batch=1000)

@@ -18,8 +18,8 @@ from gencontrol.models.denoiser import Denoiser
 from gencontrol.models.roles import LoraConfig, Roles
 from gencontrol.process import GaussianProcess, Linear
 from gencontrol.rng import item_generators, item_noise, randn
+from gencontrol.testing.algorithm import AlgorithmContract
 from gencontrol.types import RewardContext, RewardOut
-from tests.helpers.contracts import AlgorithmContract
 from tests.helpers.dragon_worlds import PROMPTS, FirstAxis, make_task
 from tests.helpers.gaussian_world import Parabola, gaussian_task
 

@@ -16,8 +16,8 @@ from gencontrol.algorithms.online.rollout import prompts_of_step
 from gencontrol.bench.base import Loop, run_in_memory
 from gencontrol.errors import NumericsError, RewardError, UsageError
 from gencontrol.models.roles import LoraConfig, Roles
+from gencontrol.testing.algorithm import AlgorithmContract
 from gencontrol.types import RewardContext, RewardOut
-from tests.helpers.contracts import AlgorithmContract
 from tests.helpers.dragon_worlds import PROMPTS, FirstAxis, Share, TwoAtoms, make_dragon, make_task, two_atoms
 
 CTX = StepContext(seed=0, step=0, micro_batch=1000)

@@ -17,8 +17,8 @@ from gencontrol.errors import UsageError
 from gencontrol.models.denoiser import Denoiser
 from gencontrol.models.roles import Roles
 from gencontrol.process import VP, GaussianProcess, MaskedProcess
+from gencontrol.testing.algorithm import AlgorithmContract
 from gencontrol.types import Prediction
-from tests.helpers.contracts import AlgorithmContract
 from tests.helpers.dragon_worlds import PROMPTS, SIZE, FirstAxis, Share, encode, make_task
 from tests.helpers.gaussian_world import Parabola, gaussian_task
 

@@ -18,8 +18,8 @@ from gencontrol.algorithms.matching.rwr import RewardWeightedRegression
 from gencontrol.algorithms.online.base import reference_prediction
 from gencontrol.models.roles import LoraConfig
 from gencontrol.rewards.compose import weighted
+from gencontrol.testing.algorithm import AlgorithmContract
 from gencontrol.types import RewardContext, RewardOut
-from tests.helpers.contracts import AlgorithmContract
 from tests.helpers.forward_worlds import SMALL, Shifted, gaussian_task, make, mean_shift, move
 
 CTX = StepContext(seed=0, step=0, micro_batch=1000)

@@ -13,7 +13,7 @@ from gencontrol.bench.base import Loop, run_in_memory
 from gencontrol.models.roles import Roles
 from gencontrol.rewards.base import InfluenceAsItem
 from gencontrol.rng import stream
-from tests.helpers.contracts import AlgorithmContract
+from gencontrol.testing.algorithm import AlgorithmContract
 from tests.helpers.dragon_worlds import FirstAxis, Share, make_task
 
 CTX = StepContext(seed=0, step=0, micro_batch=1000)

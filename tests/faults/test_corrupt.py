@@ -15,9 +15,9 @@ from torch import nn
 from gencontrol.errors import CheckpointError, UsageError
 from gencontrol.files import FileLayer
 from gencontrol.models.roles import Roles
+from gencontrol.testing.algorithm import assert_same_run
 from gencontrol.train.checkpoint import Checkpoints, TrainState, decode, encode
 from gencontrol.train.trainer import Trainer
-from tests.helpers.contracts import assert_same_run
 from tests.helpers.shim import CONFIG, fit
 from tests.helpers.training_toy import Toy
 

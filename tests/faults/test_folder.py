@@ -12,9 +12,9 @@ import pytest
 
 from gencontrol.errors import DiskError, UsageError
 from gencontrol.files import FileLayer
+from gencontrol.testing.algorithm import assert_same_run, metric_lines
 from gencontrol.train.run_folder import Lock, MetricsFile, write_samples
 from gencontrol.train.trainer import Trainer
-from tests.helpers.contracts import assert_same_run, metric_lines
 from tests.helpers.shim import CONFIG, Shim, fit, in_child
 from tests.helpers.training_toy import Toy
 

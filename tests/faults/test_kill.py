@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from gencontrol.errors import DiskError
-from tests.helpers.contracts import assert_same_run
+from gencontrol.testing.algorithm import assert_same_run
 from tests.helpers.shim import CONFIG, Forked, Shim, fit, hidden, in_child, kill_self, newest
 from tests.helpers.training_toy import Toy
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from gencontrol.errors import Preempted
+from gencontrol.testing.algorithm import assert_same_run
 from gencontrol.train.signals import Interrupted, SignalGuard
 from gencontrol.train.trainer import TrainConfig
-from tests.helpers.contracts import assert_same_run
 from tests.helpers.shim import CONFIG, Forked, Shim, fit, in_child, limit_s, newest, wait_for_line
 from tests.helpers.training_toy import Toy, main
 

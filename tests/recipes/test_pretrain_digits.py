@@ -18,7 +18,7 @@ from gencontrol.models.readers.image_classifier import ImageClassifier, build_im
 from gencontrol.process import GaussianProcess, Linear
 from gencontrol.recipes.digits.data import CLASSES, DigitImages
 from gencontrol.recipes.digits.train import DigitMicro, DigitsPretrain, DigitsPretrainConfig, distort
-from tests.helpers.contracts import AlgorithmContract
+from gencontrol.testing.algorithm import AlgorithmContract
 
 
 def data(n: int = 40) -> DigitImages:

@@ -18,7 +18,7 @@ from gencontrol.process import Cosine, GaussianProcess, Linear, MaskedProcess
 from gencontrol.recipes.sound.flow import FlowPretrain, FlowPretrainConfig, time_of_uniform
 from gencontrol.recipes.sound.latents import LatentDataset
 from gencontrol.sampling import sample
-from tests.helpers.contracts import AlgorithmContract
+from gencontrol.testing.algorithm import AlgorithmContract
 
 
 def data(n: int = 10, seed: int = 0) -> LatentDataset:

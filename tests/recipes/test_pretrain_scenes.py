@@ -23,7 +23,7 @@ from gencontrol.recipes.scenes.flow import SceneMicro, ScenesPretrain, ScenesPre
 from gencontrol.recipes.scenes.networks import ATTRIBUTES, SceneJudge, SceneReader, attributes_of
 from gencontrol.recipes.scenes.readers import SceneReadersConfig, SceneReadersPretrain
 from gencontrol.recipes.scenes.text import FACTS, CaptionedNetwork, build_text_encoder, build_tokenizer, reading_loss
-from tests.helpers.contracts import AlgorithmContract
+from gencontrol.testing.algorithm import AlgorithmContract
 from tests.helpers.fixtures_scenes import tiny_text_to_image
 
 

@@ -18,8 +18,8 @@ from gencontrol.recipes.sound.attributes import AttributePretrain, AttributePret
 from gencontrol.recipes.sound.clap import ClapPretrain, ClapPretrainConfig
 from gencontrol.recipes.sound.data.dataset import SoundDataset
 from gencontrol.recipes.sound.data.features import SplitFeatures, gather
+from gencontrol.testing.algorithm import AlgorithmContract, metric_lines
 from gencontrol.types import RewardContext
-from tests.helpers.contracts import AlgorithmContract, metric_lines
 from tests.helpers.sound_folder import write_sound_folder
 
 FOLDER = Path("set by the fixture")  # the contract makes algorithms where no fixture can be asked for

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.helpers.contracts import AlgorithmContract
+from gencontrol.testing.algorithm import AlgorithmContract
 from tests.helpers.training_toy import Toy
 
 

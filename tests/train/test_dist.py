@@ -19,11 +19,11 @@ import torch
 
 from gencontrol.errors import GencontrolError, UsageError
 from gencontrol.files import FileLayer
+from gencontrol.testing.algorithm import metric_lines, state_hash
 from gencontrol.train.distributed.dist import Group
 from gencontrol.train.trainer import TrainConfig, Trainer
 from tests.helpers.actor_critic import CONFIG as AC_CONFIG
 from tests.helpers.actor_critic import ActorCritic
-from tests.helpers.contracts import metric_lines, state_hash
 from tests.helpers.shim import Forked, Shim, kill_self, limit_s, newest, wait_for_line
 from tests.helpers.training_toy import Toy, main
 

@@ -14,10 +14,10 @@ from torch import nn
 
 from gencontrol.algorithms.base import LossOut, ParameterGroup, StepContext
 from gencontrol.errors import NumericsError, UsageError
+from gencontrol.testing.algorithm import AlgorithmContract, assert_same_run, metric_lines, tensor_files
 from gencontrol.train.optim import learning_rate
 from gencontrol.train.trainer import Trainer
 from tests.helpers.actor_critic import ACTOR_LR, CONFIG, ActorCritic, bare_loop, weights
-from tests.helpers.contracts import AlgorithmContract, assert_same_run, metric_lines, tensor_files
 
 
 class TestContract(AlgorithmContract):

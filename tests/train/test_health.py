@@ -15,9 +15,9 @@ import safetensors.torch
 import torch
 
 from gencontrol.errors import NumericsError
+from gencontrol.testing.algorithm import metric_lines, state_hash, tensor_files
 from gencontrol.train.health import Health
 from gencontrol.train.trainer import TrainConfig, Trainer
-from tests.helpers.contracts import metric_lines, state_hash, tensor_files
 from tests.helpers.training_toy import Toy, network
 
 CONFIG = TrainConfig(steps=5, micro_batch=4, save_every=1, keep=9, lr=1e-2)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from gencontrol.testing.algorithm import assert_same_run, metric_lines
 from gencontrol.train.checkpoint import Checkpoints
 from gencontrol.train.trainer import TrainConfig, Trainer
 from tests.helpers.actor_critic import CONFIG, ActorCritic
-from tests.helpers.contracts import assert_same_run, metric_lines
 from tests.helpers.shim import Forked, Shim, fit, in_child, kill_self
 from tests.helpers.training_toy import Toy
 

@@ -15,10 +15,10 @@ from torch import nn
 from gencontrol.algorithms.base import StepContext
 from gencontrol.errors import CheckpointError, EnvironmentMissing, UsageError
 from gencontrol.models.roles import Roles
+from gencontrol.testing.algorithm import assert_same_run, metric_lines
 from gencontrol.train.distributed.dist import Group, Layout
 from gencontrol.train.optim import LossScale, Optimizer, clip_gradients, gradients, learning_rate, name_parameters
 from gencontrol.train.trainer import TrainConfig, Trainer
-from tests.helpers.contracts import assert_same_run, metric_lines
 from tests.helpers.training_toy import Toy, network
 
 

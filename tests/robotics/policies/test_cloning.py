@@ -25,9 +25,9 @@ from gencontrol.robotics.datasets.episodes import Episode, Episodes
 from gencontrol.robotics.policies.cloning import ChunkSizes, fingerprint, prepare, split_episodes
 from gencontrol.robotics.policies.config import DiffusionPolicyConfig, FlowPolicyConfig, PolicyConfig
 from gencontrol.robotics.policies.diffusion import DiffusionPolicy, FlowPolicy
+from gencontrol.testing.algorithm import AlgorithmContract
 from gencontrol.train.config import TrainConfig
 from gencontrol.train.trainer import Trainer
-from tests.helpers.contracts import AlgorithmContract
 from tests.helpers.policy_cases import gaussian_law
 
 SLOPE, DEVIATION = 0.6, 0.3

@@ -1,6 +1,6 @@
 """The contract that every algorithm passes under the Trainer: subclass `AlgorithmContract` and give `make`.
 
-    from tests.helpers.contracts import AlgorithmContract
+    from gencontrol.testing import AlgorithmContract
 
     class TestMine(AlgorithmContract):
         def make(self):
