@@ -51,7 +51,15 @@ def read(path: Path, request: storage.Request) -> Episodes:
     if not rows:
         raise UsageError("there is no episode.")
     mine = info.get("gencontrol", {})
-    reader = _Reader(path, info, mine.get("keys", {}), request, _tasks(path))
+    file = path / TASKS
+    with storage.reading(file, ValueError):
+        table = storage.require("pyarrow.parquet").read_table(file)
+        # pandas stores the sentence as an index column of any name
+        names = [name for name in table.column_names if name != "task_index"]
+        if "task_index" not in table.column_names or not names:
+            raise UsageError(f"'{file}' has columns {', '.join(table.column_names)}; it needs task_index and task.")
+        tasks = dict(zip(table["task_index"].to_pylist(), map(str, table[names[0]].to_pylist()), strict=True))
+    reader = _Reader(path, info, mine.get("keys", {}), request, tasks)
     items = tuple(reader.episodes(rows))
     env = mine.get("env") or ({"robot_type": info["robot_type"]} if info.get("robot_type") else {})
     return Episodes(items, env)
@@ -87,18 +95,6 @@ def _episode_rows(path: Path) -> list[dict[str, Any]]:
             names = [n for n in pq.read_schema(file).names if not n.startswith("stats/")]
             rows += pq.read_table(file, columns=names).to_pylist()
     return sorted(rows, key=lambda row: row["episode_index"])
-
-
-def _tasks(path: Path) -> dict[int, str]:
-    """Return task_index → sentence; pandas stores the sentence as an index column of any name."""
-    pq = storage.require("pyarrow.parquet")
-    file = path / TASKS
-    with storage.reading(file, ValueError):
-        table = pq.read_table(file)
-        names = [name for name in table.column_names if name != "task_index"]
-        if "task_index" not in table.column_names or not names:
-            raise UsageError(f"'{file}' has columns {', '.join(table.column_names)}; it needs task_index and task.")
-        return dict(zip(table["task_index"].to_pylist(), map(str, table[names[0]].to_pylist()), strict=True))
 
 
 class _Reader:

@@ -44,7 +44,20 @@ def probe() -> Iterator[Finding]:
                 fault = _try(rows[family.name])
                 detail = f"{family.probe} runs" if fault is None else f"{fault}; {family.install}"
                 yield Finding(family.name, fault is None, detail)
-        yield _rendering(rows)
+        if "rendering" not in rows:
+            yield Finding("rendering", False, "not tried without Fetch; evaluation works, videos need it")
+            return
+        fault = _try(rows["rendering"])
+        if fault is None:
+            rows["rendering"].send_render()
+            frame = rows["rendering"].receive_frame()
+            if not isinstance(frame, str):
+                detail = f"{_RENDERED} draws {frame.shape[1]} × {frame.shape[0]} pixels"
+                yield Finding("rendering", True, detail)
+                return
+            fault = frame
+        detail = f"no videos, evaluation works without: {fault[:160]}; apt-get install libegl1"
+        yield Finding("rendering", False, detail)
     finally:
         for row in rows.values():
             row.close()
@@ -66,18 +79,3 @@ def _try(row: ProcessRow) -> str | None:
         return answer
     row.send_step(np.zeros(spec.action_dim, np.float32))
     return answer if isinstance(answer := row.receive(), str) else None
-
-
-def _rendering(rows: dict[str, ProcessRow]) -> Finding:
-    """Whether MuJoCo draws a picture here."""
-    name = "rendering"
-    if name not in rows:
-        return Finding(name, False, "not tried without Fetch; evaluation works, videos need it")
-    fault = _try(rows[name])
-    if fault is None:
-        rows[name].send_render()
-        frame = rows[name].receive_frame()
-        if not isinstance(frame, str):
-            return Finding(name, True, f"{_RENDERED} draws {frame.shape[1]} × {frame.shape[0]} pixels")
-        fault = frame
-    return Finding(name, False, f"no videos, evaluation works without: {fault[:160]}; apt-get install libegl1")

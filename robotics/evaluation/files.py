@@ -58,7 +58,24 @@ class EvaluationFolder:
         asked = json.loads(json.dumps({"schema_version": SCHEMA_VERSION, "settings": settings, "policies": policies}))
         file = self.path / SETTINGS
         if file.exists():
-            asked["policies"] = {**_check_same(self.path, file, asked), **asked["policies"]}
+            try:
+                before = json.loads(file.read_text(encoding="utf-8"))
+                known, policies_before = dict(before["settings"]), dict(before["policies"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise UsageError(f"'{file}' is damaged ({error}); choose another --output.") from error
+            for key, value in asked["settings"].items():
+                if key not in _FREE and known.get(key) != value:
+                    raise UsageError(
+                        f"--output {self.path} holds an evaluation with {key} = {known.get(key)}, not {value}; choose "
+                        "another folder."
+                    )
+            for name, content in asked["policies"].items():
+                if policies_before.get(name, content) != content:
+                    raise UsageError(
+                        f"--output {self.path} holds an evaluation of '{name}' with other weights; choose another "
+                        "folder."
+                    )
+            asked["policies"] = {**policies_before, **asked["policies"]}
         elif self.path.exists() and (self.path.is_file() or any(self.path.iterdir())):
             raise UsageError(f"--output {self.path} exists and holds no evaluation; choose another folder.")
         self._asked: dict[str, Any] | None = asked
@@ -112,24 +129,3 @@ class EvaluationFolder:
             self._layer.make_folder(path.parent)
             self._layer.replace_file(path, text.encode())
         return path
-
-
-def _check_same(folder: Path, file: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the policies of the folder's evaluation if it may go on with what is asked."""
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-        settings, policies = dict(before["settings"]), dict(before["policies"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"'{file}' is damaged ({error}); choose another --output.") from error
-    for key, value in asked["settings"].items():
-        if key not in _FREE and settings.get(key) != value:
-            raise UsageError(
-                f"--output {folder} holds an evaluation with {key} = {settings.get(key)}, not {value}; choose another "
-                "folder."
-            )
-    for name, content in asked["policies"].items():
-        if name in policies and policies[name] != content:
-            raise UsageError(
-                f"--output {folder} holds an evaluation of '{name}' with other weights; choose another folder."
-            )
-    return policies
