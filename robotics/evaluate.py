@@ -21,8 +21,7 @@ from gencontrol.robotics.demos.experts import Flaws, expert_for
 from gencontrol.robotics.envs.make import env_name
 from gencontrol.robotics.envs.types import EnvSource, EnvSpec
 from gencontrol.robotics.envs.vector import Envs
-from gencontrol.robotics.evaluation.files import EvaluationFolder, content_of
-from gencontrol.robotics.evaluation.page import write_results
+from gencontrol.robotics.evaluation.files import EvaluationFolder, content_of, write_results
 from gencontrol.robotics.evaluation.report import (
     Comparison,
     EpisodeResult,
@@ -75,7 +74,8 @@ def evaluate(
         env: see `make_env`; several are reported one by one and pooled.
         seeds: one per episode; they decide initial state and noise of actions.
         paired_with: another policy, run on the same seeds; `report.compared` then has the difference to it.
-        output: a folder; the same call goes on after an interruption.
+        output: a folder for report.json and videos; the same call goes on after an interruption, and
+            `gencontrol report FOLDER` makes the page.
         options: fields of `Settings`.
 
     Raises:

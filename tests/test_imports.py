@@ -30,9 +30,9 @@ TOP = {
     "rewards": {*GROUND, "rewards"},
     "algorithms": METHODS,
     "train": {*GROUND, "train", "algorithms.base"},
-    "reports": {*GROUND, *NAMES, "reports", "train", "robotics"},
+    "reports": {*GROUND, *NAMES, "reports"},
     "pipelines": {*BELOW, "sampling", "algorithms.online.task", "robotics", "pipelines"},
-    "robotics": {*METHODS, "robotics", "reports.page"},
+    "robotics": {*METHODS, "robotics"},
     "recipes": {*METHODS, "recipes", "jobs.setup", "reports", "bench.base", "pipelines"},
     "jobs": {
         *GROUND,
@@ -45,7 +45,7 @@ TOP = {
     },
     "cli": {*GROUND, "cli"},
     "testing": {*METHODS, "train", "testing"},
-    "bench": {*METHODS, "robotics", "pipelines", "train", "recipes", "bench"},
+    "bench": {*METHODS, "robotics", "pipelines", "train", "recipes", "reports.charts", "bench"},
     "__main__": {"cli"},
 }
 #: and, inside functions or for types only, these too

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from gencontrol.bench.base import verdicts, write_result
-from gencontrol.bench.dts.measure import draw_curves
 from gencontrol.config import options
 from gencontrol.errors import UsageError, nearest
+from gencontrol.reports.charts import curves, svg_file
 
 
 @options
@@ -44,15 +44,19 @@ def chosen_parts(text: str, known: Sequence[str]) -> list[str]:
 def run_parts(parts: Mapping[str, Callable[[], dict[str, Any]]], folder: Path, prefix: str = "") -> None:
     """Run each part, print its table and verdicts, write `<prefix><part>` as JSON, Markdown and curves.
 
-    A part's result holds "table" (text), "checks", perhaps "curves" (see `draw_curves`), and what else the JSON keeps.
+    A part's result holds "table" (text), "checks", perhaps "curves" ({title: (label of x, {curve: {budget: number or
+    Estimate}})}, one panel each), and what else the JSON keeps.
     """
     for part, run in parts.items():
         name, began = prefix + part, time.perf_counter()
         result = run()
         seconds = time.perf_counter() - began
         printed = result.pop("table") + "\n" + verdicts(result["checks"])
-        picture = draw_curves(folder, name, result.get("curves", {}))
+        panels = [curves(title, *panel) for title, panel in result.get("curves", {}).items() if panel[1]]
         path = write_result(folder, name, result, seconds)
         (folder / f"{name}.md").write_text(printed, encoding="utf-8")
-        curves = f", curves {picture}" if picture is not None else ""
-        print(printed + f"\n{part}: {seconds:.0f} s, written to {path}{curves}", flush=True)
+        drawn = ""
+        if panels:
+            (folder / f"{name}.svg").write_text(svg_file(panels), encoding="utf-8")
+            drawn = f", curves {folder / name}.svg"
+        print(printed + f"\n{part}: {seconds:.0f} s, written to {path}{drawn}", flush=True)

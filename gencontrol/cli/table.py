@@ -89,7 +89,7 @@ COMMANDS = {
     ),
     "report": Entry(
         "Look",
-        "Write report.html of a run: curves, samples before and after, trees, configuration.\n\n"
+        "Write report.html of a run or an evaluation: curves, samples before and after, trees, rates, settings.\n\n"
         "Example: gencontrol report runs/a",
         job="gencontrol.jobs.report:run",
         sections={"run": "gencontrol.jobs.report:ReportConfig"},

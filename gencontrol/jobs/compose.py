@@ -144,6 +144,8 @@ def _composed(
         raise UsageError(f"--{idle} belongs to the fitting of weights; give --fit-env too.")
     if fit_env is not None and config.operator != "convex":
         raise UsageError(f"--fit-env fits convex weights; the operator '{config.operator}' makes its own.")
+    from gencontrol.reports.charts import svg_file
+    from gencontrol.reports.evaluation import weights_chart
     from gencontrol.robotics.compose import ComposedPolicy, fit_weights
     from gencontrol.robotics.composition.policy import write_composition
     from gencontrol.robotics.evaluate import named
@@ -175,5 +177,7 @@ def _composed(
         write_composition(target, sources, weights, operator=config.operator, options=options, facts=facts)
         if fit is not None:
             (target / "weights.md").write_text(fit.table(), encoding="utf-8")
-            fit.plot(target / "weights.svg")
+            rows = [(arm.weights[0], arm.rate.value, arm.rate.low, arm.rate.high) for arm in fit.arms]
+            chart = weights_chart(rows, [arm.weights for arm in fit.arms].index(fit.best), fit.names[0], fit.method)
+            (target / "weights.svg").write_text(svg_file([chart]), encoding="utf-8")
     return ComposeResult(policy, dict(zip(sources, weights, strict=True)), fit, target)

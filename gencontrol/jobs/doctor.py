@@ -46,7 +46,6 @@ PACKAGES = (
     ("av", "robotics", "videos of robots"),
     ("h5py", "robotics", "robomimic data sets"),
     ("pyarrow", "robotics", "LeRobot data sets"),
-    ("matplotlib", "bench", "figures of the benchmarks"),
     ("scikit-learn", "bench", "peers in the benchmarks"),
 )
 

@@ -135,6 +135,7 @@ def _evaluated(
     if config.paired and len(policies) < 2:
         raise UsageError("--paired compares policies; give two or more (the first one is the reference).")
     device = choose_device(config.device)
+    from gencontrol.reports.evaluation import write_evaluation
     from gencontrol.robotics.evaluate import evaluate_all, load, named
     from gencontrol.robotics.policies.diffusion import GenerativePolicy
     from gencontrol.train.signals import SignalGuard
@@ -173,4 +174,6 @@ def _evaluated(
             )
         finally:
             progress.close()
+    if output is not None:
+        write_evaluation(output)
     return EvaluateResult(tuple(reports), None if output is None else Path(output))

@@ -331,6 +331,7 @@ def run(table: dict[str, dict[str, Any]], start: Start, live: Live | None = None
         print(dump_toml(job.folder.table), end="")
         return None
     from gencontrol.models.roles import LoraConfig, Roles
+    from gencontrol.reports.data import about
     from gencontrol.rewards import load_rewards
     from gencontrol.train.config import check_processes
 
@@ -361,7 +362,10 @@ def run(table: dict[str, dict[str, Any]], start: Start, live: Live | None = None
     whole = job.kind.whole_parameters(job.algorithm) if lora is not None else ()
     roles = Roles(task.denoiser.network, job.kind.role_names(job.algorithm), lora, job.train.seed, whole)
     algorithm = job.kind(task, reward, job.algorithm, roles=roles, seed=job.train.seed)
-    with running(job.folder, job.train, {"kind": "finetune", "eval_prompts": job.eval_prompts}) as trainer:
+    known = {options.algorithm: job.kind} | {called(one): one for one in live.rewards if not isinstance(one, str)}
+    facts = {"kind": "finetune", "eval_prompts": job.eval_prompts}
+    facts["about"] = about(options.algorithm, options.reward, known)
+    with running(job.folder, job.train, facts) as trainer:
         summary = trainer.fit(algorithm)
     return FinetuneResult(job.folder.path, summary["metrics"], device)
 

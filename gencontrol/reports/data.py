@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import math
@@ -10,13 +11,17 @@ import wave
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeGuard
 
+from gencontrol import registry
 from gencontrol.config import load_toml
 from gencontrol.errors import UsageError
 
 #: Seconds of a sound that are put into the page where all sounds together would be too large for it.
 SHORT_S, BUDGET_BYTES = 10.0, 24 * 2**20
+
+#: characters that fit beside an axis
+_LONGEST_UNIT = 40
 
 _STEP = re.compile(r"step_(\d{8})")
 
@@ -37,6 +42,65 @@ class Pair:
     prompt: str
     base: Sound | None = None
     tuned: Sound | None = None
+
+
+class About(NamedTuple):
+    """What pages and cards say about an algorithm or a reward.
+
+    Args:
+        title: its name for people.
+        paper: address of the paper, or "".
+        summary: one sentence, or "".
+        medium: "image", "audio", "actions", "any", or "".
+    """
+
+    title: str
+    paper: str = ""
+    summary: str = ""
+    medium: str = ""
+
+
+def describe(thing: Any) -> dict[str, str]:
+    """Return what a class, or an object of it, says about itself, as run.json keeps it; see `About`."""
+    text = (inspect.getdoc(thing) or "").split("\n\n")[0].replace("\n", " ").replace("`", "")
+    name = getattr(thing, "__name__", type(thing).__name__)
+    found = {field: value if isinstance(value := getattr(thing, field, ""), str) else "" for field in About._fields}
+    paper = found["paper"]
+    if paper.lower().startswith("arxiv:"):
+        found["paper"] = f"https://arxiv.org/abs/{paper[6:].strip()}"
+    summary = found["summary"] or text
+    return {**found, "title": found["title"] or summary.rstrip(".") or name, "summary": summary}
+
+
+def about(algorithm: str, rewards: Sequence[str], known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return what run.json keeps about the algorithm and the rewards of a job, so that no reader has to import them.
+
+    Args:
+        algorithm: registered name or `package.module:Class`; "" for none.
+        rewards: specs, perhaps with a weight.
+        known: name → object, for what the job was given as an object.
+    """
+    tables = {"algorithm": registry.ALGORITHMS | registry.TRAIN | registry.PRETRAIN, "reward": registry.REWARDS}
+    found: dict[str, Any] = {}
+    for kind, name in [("algorithm", algorithm), *(("reward", parse_weight(spec)[0]) for spec in rewards)]:
+        thing = (known or {}).get(name)
+        try:
+            if thing is None and (name in tables[kind] or ":" in name):
+                thing = registry.find(tables[kind], name, kind)
+        except (UsageError, ImportError):
+            continue  # an extra that is not installed: the name alone is shown
+        if thing is not None:
+            found.setdefault(kind, {})[name] = describe(thing)
+    return found
+
+
+def parse_weight(spec: str) -> tuple[str, float]:
+    """Return name and weight of a reward's spec, 1 where it has none."""
+    name, _, last = spec.rpartition(":")
+    try:
+        return (name, float(last)) if name else (spec, 1.0)
+    except ValueError:
+        return spec, 1.0
 
 
 @dataclass(frozen=True)
@@ -73,6 +137,72 @@ class RunData:
         """The steps that were asked for."""
         return int(self.config.get("train", {}).get("steps", self.step))
 
+    @property
+    def name(self) -> str:
+        """Name of the folder."""
+        return self.path.resolve().name
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The section [run]."""
+        return self.config.get("run", {})
+
+    @property
+    def rewards(self) -> list[str]:
+        """Specs of the rewards."""
+        return [str(spec) for spec in self.settings.get("reward", [])]
+
+    @property
+    def starts(self) -> list[Mapping[str, Any]]:
+        """What was recorded at each start: command, versions, device."""
+        found = self.record.get("starts", [])
+        return [start for start in found if isinstance(start, dict)] if isinstance(found, list) else []
+
+    @property
+    def commands(self) -> list[str]:
+        """The different command lines in order."""
+        return list(dict.fromkeys(str(start.get("command", "")) for start in self.starts))
+
+    @property
+    def version(self) -> str:
+        """The version of gencontrol that made it, or ""."""
+        return str(dict(self.starts[-1].get("versions", {})).get("gencontrol", "")) if self.starts else ""
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """Versions and device of the newest start."""
+        if not self.starts:
+            return {}
+        newest = self.starts[-1]
+        made = {**newest.get("versions", {}), "commit": newest.get("commit") or "an installed package"}
+        return made | {name: newest.get(name, "") for name in ("platform", "device")} | {"starts": len(self.starts)}
+
+    def about(self, kind: str, name: str) -> About:
+        """What is known of the "algorithm" or "reward" of this name.
+
+        What the job recorded comes first, then our own classes; user code that a folder names is never imported here,
+        for the folder may come from a stranger.
+        """
+        recorded = self.record.get("about")
+        entry = recorded.get(kind, {}).get(name) if isinstance(recorded, dict) else None
+        if not isinstance(entry, dict) and ":" not in name:
+            found = about(name, ()) if kind == "algorithm" else about("", (name,))
+            entry = found.get(kind, {}).get(name)
+        if not isinstance(entry, dict):
+            return About(name)
+        return About(**{field: str(entry.get(field, "")) for field in About._fields})
+
+    @property
+    def unit(self) -> str:
+        """What the reward measures, for axes."""
+        names = [parse_weight(spec)[0] for spec in self.rewards]
+        if not names:
+            return "reward"
+        if len(names) > 1:
+            return "weighted reward"
+        title = self.about("reward", names[0]).title
+        return title if len(title) <= _LONGEST_UNIT else names[0]
+
     def series(self, name: str) -> tuple[list[float], list[float]]:
         """Steps and finite values of one metric."""
         points = [(float(row["step"]), row[name]) for row in self.rows if is_number(row.get(name))]
@@ -88,7 +218,7 @@ class RunData:
         return list(dict.fromkeys(key for row in self.rows for key, value in row.items() if is_number(value)))
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether a value is a finite number (and not a boolean)."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -110,7 +240,7 @@ def read_run(run_dir: str | Path) -> RunData:
     return RunData(
         path=path,
         config={key: value for key, value in config.items() if isinstance(value, dict)},
-        record=_read_json(path / "run.json", {}),
+        record=read_json(path / "run.json", {}),
         rows=_read_rows(path / "metrics.jsonl"),
         pairs=pairs,
         pairs_step=step,
@@ -119,7 +249,8 @@ def read_run(run_dir: str | Path) -> RunData:
     )
 
 
-def _read_json(path: Path, default: Any) -> Any:
+def read_json(path: Path, default: Any) -> Any:
+    """Return the content of a JSON file of the default's type; the default where it is damaged or absent."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -145,7 +276,7 @@ def _read_pairs(folder: Path) -> tuple[int, list[Pair]]:
     """Sounds of the newest evaluation that has any."""
     found = [(int(match[1]), entry) for entry in folder.glob("step_*") if (match := _STEP.fullmatch(entry.name))]
     for step, entry in sorted(found, reverse=True):
-        if pairs := _compared(entry) or _plain(entry):
+        if pairs := _compared(entry) or _captioned(entry):
             return step, pairs
     return 0, []
 
@@ -153,14 +284,15 @@ def _read_pairs(folder: Path) -> tuple[int, list[Pair]]:
 def _compared(folder: Path) -> list[Pair]:
     """Base and tuned sounds with prompts.json."""
     pairs = []
-    for index, row in enumerate(_read_json(folder / "prompts.json", [])):
+    for index, row in enumerate(read_json(folder / "prompts.json", [])):
+        row = row if isinstance(row, dict) else {}
         sounds = {side: _sound(folder, f"{side}_{index:02d}", row.get(f"{side}_reward")) for side in ("base", "tuned")}
         if any(sounds.values()):
             pairs.append(Pair(str(row.get("prompt", "")), sounds["base"], sounds["tuned"]))
     return pairs
 
 
-def _plain(folder: Path) -> list[Pair]:
+def _captioned(folder: Path) -> list[Pair]:
     """Sounds of a pretraining, with captions.txt."""
     captions = {}
     if (folder / "captions.txt").exists():

@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -114,12 +113,6 @@ class WeightFit:
             "test_seeds": self.test_seeds,
         }
         return json.dumps(value, indent=1)
-
-    def plot(self, path: str | Path) -> Path:
-        """Write success on the validation seeds over the first parent's weight, with intervals, as an SVG file."""
-        target = Path(path)
-        target.write_text(_svg(self), encoding="utf-8")
-        return target
 
 
 def simplex_grid(parents: int, step: float) -> list[Weighting]:
@@ -300,35 +293,3 @@ def _seeds(seeds: Sequence[int], what: str) -> tuple[int, ...]:
 
 def _cells(rate: Estimate) -> tuple[str, str]:
     return f"{rate.value:.3f}", f"{rate.low:.3f} – {rate.high:.3f}"
-
-
-def _svg(fit: WeightFit) -> str:
-    """Points with intervals, first parent's weight from left to right, success from bottom to top."""
-    width, height, edge = 520, 320, 46
-
-    def at(weight: float, rate: float) -> tuple[float, float]:
-        return edge + weight * (width - 2 * edge), height - edge - rate * (height - 2 * edge)
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-        'font-size="12">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-        f'<text x="{width / 2}" y="{height - 10}" text-anchor="middle">weight of {_escaped(fit.names[0])}</text>',
-        f'<text x="{edge}" y="20">success on validation seeds, 95 % ({_escaped(fit.method)})</text>',
-    ]
-    for level in (0.0, 0.5, 1.0):
-        (left, y), (right, _) = at(0, level), at(1, level)
-        parts.append(f'<line x1="{left}" y1="{y}" x2="{right}" y2="{y}" stroke="#ccc"/>')
-        parts.append(f'<text x="{left - 8}" y="{y + 4}" text-anchor="end">{level:g}</text>')
-        x, base = at(level, 0)
-        parts.append(f'<text x="{x}" y="{base + 16}" text-anchor="middle">{level:g}</text>')
-    for arm in fit.arms:
-        rate, colour = arm.rate, "#c33" if arm.weights == fit.best else "#357"
-        (x, y), (_, low), (_, high) = (at(arm.weights[0], value) for value in (rate.value, rate.low, rate.high))
-        parts.append(f'<line x1="{x:.1f}" y1="{low:.1f}" x2="{x:.1f}" y2="{high:.1f}" stroke="{colour}"/>')
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
-    return "\n".join([*parts, "</svg>"]) + "\n"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;")

@@ -2,7 +2,7 @@
 
 evaluation.json   settings and policies; the same command goes on, another one is refused
 episodes.jsonl    appended and synced after every episode, so that an interruption loses only those under way
-report.json, eval_info.json, report.html, videos/
+report.json, eval_info.json, videos/; `gencontrol report` and `gencontrol evaluate` make report.html of them
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gencontrol._version import __version__
 from gencontrol.errors import UsageError
 from gencontrol.files import FileLayer, disk_errors
-from gencontrol.robotics.evaluation.report import SCHEMA_VERSION, EpisodeResult
+from gencontrol.robotics.envs.worker import spec_to_json
+from gencontrol.robotics.evaluation.report import SCHEMA_VERSION, EpisodeResult, EvaluationReport
+from gencontrol.robotics.evaluation.videos import safe
 
 SETTINGS, EPISODES = "evaluation.json", "episodes.jsonl"
 #: settings that may differ when an evaluation goes on, because episodes do not depend on them
@@ -129,3 +132,22 @@ class EvaluationFolder:
             self._layer.make_folder(path.parent)
             self._layer.replace_file(path, text.encode())
         return path
+
+
+def write_results(folder: EvaluationFolder, reports: Sequence[EvaluationReport]) -> None:
+    """Write report.json and eval_info.json (several policies: one folder each).
+
+    Raises:
+        DiskError: a file cannot be written.
+    """
+    table = {
+        "schema_version": SCHEMA_VERSION,
+        "gencontrol": __version__,
+        "protocol": reports[0].protocol,
+        "environments": [spec_to_json(spec) for spec in reports[0].specs],
+        "policies": [report.to_json() for report in reports],
+    }
+    folder.write("report.json", table)
+    for report in reports:
+        name = "eval_info.json" if len(reports) == 1 else f"{safe(report.policy)}/eval_info.json"
+        folder.write(name, report.eval_info())

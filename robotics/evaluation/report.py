@@ -222,7 +222,8 @@ class EvaluationReport:
         episodes = []
         for episode in self.episodes:
             row = {key: value for key, value in episode.to_json().items() if key != "latency"}
-            episodes.append({**row, "video": self.videos.get((episode.seed, episode.env_id))})
+            video, (middle,) = self.videos.get((episode.seed, episode.env_id)), percentiles([episode], (0.5,))
+            episodes.append({**row, "latency_s": _number(middle), "video": video})
         return {
             "policy": {"id": self.policy, **self.facts},
             "overall": self.summary(),

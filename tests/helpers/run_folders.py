@@ -56,7 +56,11 @@ generations = 2
 """
     (folder / "config.toml").write_text(config)
     start = {"command": "gencontrol finetune --reward clap:0.7 --reward fad:0.3 --output " + str(folder)}
-    start |= {"versions": {"gencontrol": "0.1.0", "torch": "2.13.0"}, "commit": "0123abc", "device": "CPU, 2 cores"}
+    start |= {
+        "versions": {"gencontrol": "0.1.0", "torch": "2.13.0", "transformers": "5.0"},
+        "commit": "0123abc",
+        "device": "CPU, 2 cores",
+    }
     (folder / "run.json").write_text(json.dumps({"kind": "finetune", "starts": [start]}))
     rows = [_row(step, steps, noise) for step in range(steps + 1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

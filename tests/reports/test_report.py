@@ -8,16 +8,20 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
+from gencontrol import registry
 from gencontrol.errors import UsageError
-from gencontrol.reports.card import write_card
+from gencontrol.reports.card import make_card, origin_of_run, write_card, write_measured
 from gencontrol.reports.charts import Line, label, line_chart, power_of, running_mean, thin, ticks
-from gencontrol.reports.data import cut_wav, read_run
+from gencontrol.reports.data import about, cut_wav, describe, read_run
 from gencontrol.reports.run import write_report
+from gencontrol.rewards.audio.clap import ClapReward
 from tests.helpers.run_folders import PROMPTS, make_finetune, make_pretrain, tone
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -93,7 +97,7 @@ def test_nothing_is_fetched(text: str) -> None:
 
 
 def test_texts_are_escaped(text: str) -> None:
-    assert "&lt;b&gt;loud&lt;/b&gt; &amp; &quot;distorted&quot; bass" in text
+    assert "&lt;b&gt;loud&lt;/b&gt; &amp; &#34;distorted&#34; bass" in text
     assert "<b>loud" not in text
 
 
@@ -166,7 +170,7 @@ def test_model_card(run_dir: Path) -> None:
     card = path.read_text(encoding="utf-8")
     for part in (
         "https://arxiv.org/abs/2504.15217",
-        "| clap | 0.7 | cosine",
+        f"| clap | 0.7 | {describe(ClapReward)['title']}",
         "| fad | 0.3 |",
         "the model bundled with gencontrol",
         "algorithm.generations | 2",
@@ -177,6 +181,108 @@ def test_model_card(run_dir: Path) -> None:
     ):
         assert part in card, part
     assert card.startswith("---\n") and card.count("\n---\n") == 1
+
+
+class OutsideMethod:
+    """Keeps the best <share> of each group.
+
+    More about it.
+    """
+
+    title, paper, summary = "RAFT, best | of <group>", "arXiv:2304.06767", "Keeps the best share of each group."
+
+
+def test_outside_code_is_shown_with_its_title_and_never_imported(run_dir: Path, tmp_path: Path) -> None:
+    """What the job recorded is enough: the folder may be read where that code is not, or come from a stranger."""
+    folder = tmp_path / "run"
+    shutil.copytree(run_dir, folder)
+    algorithm, reward = "evil_module_of_a_stranger:Raft", "evil_module_of_a_stranger:Reward"
+    text = (folder / "config.toml").read_text().replace('"dragon"', f'"{algorithm}"').replace("clap:0.7", f"{reward}:2")
+    (folder / "config.toml").write_text(text)
+    (tmp_path / "evil_module_of_a_stranger.py").write_text("raise SystemExit('imported')")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        unknown = make_card(read_run(folder)).text
+        record = json.loads((folder / "run.json").read_text())
+        known = {algorithm: OutsideMethod, reward: OutsideMethod()}
+        (folder / "run.json").write_text(json.dumps({**record, "about": about(algorithm, [f"{reward}:2"], known)}))
+        card = make_card(read_run(folder))
+        page = write_report(folder).read_text(encoding="utf-8")
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert f"{algorithm}. A LoRA" in unknown and f"| {reward} | 2 | user code |" in unknown
+    method = "RAFT, best | of <group>, <https://arxiv.org/abs/2304.06767>. Keeps the best share of each group. A LoRA"
+    assert method in card.text and card.data.tags == ["gencontrol", algorithm, "reward-fine-tuning"]
+    row = f"| {reward} | 2 | RAFT, best \\| of <group> (https://arxiv.org/abs/2304.06767). Keeps the best"
+    assert row in card.text
+    assert "RAFT, best | of &lt;group&gt; towards" in page and "<group>" not in page
+    assert "https://arxiv.org" not in page, "a page loads and links nothing"
+
+
+def test_cards_name_every_registered_method_and_reward() -> None:
+    """No table of names beside the classes: whatever is registered has a title, and a paper where the class has one."""
+    for name, path in (registry.ALGORITHMS | registry.TRAIN | registry.REWARDS).items():
+        kind = "reward" if registry.REWARDS.get(name) == path else "algorithm"
+        found = about(name, ()) if kind == "algorithm" else about("", (name,))
+        assert found[kind][name]["title"] not in ("", name), name
+        assert re.fullmatch(r"(https://\S+)?", found[kind][name]["paper"]), name
+    assert describe(registry.find(registry.ALGORITHMS, "crd", "algorithm"))["paper"].endswith("abs/2603.14128")
+
+
+def test_card_metadata_is_what_the_hub_reads(run_dir: Path) -> None:
+    data = make_card(read_run(run_dir)).data
+    assert (data.library_name, data.license, data.pipeline_tag) == ("gencontrol", "apache-2.0", "text-to-audio")
+    assert [result.metric_type for result in data.eval_results][0] == "paired gain of the reward"
+    assert data.eval_results[0].metric_value == pytest.approx(0.18 * (1 - math.exp(-3)))
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"config.json": {"architectures": ["ClapModel"]}}, 'load_reward("clap", reward_model='),
+        ({"config.json": {"_class_name": "AttributeNet"}}, "AttributeNet.from_pretrained"),
+        ({"model_index.json": {"_class_name": "ClassToImagePipeline"}}, "pipe(3, seed=0)"),
+        ({"model_index.json": {"_class_name": "StableAudioPipeline"}}, "TextToAudioPipeline.from_pretrained"),
+        ({"model_index.json": {"_class_name": "StableDiffusionPipeline"}}, "TextToImagePipeline.from_pretrained"),
+        ({"scene_reader/config.json": {}}, "SceneReader.from_pretrained"),
+        ({"control/config.json": {}}, "pipe.load_control("),
+    ],
+)
+def test_final_says_how_it_is_loaded(files: dict[str, object], said: str, tmp_path: Path) -> None:
+    folder = make_pretrain(tmp_path / "run")
+    for name, content in files.items():
+        (folder / "final" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "final" / name).write_text(json.dumps(content))
+    assert said in make_card(read_run(folder)).text
+    assert said.partition("(")[0] in write_report(folder).read_text(encoding="utf-8")
+
+
+def test_card_of_a_bundled_model(run_dir: Path, tmp_path: Path) -> None:
+    """Measured numbers, origin and picture; measured.json is what the card shows."""
+    (tmp_path / "model.safetensors").write_bytes(bytes(20_000))
+    sections = {"test clips": {"clips": 3, "cosine": 0.123456}, "speed": {"ms": 1.0}}
+    texts = {
+        "title": "A model",
+        "text": "What.",
+        "source": "Data: none.",
+        "note": "Numbers by us",
+        "caption": "A picture",
+    }
+    origin = origin_of_run(run_dir, "busy")
+    write_measured(tmp_path, sections, **texts, origin=origin, picture=("card.svg", b"<svg/>"))
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.license == "apache-2.0" and json.loads((tmp_path / "measured.json").read_text()) == sections
+    for part in (
+        "# A model",
+        "Weights: 0.02 MB",
+        "Test clips:\n\n| quantity | value |\n|---|---|\n| clips | 3 |\n| cosine | 0.1235 |\n",
+        "Speed:\n\n",
+        "    gencontrol finetune --reward clap:0.7",
+        "120 steps in 300 s of wall time (CPU, 2 cores, busy; gencontrol 0.1.0, torch 2.13.0, transformers 5.0; commit",
+        "![A picture](card.svg)",
+    ):
+        assert part in card.content, part
+    assert (tmp_path / "card.svg").read_bytes() == b"<svg/>"
 
 
 def test_no_card_before_the_end(tmp_path: Path) -> None:
@@ -203,7 +309,7 @@ def test_tick_labels() -> None:
 
 def test_curve_points_lie_where_the_axes_say() -> None:
     """The polyline's ends are at the plot's corners for a rising line over the full range."""
-    chart = line_chart([Line("a", [0, 10], [0.0, 1.0])], title="t", y_label="u")
+    chart = str(line_chart([Line("a", [0, 10], [0.0, 1.0])], title="t", y_label="u"))
     points = re.findall(r'polyline class="line tuned" points="([\d.]+),([\d.]+) ([\d.]+),([\d.]+)"', chart)[0]
     x0, y0, x1, y1 = map(float, points)
     grid = {t: float(y) for y, t in re.findall(r'y="([\d.]+)" text-anchor="end">([\d.]+)<', chart)}
@@ -212,9 +318,9 @@ def test_curve_points_lie_where_the_axes_say() -> None:
 
 
 def test_constant_empty_and_single_series() -> None:
-    assert "No values yet" in line_chart([Line("a", [], [])], title="t", y_label="u")
+    assert "No values yet" in str(line_chart([Line("a", [], [])], title="t", y_label="u"))
     for line in (Line("a", [1, 2, 3], [0.0, 0.0, 0.0]), Line("a", [4], [2.5], low=[2.0], high=[3.0])):
-        chart = line_chart([line], title="t", y_label="u")
+        chart = str(line_chart([line], title="t", y_label="u"))
         assert "nan" not in chart and "inf" not in chart
         Page(chart)
 

@@ -119,7 +119,7 @@ def _ablations(results: Results, early: int, last: int) -> list[Check]:
 
 
 def curves(results: Results, columns: Columns) -> dict[str, tuple[str, dict[str, dict[float, Any]]]]:
-    """Panels for `draw_curves`: each metric against rounds."""
+    """Panels for `run_parts`: each metric against rounds."""
     panels = {}
     for title, metric in {**columns.each, **columns.last}.items():
         lines: dict[str, dict[float, Any]] = {}

@@ -1,11 +1,10 @@
-"""What the parts of `bench dts` share: weighted laws, MMD², peers at a budget, anytime growth, curves."""
+"""What the parts of `bench dts` share: weighted laws, MMD², peers at a budget, anytime growth."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -153,42 +152,3 @@ def one_root(chain: Chain) -> Chain:
 def over(values: Iterable[float]) -> Estimate:
     """Mean over seeds with its Student t interval."""
     return student_t(list(values))
-
-
-def draw_curves(
-    folder: Path, name: str, panels: Mapping[str, tuple[str, Mapping[str, Mapping[float, Any]]]]
-) -> Path | None:
-    """Draw metric against budget, one panel each, to `<name>.png`; None where there is no curve.
-
-    Args:
-        panels: {title: (label of x, {curve: {budget: number or Estimate}})}; the vertical axis is logarithmic where
-            all numbers are positive and span a factor of 20.
-    """
-    panels = {title: panel for title, panel in panels.items() if panel[1]}
-    if not panels:
-        return None
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.2 * len(panels), 4), squeeze=False)
-    for axis, (title, (label, curves)) in zip(axes[0], panels.items(), strict=True):
-        numbers = []
-        for curve, points in curves.items():
-            x = sorted(points)
-            y = [points[k].value if isinstance(points[k], Estimate) else points[k] for k in x]
-            bounds = [(p.low, p.high) if isinstance(p := points[k], Estimate) else (math.nan, math.nan) for k in x]
-            (line,) = axis.plot(x, y, marker="o" if len(x) < 12 else None, markersize=3, label=curve)
-            axis.fill_between(x, *zip(*bounds, strict=True), alpha=0.15, color=line.get_color())
-            numbers += y
-        axis.set(title=title, xlabel=label, xscale="log")
-        if min(numbers) > 0 and max(numbers) > 20 * min(numbers):
-            axis.set_yscale("log")
-        axis.legend(fontsize=7)
-    figure.tight_layout()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.png"
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return path

@@ -173,6 +173,7 @@ def run(table: dict[str, dict[str, Any]], start: Start, live: Live | None = None
         return SearchResult(folder, read_json(folder / "results.json") or [])
     import torch
 
+    from gencontrol.reports.data import about
     from gencontrol.reports.run import write_report
     from gencontrol.train.run_folder import Lock, check_settings
 
@@ -189,7 +190,9 @@ def run(table: dict[str, dict[str, Any]], start: Start, live: Live | None = None
                 print(f"changed since the last start: {note}", file=sys.stderr)
             with disk_errors("the settings", folder):
                 check_settings(folder, job.folder.table, job.folder.allow, FileLayer())
-                record(job.folder, {"kind": "search", "prompts": job.prompts})
+                known = {called(one): one for one in live.rewards if not isinstance(one, str)}
+                said = about("", job.source.reward, known)
+                record(job.folder, {"kind": "search", "prompts": job.prompts, "about": said})
             clean_staging(folder)
             found, facts, tree = (_trees if sampler(config.sampler).tree else _particles)(job, loaded, problem)
             facts |= {"sampler": config.sampler, "nfe": config.nfe, "count": config.count, "steps": problem.steps}

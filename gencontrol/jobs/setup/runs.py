@@ -161,12 +161,15 @@ def running(run: RunFolder, train: TrainConfig, facts: Mapping[str, Any]) -> Ite
     A context and not a call, so that one frame less lies between the job and the loss.
     """
     from gencontrol.reports.card import write_card
+    from gencontrol.reports.data import about
     from gencontrol.reports.run import write_report
     from gencontrol.train.trainer import Trainer
 
     first = int(os.environ.get("RANK", "0")) == 0
     if first:
-        record(run, facts)
+        settings = run.table.get("run", {})
+        name = str(settings.get("algorithm") or settings.get("stage", ""))
+        record(run, {"about": about(name, settings.get("reward", ())), **facts})
     others = {section: values for section, values in run.table.items() if section != "train"}
     try:
         yield Trainer(train, run.path, settings=others, allow=run.allow)

@@ -25,7 +25,7 @@ from gencontrol.data.images import png_grid
 from gencontrol.models.readers.image_classifier import ImageClassifier, calibration_error
 from gencontrol.pipelines import ClassToImagePipeline
 from gencontrol.recipes.digits.data import DigitImages, load_digit_images
-from gencontrol.recipes.sound.cards import origin_of_run
+from gencontrol.reports.card import origin_of_run, write_measured
 from gencontrol.rng import stream
 
 #: bandwidths of the Gaussian kernels, in the units of pixels in [-1, 1]; two test digits are about 6 apart
@@ -173,50 +173,26 @@ def measure(model: Path) -> dict[str, dict[str, float]]:
     }
 
 
-def write_card(model: Path, sections: Mapping[str, Mapping[str, float]], origin: Sequence[str]) -> None:
+def write_card(model: Path, sections: Mapping[str, Mapping[str, float]], origin: str) -> None:
     """Write README.md, card.png and measured.json into the model's folder."""
-    size = sum(path.stat().st_size for path in model.rglob("*.safetensors")) / 1e6
-    lines = [
-        "# Digits",
-        "",
-        "Flow-matching transformer on 8x8 images of handwritten digits, conditional and (condition dropped) "
+    write_measured(
+        model,
+        sections,
+        title="Digits",
+        text="Flow-matching transformer on 8x8 images of handwritten digits, conditional and (condition dropped) "
         "unconditional, with a calibrated classifier. Load with `gencontrol.pipelines.ClassToImagePipeline."
         'from_pretrained("bundled-digits")`; the classifier alone is the reward `digit-class`. Made for trying search, '
         "guidance and training in seconds; good for nothing else.",
-        "",
-        f"Weights: {size:.2f} MB, safetensors. Licence: the repository's.",
-        "",
-        "## How it was made",
-        "",
-        *origin,
-        "",
-        "Data: scikit-learn's `load_digits` (UCI Optical Recognition of Handwritten Digits, test set: 1797 images "
-        "by 13 writers, CC BY 4.0), pixels scaled to [-1, 1]. Split by `gencontrol.recipes.digits.data` (36 images "
-        "of each digit test, by a hash of the index): 1437 train the flow, 1257 of them the classifier, the other 180 "
-        "chose its temperature; 360 are test images.",
-        "",
-        "## Measured",
-        "",
-    ]
-    for name, numbers in sections.items():
-        lines += [f"{name[0].upper()}{name[1:]}:", "", "| quantity | value |", "|---|---|"]
-        lines += [
-            f"| {key} | {value if isinstance(value, int) else f'{value:.4g}'} |" for key, value in numbers.items()
-        ]
-        lines += [""]
-    caption = "Left: ten images of each label, generated (20 Heun steps, no guidance). Right: test images."
-    lines += [
-        "`mmd2`: unbiased, Gaussian kernels of bandwidth 2, 4 and 8; `calibration_error`: ten bins of equal mass. "
+        origin=origin,
+        source="Data: scikit-learn's `load_digits` (UCI Optical Recognition of Handwritten Digits, test set: 1797 "
+        "images by 13 writers, CC BY 4.0), pixels scaled to [-1, 1]. Split by `gencontrol.recipes.digits.data` (36 "
+        "images of each digit test, by a hash of the index): 1437 train the flow, 1257 of them the classifier, the "
+        "other 180 chose its temperature; 360 are test images.",
+        note="`mmd2`: unbiased, Gaussian kernels of bandwidth 2, 4 and 8; `calibration_error`: ten bins of equal mass. "
         "Numbers by `python -m gencontrol.recipes.digits.quality`, also in `measured.json`.",
-        "",
-        f"![{caption}](card.png)",
-        "",
-        caption,
-        "",
-    ]
-    (model / "README.md").write_text("\n".join(lines), encoding="utf-8")
-    (model / "measured.json").write_text(json.dumps(sections, indent=1) + "\n", encoding="utf-8")
-    (model / "card.png").write_bytes(_picture(model))
+        caption="Left: ten images of each label, generated (20 Heun steps, no guidance); right: test images",
+        picture=("card.png", _picture(model)),
+    )
 
 
 def _picture(model: Path) -> bytes:

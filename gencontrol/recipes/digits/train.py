@@ -88,6 +88,7 @@ class DigitsPretrain(FlowPretrain):
     """Trains a denoiser and a classifier on `DigitImages`; see the module docstring."""
 
     Config = DigitsPretrainConfig
+    summary = "Flow matching and a calibrated classifier on scikit-learn's 8x8 digits."
 
     def __init__(
         self,

@@ -58,6 +58,7 @@ class ScenesPretrain(FlowPretrain):
     """Trains a `CaptionedNetwork` on a `SceneCorpus`; see the module docstring."""
 
     Config = ScenesPretrainConfig
+    summary = "Flow matching on drawn scenes and words with their captions."
 
     def __init__(
         self,

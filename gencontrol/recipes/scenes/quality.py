@@ -27,7 +27,7 @@ from gencontrol.recipes.scenes.data.corpus import sample_captions
 from gencontrol.recipes.scenes.data.render import Scene, arrange, render
 from gencontrol.recipes.scenes.data.words import damage
 from gencontrol.recipes.scenes.networks import SceneJudge, attributes_of
-from gencontrol.recipes.sound.cards import origin_of_run
+from gencontrol.reports.card import origin_of_run, write_measured
 from gencontrol.rewards import load_reward
 from gencontrol.rewards.distribution import frechet_distance
 from gencontrol.rng import stream, stream_seed
@@ -178,33 +178,25 @@ WHAT = {
 }
 
 
-def write_card(name: str, model: Path, sections: Mapping[str, Section], origin: Sequence[str], picture: bytes) -> None:
+def write_card(name: str, model: Path, sections: Mapping[str, Section], origin: str, picture: bytes) -> None:
     """Write README.md, card.png and measured.json into a model's folder."""
     title, text = WHAT[name]
-    size = sum(path.stat().st_size for path in model.rglob("*.safetensors")) / 1e6
-    lines = [f"# {title}", "", text, "", f"Weights: {size:.2f} MB, safetensors. Licence: the repository's.", ""]
-    lines += [
-        "## How it was made",
-        "",
-        *origin,
-        "",
-        "Data: drawn by `gencontrol.recipes.scenes.data`, without end; captions of ",
-    ]
-    lines[-1] += "one meaning in six, and a list of words, are held out."
-    lines += ["", "## Measured", ""]
-    for heading, numbers in sections.items():
-        lines += [f"{heading[0].upper()}{heading[1:]}:", "", "| quantity | value |", "|---|---|"]
-        lines += [f"| {key} | {v if isinstance(v, int) else f'{v:.4g}'} |" for key, v in numbers.items()]
-        lines += [""]
-    what = (
-        "Held-out captions, one row per category; left generated without guidance, middle with guidance 3, right real"
+    caption = "Rendered scenes, damaged as in the last section"
+    if name == "text_to_image":
+        caption = "Held-out captions, one row per category; left generated without guidance, middle with guidance 3, "
+        caption += "right real"
+    write_measured(
+        model,
+        sections,
+        title=title,
+        text=text,
+        origin=origin,
+        source="Data: drawn by `gencontrol.recipes.scenes.data`, without end; captions of one meaning in six, and a "
+        "list of words, are held out.",
+        note="Numbers by `python -m gencontrol.recipes.scenes.quality`, also in `measured.json`.",
+        caption=caption,
+        picture=("card.png", picture),
     )
-    what = what if name == "text_to_image" else "Rendered scenes, damaged as in the last section"
-    lines += ["Numbers by `python -m gencontrol.recipes.scenes.quality`, also in `measured.json`.", ""]
-    lines += [f"![{what}](card.png)", "", f"{what}.", ""]
-    (model / "README.md").write_text("\n".join(lines), encoding="utf-8")
-    (model / "measured.json").write_text(json.dumps(sections, indent=1) + "\n", encoding="utf-8")
-    (model / "card.png").write_bytes(picture)
 
 
 def picture_of(name: str, bundled: Path) -> bytes:

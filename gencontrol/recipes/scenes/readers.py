@@ -76,6 +76,7 @@ class SceneReadersPretrain(AveragedPretraining):
     """Trains `SceneReader` and `SceneJudge`; see the module docstring."""
 
     Config = SceneReadersConfig
+    summary = "A reader of words and a judge of attributes, by classification of drawn scenes."
 
     def __init__(self, reader: SceneReader, judge: SceneJudge, config: SceneReadersConfig, *, seed: int) -> None:
         """Set up the algorithm; its roles hold both networks."""

@@ -93,6 +93,7 @@ class AttributePretrain(AveragedPretraining):
     """Trains an `AttributeNet` on a folder of `build_sound_dataset`; see the module docstring."""
 
     Config = AttributePretrainConfig
+    summary = "Classification of what rendered sounds were made from."
 
     def __init__(
         self,

@@ -119,6 +119,7 @@ class ClapPretrain(AveragedPretraining):
     """Trains the bundled CLAP on a folder of `build_sound_dataset`; see the module docstring."""
 
     Config = ClapPretrainConfig
+    summary = "Contrast of rendered sounds and captions: embeddings of one space."
 
     def __init__(
         self,

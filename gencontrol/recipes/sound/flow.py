@@ -96,6 +96,7 @@ class FlowPretrain(AveragedPretraining):
     """Trains a denoiser on (latent, caption) pairs; see the module docstring."""
 
     Config = FlowPretrainConfig
+    summary = "Flow matching on latents of rendered sound with its captions."
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gencontrol.data.images import png_grid
 from gencontrol.models.networks.codec import MelCodec
 from gencontrol.recipes.sound.data.dataset import SoundDataset
+from gencontrol.recipes.sound.data.grammar import ATTRIBUTES, HELD_OUT_TEST
+from gencontrol.recipes.sound.generation_quality import generate_clips, generation_quality
 from gencontrol.recipes.sound.retrieval import retrieval_at_one
+from gencontrol.reports.card import origin_of_run, write_measured
+from gencontrol.reports.charts import heatmap, svg_file
 
 CHUNK = 50
 
@@ -131,14 +137,113 @@ def measure(kind: str, model: Path, data: Path, codec: MelCodec | None) -> dict[
     if kind == "codec":
         return {"test clips": codec_quality(MelCodec.from_pretrained(model), test)}
     if kind == "text_to_audio":
-        from gencontrol.recipes.sound.generation_quality import generation_quality
-
         return dict(generation_quality(model, test))
     score = {"clap": clap_retrieval, "attributes": attribute_accuracy}[kind]
     sections: dict[str, Mapping[str, float]] = {"test clips": score(model, test)}
     if codec is not None:
         sections["test clips through the codec"] = score(model, test, codec=codec)
     return sections
+
+
+WHAT = {
+    "codec": (
+        "MelCodec",
+        "Linear codec of the bundled text-to-audio model: log-mel frames, principal components, Griffin-Lim. "
+        "Waveform [b, n] at 16 kHz <-> latent tokens [b, n/512, 64]. Load with "
+        "`gencontrol.models.networks.codec.MelCodec.from_pretrained`.",
+    ),
+    "clap": (
+        "Small CLAP",
+        "Contrastive audio-text model in transformers' own classes, for clips of about 2 s at 16 kHz (3 s at most). "
+        "Load with `ClapModel.from_pretrained`, `AutoTokenizer` and `AutoFeatureExtractor`, as any CLAP.",
+    ),
+    "attributes": (
+        "Attribute judge",
+        "Convolutional classifier of instrument, mode, tempo, register, dynamics, effect and pattern, with 128-d "
+        "embeddings per clip and per 64 ms; independent of CLAP, no reward is trained on it. Load with "
+        "`gencontrol.models.readers.attributes.AttributeNet.from_pretrained`.",
+    ),
+    "text_to_audio": (
+        "Text to audio",
+        "Flow-matching transformer over the codec's latents, conditioned on the text half of the bundled CLAP. "
+        "Load with `gencontrol.pipelines.TextToAudioPipeline.from_pretrained`. Numbers below: one clip per held-out "
+        "caption with the model's default steps and guidance; `…_by_clap` is zero-shot among the 20 instrument names, "
+        "`…_by_judge` the attribute judge; FAD against other held-out clips.",
+    ),
+}
+
+CAPTION = {
+    "text_to_audio": "Log-mel of six held-out captions: generated (top) and real (bottom)",
+    "codec": "Log-mel of three test clips, before (top) and after (bottom) the codec",
+    "clap": "Cosine of 20 test captions with their 20 clips; the diagonal is right",
+    "attributes": "Confusion of instruments on the test clips",
+}
+
+
+def write_card(kind: str, model: Path, data: Path, sections: Mapping[str, Mapping[str, float]], origin: str) -> None:
+    """Write README.md and its picture into the model's folder, and measured.json beside them."""
+    title, text = WHAT[kind]
+    recipe = json.loads((data / "recipe.json").read_text())
+    sizes, test = recipe["sizes"], SoundDataset.load(data, "test")
+    write_measured(
+        model,
+        sections,
+        title=title,
+        text=text,
+        origin=origin,
+        source=f"Data: `build_sound_dataset(folder, train={sizes['train']}, val={sizes['val']}, test={sizes['test']}, "
+        f"seed={recipe['seed']})`: clips rendered here from a grammar (General MIDI timbres of FluidR3_GM.sf2 by "
+        "fluidsynth, and numpy voices); no recorded music, no foreign weights. Test and validation hold combinations "
+        f"of attributes that training never saw ({HELD_OUT_TEST} % of all are test).",
+        note=f"Numbers by `python -m gencontrol.recipes.sound.quality {kind}`, also in `measured.json`.",
+        caption=CAPTION[kind],
+        picture=DRAW[kind](model, test),
+    )
+
+
+def _draw_codec(model: Path, test: SoundDataset) -> tuple[str, bytes]:
+    """Spectrograms of three clips, before (top) and after (bottom) the codec."""
+    codec = MelCodec.from_pretrained(model)
+    wave = test.waveforms([0, 1, 2])
+    return "card.png", _spectrograms(codec, wave, codec.decode(codec.encode(wave)))
+
+
+def _draw_text_to_audio(model: Path, test: SoundDataset) -> tuple[str, bytes]:
+    """Spectrograms of six held-out captions, generated (top) and real (bottom)."""
+    made = generate_clips(model, [test.captions[i][0] for i in range(6)], steps=None, guidance_scale=None, seed=0)
+    return "card.png", _spectrograms(MelCodec.from_pretrained(model / "codec"), made, test.waveforms(range(6)))
+
+
+def _spectrograms(codec: MelCodec, top: Float[Tensor, "n t"], bottom: Float[Tensor, "n t"]) -> bytes:
+    """Log-mel pictures of the clips in two rows, time to the right and pitch upwards."""
+    mels = torch.cat([codec.log_mel(top), codec.log_mel(bottom)]).transpose(1, 2).flip(1)
+    return png_grid(((mels + 9.2) / 8.2).clamp(0, 1)[:, None], columns=len(top), zoom=2)
+
+
+def _draw_clap(model: Path, test: SoundDataset) -> tuple[str, bytes]:
+    """Cosine of 20 test captions with their 20 clips."""
+    few = replace(test, pcm=test.pcm[:20], captions=test.captions[:20])
+    text, audio = clap_embeddings(model, few, codec=None)
+    names = [variants[0] for variants in few.captions]
+    drawing = heatmap((text @ audio.T).tolist(), names, list(map(str, range(20))), title=CAPTION["clap"])
+    return "card.svg", svg_file([drawing]).encode()
+
+
+def _draw_attributes(model: Path, test: SoundDataset) -> tuple[str, bytes]:
+    """Confusion of instruments on the test split."""
+    names = ATTRIBUTES["instrument"]
+    table = np.zeros((len(names), len(names)))
+    np.add.at(table, (test.labels["instrument"], attribute_predictions(model, test)["instrument"]), 1)
+    shares = table / np.maximum(table.sum(1, keepdims=True), 1)
+    return "card.svg", svg_file([heatmap(shares.tolist(), names, names, title=CAPTION["attributes"])]).encode()
+
+
+DRAW = {
+    "codec": _draw_codec,
+    "clap": _draw_clap,
+    "attributes": _draw_attributes,
+    "text_to_audio": _draw_text_to_audio,
+}
 
 
 def _arguments() -> argparse.Namespace:
@@ -170,10 +275,8 @@ def main() -> None:
     else:
         codec = None if options.codec is None else MelCodec.from_pretrained(options.codec)
         sections = measure(options.kind, options.model, options.data, codec)
-    from gencontrol.recipes.sound.cards import origin_of_run, write_card
-
     command = " ".join(["python -m gencontrol.recipes.sound.quality", *sys.argv[1:]])
-    origin = [f"    {command}"] if options.run is None else origin_of_run(options.run)
+    origin = f"    {command}" if options.run is None else origin_of_run(options.run)
     write_card(options.kind, options.model, options.data, sections, origin)
     print(json.dumps(sections, indent=1))
 

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from gencontrol.errors import UsageError
+from gencontrol.reports.charts import svg_file
+from gencontrol.reports.evaluation import weights_chart
 from gencontrol.robotics.compose import ComposedPolicy, fit_weights
 from gencontrol.robotics.composition.mixing import best_weights
 from gencontrol.robotics.composition.weight_search import Arm, simplex_grid
@@ -131,15 +133,16 @@ def test_the_grid_holds_every_weighting_once(parents: int, step: float) -> None:
         simplex_grid(6, 0.05)
 
 
-def test_table_json_and_picture(tmp_path) -> None:
+def test_table_json_and_picture() -> None:
     fit = fit_weights(policy(), validation_seeds=range(40), test_seeds=range(50, 80), method="grid", rollouts=World())
     text = fit.table()
     assert "not a result" in text and "30 fresh seeds" in text and text.count("\n| ") >= 11 + 3
     value = json.loads(fit.to_json())
     assert value["best"] == list(fit.best) and len(value["test"]["composed"]) == 30
     assert value["gain"]["value"] == pytest.approx(fit.gain.value)
-    picture = ElementTree.parse(fit.plot(tmp_path / "fit.svg")).getroot()
-    assert len(picture.findall("{http://www.w3.org/2000/svg}circle")) == 11
+    rows = [(arm.weights[0], arm.rate.value, arm.rate.low, arm.rate.high) for arm in fit.arms]
+    picture = ElementTree.fromstring(svg_file([weights_chart(rows, 3, "<a> & b", fit.method)]))
+    assert len(list(picture.iter("{http://www.w3.org/2000/svg}circle"))) == 11
 
 
 def test_the_score_of_an_arm_has_wilsons_interval() -> None:

@@ -13,6 +13,7 @@ import torch
 
 from gencontrol.cli import main
 from gencontrol.errors import EnvironmentMissing, UsageError
+from gencontrol.reports.evaluation import write_evaluation
 from gencontrol.rng import Keyed, row_keys
 from gencontrol.robotics import evaluate as module
 from gencontrol.robotics.envs.vector import make_envs
@@ -271,7 +272,7 @@ def test_files_and_videos(tmp_path: Path) -> None:
     table = json.loads((tmp_path / "report.json").read_text())
     assert table["policies"][1]["comparison"]["mcnemar_p"] == report.compared.pairs.p
     assert [row["seed"] for row in table["policies"][0]["episodes"]] == list(SEEDS)
-    page = (tmp_path / "report.html").read_text()
+    page = write_evaluation(tmp_path).read_text()
     assert page.count("data:video/mp4;base64,") == 6 and "McNemar" in page and "discordant" in page
     assert "http" not in page.replace("http-equiv", "")
     for section in page.split("<h2>"):
