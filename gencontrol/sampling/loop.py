@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gencontrol.errors import UsageError, nearest
 from gencontrol.process.gaussian import GaussianProcess
 from gencontrol.process.masked import MaskedProcess
+from gencontrol.registry import resolve_dotted
 from gencontrol.rng import Keyed
 from gencontrol.sampling.grids import make_grid
 from gencontrol.sampling.masked_steps import Ancestral, Blocks, Confidence
@@ -60,16 +61,27 @@ class Path:
 def make_step(step: str | Step | None, process: GaussianProcess | MaskedProcess) -> Step:
     """Return the Step of a name with its defaults (None: euler or ancestral), checked against the process.
 
+    A name is one of `STEPS`, or package.module:Class of a step of your own, which is made without arguments.
+
     Raises:
-        UsageError: unknown name, or a step of the other kind of process.
+        UsageError: unknown name, a class that is no step, or a step of the other kind of process.
     """
     kind = "masked" if isinstance(process, MaskedProcess) else "gaussian"
     if step is None:
         step = "ancestral" if kind == "masked" else "euler"
     if isinstance(step, str):
-        if step not in STEPS:
-            raise UsageError(f"unknown step '{step}'.{nearest(step, STEPS)} Known: {', '.join(STEPS)}.")
-        step = STEPS[step]()
+        if ":" in step:
+            made = resolve_dotted(step, "step")()
+            if not isinstance(made, Step):
+                raise UsageError(f"step '{step}' is none; it must be a subclass of gencontrol.sampling.state.Step.")
+            step = made
+        elif step in STEPS:
+            step = STEPS[step]()
+        else:
+            raise UsageError(
+                f"unknown step '{step}'.{nearest(step, STEPS)} Known: {', '.join(STEPS)}; or package.module:Class of "
+                "your own."
+            )
     if step.kind != kind:
         fitting = ", ".join(name for name, value in STEPS.items() if value.kind == kind)
         raise UsageError(f"{type(step).__name__} is a {step.kind} step but the model is {kind}; use one of: {fitting}")

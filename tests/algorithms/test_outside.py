@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gencontrol.algorithms.base import StepContext
 from gencontrol.config import build
 from gencontrol.errors import UsageError
 from gencontrol.models.roles import Roles
 from gencontrol.registry import ALGORITHMS, find
+from gencontrol.sampling import make_step
+from gencontrol.sampling.steps import GaussianStep
 from gencontrol.testing import AlgorithmContract
 from tests.helpers.dragon_worlds import FirstAxis, make_task
 
@@ -33,6 +37,30 @@ class TestRaft(AlgorithmContract):
         config = kind.Config(prompts_per_round=6, generations=4, updates_per_round=2, demo_steps=4, keep=0.5)
         task = make_task()
         return kind(task, FirstAxis(), config, roles=Roles(task.denoiser.network), seed=0)
+
+
+class Midpoint(GaussianStep):
+    """An own sampler step: the ODE by the midpoint rule."""
+
+    order, evaluations = 2, 2
+
+    def __call__(self, model: Any, state: Any, t: float, t_next: float, cond: Any, noise: Any) -> Any:
+        half = state.x + (t_next - t) / 2 * model(state.x, t, cond).velocity
+        return replace(state, x=state.x + (t_next - t) * model(half, (t + t_next) / 2, cond).velocity)
+
+
+def test_an_own_sampler_step_is_one_class_and_one_line() -> None:
+    config = {"sampler": f"{__name__}:Midpoint", "prompts_per_round": 6, "demo_steps": 4, "eval_steps": 4}
+    ctx = StepContext(seed=0, step=0, micro_batch=100)
+    pools = {}
+    for sampler in (config["sampler"], "euler"):
+        kind, task = find(ALGORITHMS, "rwr", "algorithm"), make_task()
+        options = build(kind.Config, config | {"sampler": sampler}, "algorithm")
+        pools[sampler] = kind(task, FirstAxis(), options, roles=Roles(task.denoiser.network), seed=0).draw(ctx)[0]
+    mine, euler = (pool.latents for pool in pools.values())
+    assert mine.isfinite().all() and 0 < float((mine - euler).abs().max()) < 1
+    with pytest.raises(UsageError, match="'collections:Counter' is none"):
+        make_step("collections:Counter", task.denoiser.process)
 
 
 def test_raft_is_short() -> None:
