@@ -143,6 +143,26 @@ def test_layers() -> None:
     assert wrong == []
 
 
+def test_no_circles() -> None:
+    """Not one, imports inside functions and for types included: a lazy import is for start-up time, not for knots."""
+    modules = {dotted for dotted, _ in _files()}
+    graph: dict[str, set[str]] = {}
+    for dotted, file in _files():
+        found = graph[dotted] = set()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                inner = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= (inner & modules) or {str(node.module)}
+        found &= modules - {dotted}
+    # what is left after removing, again and again, whatever imports nothing that is left
+    while done := {name for name, targets in graph.items() if not targets & graph.keys()}:
+        graph = {name: targets for name, targets in graph.items() if name not in done}
+    reached = {name for targets in graph.values() for name in targets}
+    assert sorted(name for name in graph if name in reached) == []
+
+
 def test_pipelines_and_rewards_never_import_train() -> None:
     assert [
         str(i) for i in IMPORTS if i.part in ("pipelines", "rewards", "robotics") and "gencontrol.train" in i.name
