@@ -328,9 +328,9 @@ class ForwardTuning(Tuning):
         mine = torch.arange(pool.first_row, pool.first_row + len(pool.latents))
         mine = mine[kept[mine]]
         group = torch.div(mine, pool.generations, rounding_mode="floor")
-        each = (part[mine].float() for part in (advantage, goal, values, strength))
+        own, aim, worth, pull = (part[mine].float() for part in (advantage, goal, values, strength))
         near = group - pool.first_row // pool.generations
-        data = Samples(pool.take(mine), pool.cond, near, mine, group, *each, rows=len(kept))
+        data = Samples(pool.take(mine), pool.cond, near, mine, group, own, aim, worth, pull, len(kept))
         self._count(int(kept.sum()), len(valid))
         if bool(valid.any()):
             metrics["reward/mean"] = reward_of(reward, pool.scores, valid.nonzero().flatten())
@@ -404,7 +404,10 @@ class ForwardTuning(Tuning):
                 rows.t[part].to(device),
                 index_cond(data.cond, data.place[item].to(device)),
                 rows.unit[part].to(device),
-                *(each[item].to(device) for each in (data.advantage, data.goal, data.value, data.strength)),
+                data.advantage[item].to(device),
+                data.goal[item].to(device),
+                data.value[item].to(device),
+                data.strength[item].to(device),
                 {key: value[part].to(device) for key, value in (extra or {}).items()},
             )
 
