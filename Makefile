@@ -9,7 +9,7 @@ export TRANSFORMERS_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint types test-extras bench clean
+.PHONY: demo test quick docs lint types test-extras bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,14 @@ demo: $(VENV)/.core
 
 test: $(VENV)/.dev lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# the tests of a minute; those that take longer are marked slow (setup.cfg lists the marks)
+quick: $(VENV)/.dev lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(QUICK)
+
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/mkdocs build --strict
+	@echo "Open build/docs/index.html, or serve it: $(BIN)/python -m http.server -d build/docs"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ class PlainDocstrings(griffe.Extension):
         if obj.docstring:
             parts = re.split(r"(`[^`]*`)", obj.docstring.value)
             parts[::2] = [
-                _CITED.sub(r"[\1](../\1)", re.sub(r"\](?=[\[(])", r"\\]", part)).replace("$", "\\$") for part in parts[::2]
+                _CITED.sub(r"[\1](../\1)", re.sub(r"\](?=[\[(])", r"\\]", part)).replace("$", "\\$")
+                for part in parts[::2]
             ]
             obj.docstring.value = "".join(parts)

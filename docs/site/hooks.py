@@ -7,7 +7,7 @@ import ast
 import html
 import re
 import sys
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ GROUND = ("types", "errors", "config", "registry", "rng", "files", "stats")
 
 
 def _public(path: Path) -> tuple[list[str], dict[str, str], bool]:
-    """The public classes and functions that a file defines, what it exports from elsewhere, whether it has a docstring."""
+    """What a file defines for the public, what it exports from elsewhere, and whether it has a docstring."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     own, origin, exported = [], {}, []
     for node in ast.walk(tree):
@@ -55,7 +55,7 @@ def _public(path: Path) -> tuple[list[str], dict[str, str], bool]:
     return own, {name: origin[name] for name in exported if name in origin}, bool(ast.get_docstring(tree))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _defined(full: str) -> bool:
     """Whether `gencontrol.module.name` has an entry in the reference."""
     module, _, name = full.rpartition(".")

@@ -1,7 +1,7 @@
 """The TeX of these pages as MathML, which browsers draw by themselves: no script, no font and no network is needed.
 
-Only what the pages use is known; anything else is an error, so that `mkdocs build --strict` fails instead of showing raw
-TeX.  GitHub reads the same `$…$` in the Markdown files.
+Only what the pages use is known; anything else is an error, so that `mkdocs build --strict` fails instead of showing
+raw TeX.  GitHub reads the same `$…$` in the Markdown files.
 """
 
 from __future__ import annotations
