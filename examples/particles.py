@@ -2,8 +2,8 @@
 
     python examples/particles.py
 
-A chain of 20 steps has a law of its own (right mode 0.920, log Z 0.374).  best-of-n, beam and dps look for good samples and
-do not claim the tilted law.
+A chain of 20 steps has a law of its own (right mode 0.920, log Z 0.374).  best-of-n, beam and dps look for good samples
+and do not claim the tilted law.
 """
 
 import torch

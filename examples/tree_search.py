@@ -2,8 +2,8 @@
 
     python examples/tree_search.py
 
-The base law has 80 % of its mass at −2 and 20 % at +2; with the reward r(x) = x the tilted law p(x)·exp(x) has 93 % of it
-at +2, 92 % on a chain of 20 steps.  Uniform selection estimates that law without bias; the paper's rule, "boltzmann",
+The base law has 80 % of its mass at −2 and 20 % at +2; with the reward r(x) = x the tilted law p(x)·exp(x) has 93 % at
++2, 92 % on a chain of 20 steps.  Uniform selection estimates that law without bias; the paper's rule, "boltzmann",
 spends its calls on good branches and finds the best leaf sooner, but its samples lag behind the law.
 """
 

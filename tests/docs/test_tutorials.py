@@ -1,4 +1,4 @@
-"""The Python of the pages runs as it stands, page by page; options of commands exist, those of several GPUs are plans."""
+"""The Python of the pages runs as it stands; options of commands exist, those of several GPUs are plans."""
 
 from __future__ import annotations
 
