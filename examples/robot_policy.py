@@ -24,4 +24,4 @@ if __name__ == "__main__":
         folder / "data", algorithm="flow-policy", steps=steps, backbone="mlp", output=folder / "run"
     )
     result = gencontrol.evaluate(trained.folder, env=ENV, episodes=4, output=folder / "evaluation")
-    print(f"{result.report.successes} of {result.report.valid} episodes, 95 % {result.report.interval}")
+    print(result)

@@ -1,7 +1,8 @@
 """The file layer: every durable change on disk passes here, so that tests can fail or kill at each call; and digests.
 
-Write protocol (reliability.md §4): files are written into a `.tmp_…` folder and synced, the folder is synced and
-renamed, its parent is synced; deletion renames to `.del_…` first.  A crash anywhere leaves the old or new state.
+Write protocol (docs/guarantees.md#write-protocol): files are written into a `.tmp_…` folder and synced, the folder is
+synced and renamed, its parent is synced; deletion renames to `.del_…` first.  A crash anywhere leaves the old or new
+state.
 """
 
 from __future__ import annotations

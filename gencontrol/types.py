@@ -1,6 +1,7 @@
 """Shared vocabulary: prediction types, conditions, rewards' output, model output protocol.
 
-Conventions (design.md §2): t in [0, 1], t = 0 is data; x_t = a(t)·x0 + s(t)·eps; batch axis first everywhere.
+Conventions (docs/concepts.md#conventions): t in [0, 1], t = 0 is data; x_t = a(t)·x0 + s(t)·eps; batch axis first
+everywhere.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The import rule of design.md §5, read from the source of every file, and what `import gencontrol` costs."""
+"""The import rule of docs/architecture.md#import-rule, read from the source of every file, and what `import gencontrol`
+costs.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """Pure functions of CRD: the implicit reward of a flow model and the centred regression on it (arXiv 2603.14128).
 
 For any weights w with Σw = 1 the weighted mean removes log Z(c) from r = β·log(π*/π_old) + β·log Z(c), so that
-β(ρ_i − ρ̄_w) = r_i − r̄_w inside each prompt's group (methods/crd.md §2).  With uniform weights the loss is all-pairs
-regression of reward differences at linear cost.  ρ is estimated per draw of (t, ε); `elbo_weight` and averaging draws
-before squaring make it an estimate of the log-ratio itself (see `gencontrol.algorithms.forward.crd`, exact mode).
+β(ρ_i − ρ̄_w) = r_i − r̄_w inside each prompt's group (docs/methods/crd.md#idea).  With uniform weights the loss is
+all-pairs regression of reward differences at linear cost.  ρ is estimated per draw of (t, ε); `elbo_weight` and
+averaging draws before squaring make it an estimate of the log-ratio itself (see `gencontrol.algorithms.forward.crd`,
+exact mode).
 """
 
 from __future__ import annotations
@@ -113,7 +114,8 @@ def centered_losses(
     """Return the centred loss of each sample in float64; `log_ratio` [n 1], or [n 2] with two independent estimates.
 
     One column c: (β·c − R)² of the centred values.  Two columns: the product (β·c1 − R)(β·c2 − R), whose expectation
-    is the square of the mean residual, while E(βρ̂ − R)² = (βρ − R)² + β²·Var ρ̂ punishes noise (DERIVED, crd.md §2.2).
+    is the square of the mean residual, while E(βρ̂ − R)² = (βρ − R)² + β²·Var ρ̂ punishes noise (DERIVED,
+    docs/methods/crd.md#what-beta-means).
 
     Raises:
         ValueError: "bce" with two columns, or an unknown kind.
@@ -144,7 +146,8 @@ def centered_reward_loss(
     kind: Kind = "mse",
     detach: bool = True,
 ) -> Float[Tensor, ""]:
-    """Return the mean over the samples of [β(ρ_i − ρ̄) − (R_i − R̄)]², means taken inside each group (crd.md §2).
+    """Return the mean over the samples of [β(ρ_i − ρ̄) − (R_i − R̄)]², means taken inside each group
+    (docs/methods/crd.md#idea).
 
     Computed in float64, returned in the dtype of `log_ratio`.
 

@@ -1,8 +1,8 @@
 """Affine normalisers, one per array: x = (a − shift)/scale, with an exact inverse, stored with the policy.
 
-The modes follow LeRobot's names (robot_interfaces.md §4.2, FOUND): min_max and quantiles map to [-1, 1], mean_std to
-unit variance.  Two things differ from it (ours): the inverse uses the same numbers as the forward map, and a dimension
-that hardly varies is only shifted (to 0), because dividing by its range would blow its noise up.
+The modes follow LeRobot's names (docs/robot-interfaces.md#lerobot-normalisers, FOUND): min_max and quantiles map to
+[-1, 1], mean_std to unit variance.  Two things differ from it (ours): the inverse uses the same numbers as the forward
+map, and a dimension that hardly varies is only shifted (to 0), because dividing by its range would blow its noise up.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class Chain:
     ) -> Walk:
         """Take the steps span[0] ≤ i < span[1] of the grid; one model call per row and step.
 
-        Rows of tokens without a mask left stay as they are and cost nothing (dts.md §2, derived).
+        Rows of tokens without a mask left stay as they are and cost nothing (docs/methods/dts.md#tokens, derived).
         """
         log_ratio = torch.zeros(len(x), dtype=torch.float64)
         calls = torch.zeros(len(x), dtype=torch.int64)

@@ -5,7 +5,8 @@ numbers are computed once per grid, worked out in place.  Same numbers as `sampl
 with `clip_x0(model, limit)` in the place of the model where x0 is clipped (tested against it).
 
 With a network output r of any prediction type, x0 = p·x + q·r and the step is x' = keep·x + move·x0 + std·noise.  A
-clipped x0 gives its own eps = (x − a·x0)/s (gpc.md §2.4; diffusers' `clip_sample` does the same for DDPM).
+clipped x0 gives its own eps = (x − a·x0)/s (docs/methods/gpc.md#clipping; diffusers' `clip_sample` does the same for
+DDPM).
 """
 
 from __future__ import annotations

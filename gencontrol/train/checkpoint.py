@@ -1,4 +1,4 @@
-"""Checkpoints: atomic folders of safetensors and JSON with a manifest; never pickle (reliability.md §4).
+"""Checkpoints: atomic folders of safetensors and JSON with a manifest; never pickle (docs/guarantees.md#checkpoints).
 
     checkpoints/step_00001000/
         role_<name>.safetensors   parameters of one role (tied ones once; `aliases` in state.json)

@@ -46,7 +46,8 @@ from gencontrol.types import RewardContext, RewardOut
 _LOG = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "uint8": torch.uint8}
 _PAUSE_S, _LONGEST_PAUSE_S = 1.0, 10.0
-_OPEN_AFTER, _OPEN_S = 5, 15.0  # failures in a row; seconds until a trial (reliability.md §4: breaker after 5)
+# failures in a row; seconds until a trial (docs/guarantees.md#remote-rewards: breaker after 5)
+_OPEN_AFTER, _OPEN_S = 5, 15.0
 _ANSWER_BYTES = 2**20  # and 64 for each item
 Result = TypeVar("Result")
 

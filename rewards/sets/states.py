@@ -1,9 +1,10 @@
 """Incremental set rewards: the Fréchet distance and the Vendi score of a set whose members are exchanged.
 
 With per-set sums S = Σ f and Q = Σ f fᵀ an exchange costs O(f·d²) for the sums and one symmetric eigenvalue problem for
-the value (DRAGON notes §2.3, derived).  The Fréchet state stores frames already multiplied by the root R of the
-reference covariance, so the matrix whose eigenvalues are needed, R C R, is the covariance of the stored frames and no
-matrix product is left in the loop.  The reference mean is subtracted first, which keeps the sums free of cancellation.
+the value (docs/methods/dragon.md#sets, derived).  The Fréchet state stores frames already multiplied by the root R of
+the reference covariance, so the matrix whose eigenvalues are needed, R C R, is the covariance of the stored frames and
+no matrix product is left in the loop.  The reference mean is subtracted first, which keeps the sums free of
+cancellation.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """What composition does, in numbers: disagreement of the parents, correlation of their errors, cost, weights.
 
-The errors of the parents on held-out (observations, expert chunk) pairs predict the gain for nothing (gpc.md P12): with
-A, B the mean squares and C the mean product of two parents' errors, the best single-step weight lies inside (0, 1) just
-when C < min(A, B).  Errors are measured against the noise that was added, whose conditional variance adds the same
+The errors of the parents on held-out (observations, expert chunk) pairs predict the gain for nothing
+(docs/methods/gpc.md#p12): with A, B the mean squares and C the mean product of two parents' errors, the best
+single-step weight lies inside (0, 1) just when C < min(A, B).  Errors are measured against the noise that was added,
+whose conditional variance adds the same
 number to A, B and C: neither the weight nor that condition feels it, but the ratio C/min(A, B) is drawn towards 1.
 """
 

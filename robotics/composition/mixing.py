@@ -1,7 +1,7 @@
 """Weights of a composition that change with the noise level, the action dimension or the place in the chunk.
 
 All are functions of the log-SNR that return one weight per parent, which is what `gencontrol.sampling.compose` takes.
-Names: gpc.md §4 (ours); the paper's own list of weighting strategies is not known.
+Names: docs/methods/gpc.md#operators (ours); the paper's own list of weighting strategies is not known.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ def best_weights(gram: Float[Tensor, "m m"]) -> Float[Tensor, " m"]:
 
     Args:
         gram: E⟨err_i, err_j⟩, symmetric and positive semi-definite.  For two parents the minimum is
-            w1 = (B − C)/(A + B − 2C) where that lies in [0, 1], else the better parent alone (derived, gpc.md §5.1).
+            w1 = (B − C)/(A + B − 2C) where that lies in [0, 1], else the better parent alone (derived,
+            docs/methods/gpc.md#single-step).
 
     The optimum of a subset of parents without the sign constraint is G⁻¹1/(1ᵀG⁻¹1); the best subset whose weights are
     not negative holds the optimum.  2^m − 1 subsets: at most 12 parents.

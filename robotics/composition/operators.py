@@ -5,8 +5,9 @@ y = x/a with σ = s/a, a step of size Δ = σ² − σ'² is dy = Δ·Σ kᵢs�
 
     d log qᵢ = ⟨dy, sᵢ⟩ − (Δ/2)·|sᵢ|²
 
-along any simulated path, with sᵢ the score in y (gpc.md §4 with f = 0; the change of coordinates adds the same number
-to every parent).  A step from pure noise (a = 0) says nothing about the parents: weights stay, nothing is added.
+along any simulated path, with sᵢ the score in y (docs/methods/gpc.md#operators with f = 0; the change of coordinates
+adds the same number to every parent).  A step from pure noise (a = 0) says nothing about the parents: weights stay,
+nothing is added.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from gencontrol.sampling.grids import make_grid
 from gencontrol.sampling.steps import Ddim
 from gencontrol.types import Cond, Prediction
 
-#: AND weights are unbounded; beyond this range they are clipped and counted (gpc.md §4, ours)
+#: AND weights are unbounded; beyond this range they are clipped and counted (docs/methods/gpc.md#operators, ours)
 AND_RANGE = (-1.0, 2.0)
 
 

@@ -2,7 +2,7 @@
 
 x0_i = r·x0 + c per dimension, with r = g_ref/g_i and c = (b_ref − b_i)/g_i for normalisers x = (a − b)/g.  A shift
 alone (r = 1) is exact: x_t moves by a·c and eps stays.  A scale changes the signal-to-noise ratio of a dimension by r,
-which no time can undo; what `Placed` does then is an approximation (gpc.md §3.3, derived).
+which no time can undo; what `Placed` does then is an approximation (docs/methods/gpc.md#action-spaces, derived).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gencontrol.robotics.policies.denoising import ParentModel
 from gencontrol.sampling.guidance import Control
 from gencontrol.types import Cond, Prediction
 
-#: Largest |log(g1/g2)| that counts as the same scale (gpc.md §3.3).
+#: Largest |log(g1/g2)| that counts as the same scale (docs/methods/gpc.md#action-spaces).
 SCALE_TOLERANCE = 1e-3
 
 

@@ -2,9 +2,9 @@
 
 Parents may differ in observations, network, prediction type, schedule (diffusion and flow) and horizon: their
 predictions meet at equal signal-to-noise ratio, in one action space, from ONE shared noise.  The convex mix of eps is
-the mix of scores; what law it samples is in gpc.md §5.4.  Against the paper's code (ours): noise levels are matched
-instead of equal steps, observations are encoded once per chunk, a parent of weight 0 is not called, the composed clean
-chunk is clipped instead of each parent's, and normalisers are compared instead of trusted.
+the mix of scores; what law it samples is in docs/methods/gpc.md#exact-laws.  Against the paper's code (ours): noise
+levels are matched instead of equal steps, observations are encoded once per chunk, a parent of weight 0 is not called,
+the composed clean chunk is clipped instead of each parent's, and normalisers are compared instead of trusted.
 """
 
 from __future__ import annotations

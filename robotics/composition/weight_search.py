@@ -1,8 +1,9 @@
 """Weights of a composition, chosen by rollouts on validation seeds and reported on fresh ones.
 
 The paper reports the best of a grid on the trials that chose it, which inflates success by 5 to 7 points where nothing
-is gained (gpc.md P1, derived).  Here the seeds of the choice and of the report are disjoint, every arm meets the same
-seeds (common random numbers), and the report pairs the chosen weights with every parent on the fresh seeds.
+is gained (docs/methods/gpc.md#p1, derived).  Here the seeds of the choice and of the report are disjoint, every arm
+meets the same seeds (common random numbers), and the report pairs the chosen weights with every parent on the fresh
+seeds.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """DPPO's derived data: a folder with train.npz (states, actions, images, traj_lengths) and normalization.npz.
 
-robot_interfaces.md §2.1 (FOUND, dppo/script/dataset): vectors are joined into one state and mapped to [-1, 1] by
-2·((x − min)/(max − min + 1e-6) − ½), images are [n c h w] with the cameras' channels joined.  Reading inverts the map
-to float32 rounding.  Everything else of an episode is lost.
+docs/robot-interfaces.md#dppo-files (FOUND, dppo/script/dataset): vectors are joined into one state and mapped to [-1,
+1] by 2·((x − min)/(max − min + 1e-6) − ½), images are [n c h w] with the cameras' channels joined.  Reading inverts the
+map to float32 rounding.  Everything else of an episode is lost.
 """
 
 from __future__ import annotations

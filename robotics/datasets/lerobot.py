@@ -1,4 +1,5 @@
-"""Reader of LeRobotDataset v3.0 (robot_interfaces.md §3, FOUND) with pyarrow, Pillow and PyAV; no lerobot, no pandas.
+"""Reader of LeRobotDataset v3.0 (docs/robot-interfaces.md#lerobot-dataset, FOUND) with pyarrow, Pillow and PyAV; no
+lerobot, no pandas.
 
 Observations keep the file's feature names (`observation.state`, …) unless we wrote the file: then info.json's field
 "gencontrol" holds the names and shapes that they had.  The format has no place for an observation after the last

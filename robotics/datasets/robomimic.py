@@ -1,4 +1,5 @@
-"""robomimic HDF5 (and LIBERO's, which has the same layout); robot_interfaces.md §2.1 (FOUND), read with h5py alone.
+"""robomimic HDF5 (and LIBERO's, which has the same layout); docs/robot-interfaces.md#robomimic-files (FOUND), read with
+h5py alone.
 
 A demo's group also gets the arrays `terminated`, `truncated` and `success` and the attribute `gencontrol` (task, seed,
 fps, meta), which robomimic ignores, so that our own files come back exactly.  A final observation is stored as the last

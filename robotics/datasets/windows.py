@@ -3,8 +3,8 @@
 A window belongs to a step t of an episode of length T: observations t − n_obs + 1 … t and actions t − n_obs + 1 …
 t − n_obs + horizon.  Rows outside the episode repeat its first or last row and are marked in the pad mask.  Windows
 never cross episodes.  With `n_action`, the steps are those of Diffusion Policy (pad_before = n_obs − 1, pad_after =
-n_action − 1) and of LeRobot's `drop_n_last_frames` (robot_interfaces.md §5, FOUND); without, every step has a window,
-as in robomimic's SequenceDataset.
+n_action − 1) and of LeRobot's `drop_n_last_frames` (docs/robot-interfaces.md#diffusion-policy, FOUND); without, every
+step has a window, as in robomimic's SequenceDataset.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Diffusion Policy's replay.zarr: data/<key> [rows ...] and meta/episode_ends; robot_interfaces.md §5 (FOUND).
+"""Diffusion Policy's replay.zarr: data/<key> [rows ...] and meta/episode_ends;
+docs/robot-interfaces.md#diffusion-policy (FOUND).
 
 We write zarr format 2, which Diffusion Policy's own zarr 2 reads; reading knows 2, 3 and *.zip.  `data` also gets
 reward, terminated, truncated, success and states, and the root attribute "gencontrol" holds task, seed, rate and meta

@@ -15,7 +15,7 @@ import numpy as np
 from gencontrol.errors import UsageError
 from gencontrol.robotics.envs.types import Array, EnvSpec, Transition
 
-#: names under which environments report success (robot_interfaces.md §6, FOUND)
+#: names under which environments report success (docs/robot-interfaces.md#gymnasium, FOUND)
 SUCCESS_KEYS = ("is_success", "success")
 #: steps of an episode where neither the user nor the environment's registration says
 DEFAULT_LIMIT = 1000

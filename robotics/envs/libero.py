@@ -1,7 +1,7 @@
 """LIBERO's tasks as `RobotEnv`: "libero/SUITE/TASK" with the benchmark's own initial states.
 
-Protocol (robot_interfaces.md §8, FOUND): reset, set the initial state, ten steps of an idle action.  Initial state k of
-a task belongs to the seeds that are k modulo the number of states.  Images are turned upright (both axes).
+Protocol (docs/robot-interfaces.md#libero, FOUND): reset, set the initial state, ten steps of an idle action.  Initial
+state k of a task belongs to the seeds that are k modulo the number of states.  Images are turned upright (both axes).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """robosuite's tasks as `RobotEnv`, with the keys and names of robomimic's data sets.
 
 robosuite has the old interface of four values, its `done` means only that the horizon was reached, and success is
-asked for by `_check_success` (robot_interfaces.md §2.2, FOUND).  The observation "object-state" is called "object".
+asked for by `_check_success` (docs/robot-interfaces.md#robosuite, FOUND).  The observation "object-state" is called
+"object".
 """
 
 from __future__ import annotations

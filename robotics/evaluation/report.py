@@ -1,6 +1,6 @@
 """Results of an evaluation: one row per episode, what follows from them, and the two JSON files.
 
-`eval_info.json` has the keys of LeRobot's (robot_interfaces.md §4.3, FOUND); report.json holds everything.
+`eval_info.json` has the keys of LeRobot's (docs/robot-interfaces.md#lerobot-eval, FOUND); report.json holds everything.
 """
 
 from __future__ import annotations

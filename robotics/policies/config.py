@@ -65,7 +65,8 @@ class PolicyConfig:
 
 @options
 class DiffusionPolicyConfig(PolicyConfig):
-    """Options of `DiffusionPolicy`; the defaults of Diffusion Policy (gpc.md §6, FOUND) but for the steps.
+    """Options of `DiffusionPolicy`; the defaults of Diffusion Policy (docs/methods/gpc.md#policy-defaults, FOUND) but
+    for the steps.
 
     Args:
         prediction: what the network outputs: "eps", "v" or "x0".

@@ -2,7 +2,8 @@
 
 A diffusion policy has the 100 levels of squaredcos_cap_v2 and is sampled by DDIM or DDPM; a flow policy is rectified
 flow with Euler steps.  Both train at continuous times (ours: the table interpolates), so that either can be asked at
-the noise levels of the other (gpc.md §3.2).  Chunks are normalised; x0 is clipped and eps follows from it.
+the noise levels of the other (docs/methods/gpc.md#noise-levels).  Chunks are normalised; x0 is clipped and eps follows
+from it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Policies that were not made here: any network with a declared noise convention becomes a parent.
 
-Time and sign conventions of flow models differ between code bases and cannot be seen in the weights (gpc.md §3.1):
-some have time 1 at noise and regress eps − x0, others time 0 at noise and x0 − eps.  They are asked for, never guessed.
+Time and sign conventions of flow models differ between code bases and cannot be seen in the weights
+(docs/methods/gpc.md#conversions): some have time 1 at noise and regress eps − x0, others time 0 at noise and x0 − eps.
+They are asked for, never guessed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""CRD's mathematics (methods/crd.md §2, §7): invariances, identities, the exact tilt, gradients beside its peers'."""
+"""CRD's mathematics (docs/methods/crd.md#idea and docs/methods/crd.md#laws): invariances, identities, the exact tilt,
+gradients beside its peers'.
+"""
 
 from __future__ import annotations
 

@@ -178,7 +178,9 @@ def chain_variance(grid: Any) -> float:
 
 @pytest.mark.parametrize("backprop", ["full", "adjoint"])
 def test_linear_gaussian_closed_form(backprop: str) -> None:
-    """E-CTRL-3: reward a·x: shift a·Var(x0)(1 − rho²), J = a²·Var(x0)(1 − rho²)/2; the flow has rho² = 0."""
+    """docs/methods/ctrl.md#e-ctrl-3: reward a·x: shift a·Var(x0)(1 − rho²), J = a²·Var(x0)(1 − rho²)/2; the flow has
+    rho² = 0.
+    """
     slope, network = 1.3, ExactNetwork([[0.0]], [1.0], 1.0)
     ctrl = make_ctrl(
         Slope(slope),
@@ -230,7 +232,7 @@ def test_training_closes_the_gap_below_the_bound() -> None:
 
 
 def test_memory_of_the_first_noise_and_its_refusal() -> None:
-    """P2: rho² of 50 DDIM steps on the linear DDPM schedule; 3 digits of methods/ctrl.md."""
+    """P2: rho² of 50 DDIM steps on the linear DDPM schedule; 3 digits of docs/methods/ctrl.md."""
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     table = Table.from_alphas_cumprod((1 - betas).cumprod(0).tolist())
     times = [float(table.time_of_index(torch.tensor(float(i), dtype=torch.float64))) for i in range(981, 0, -20)]

@@ -1,4 +1,4 @@
-"""Two attributes on a toy grid (methods/ctrl.md §6.9): marginal and joint frequencies against the closed form."""
+"""Two attributes on a toy grid (docs/methods/ctrl.md#law-9): marginal and joint frequencies against the closed form."""
 
 from __future__ import annotations
 

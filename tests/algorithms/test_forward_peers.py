@@ -61,7 +61,8 @@ def gradient(algorithm: Any, micro: Micro) -> Tensor:
 
 
 def test_all_three_point_the_same_way_at_the_snapshot() -> None:
-    """§2.3: with w = 1 the gradients at θ = old are, on the same rows, all the advantage-weighted denoising error's.
+    """docs/methods/crd.md#gradients-at-the-snapshot: with w = 1 the gradients at θ = old are, on the same rows, all the
+    advantage-weighted denoising error's.
 
     CRD: (A_max/β)·2β/K·ΣR_c∇ℓ with R_c = A/(2·A_max): (1/K)ΣA∇ℓ.  NFT: (A_max/β)·(β/A_max)·(1/K)ΣA∇ℓ, in x0 space: t²·ℓ
     for a rectified flow, and the one time of the group makes that a factor.
@@ -99,7 +100,9 @@ def test_nft_loss_is_the_official_formula() -> None:
 
 
 def test_nft_shifts_a_gaussian_by_one_over_a_max_beta() -> None:
-    """§2.2: base N(0, 1), A = x without clipping, w = 1: the exact shape of a shifted Gaussian, by 1/(A_max·β)."""
+    """docs/methods/crd.md#what-beta-means: base N(0, 1), A = x without clipping, w = 1: the exact shape of a shifted
+    Gaussian, by 1/(A_max·β).
+    """
     task, a_max, beta = gaussian_task(8), 5.0, 2.0
     nft = make(Nft, task=task, adaptive=False, beta=beta, adv_clip=a_max, kl_coef=0.0, kl_guidance=1.0)
     network = task.denoiser.network

@@ -1,4 +1,4 @@
-"""Every kind of exception becomes one line and the exit code of reliability.md §4."""
+"""Every kind of exception becomes one line and the exit code of docs/guarantees.md#exit-codes."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_own_sampler_step(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_robots(tmp_path: Path) -> None:
     pytest.importorskip("gymnasium_robotics", reason='needs pip install "gencontrol[robotics]"')
-    assert "of 4 episodes" in printed("robot_policy.py", "robot", "2", "4", cwd=tmp_path)
+    assert "of 4 succeeded" in printed("robot_policy.py", "robot", "2", "4", cwd=tmp_path)
     parents = ("robot/run/final", "robot/run/final")
     text = printed("compose_policies.py", *parents, "PointMaze_UMaze-v3", "2", cwd=tmp_path)
     assert text.count("of 2 succeed") == 3

@@ -117,7 +117,9 @@ class Decay(GaussianStep):
 
 
 class Dice:
-    """4 states, 4 steps, Dirichlet kernels from NumPy's default_rng(0): E-DTS-1 of dts.md.  The prior is state 0."""
+    """4 states, 4 steps, Dirichlet kernels from NumPy's default_rng(0): docs/methods/dts.md#e-dts-1.  The prior is
+    state 0.
+    """
 
     def __init__(self, states: int = 4, steps: int = 4) -> None:
         draw = np.random.default_rng(0)

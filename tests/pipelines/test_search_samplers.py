@@ -68,6 +68,7 @@ def test_a_search_of_ones_own_model_has_the_right_law(sampler: str) -> None:
     found = search("x", nfe=60000, seed=0, num_waveforms_per_prompt=1000, readout="sample", leaf_batch=250)
     # 1000 paths: the weights' spread sqrt(e − 1) makes 0.04 for Z; 60 steps take 0.04 of the variance off
     assert found.log_z[0] == pytest.approx(0.5, abs=0.16)
-    # 370 effective draws make 0.05 for the mean; a tree's draws lag behind until it has converged (dts.md P1)
+    # 370 effective draws make 0.05 for the mean; a tree's draws lag behind until it has converged
+    # (docs/methods/dts.md#p1)
     assert float(found.audios[:, 0].mean()) == pytest.approx(1.0, abs=0.5 if sampler == "dts" else 0.2)
     assert float(found.audios[:, 1].mean()) == pytest.approx(0.0, abs=0.2)

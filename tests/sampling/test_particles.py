@@ -84,7 +84,9 @@ ALL = {"best-of-n": ("best-of-n", {}), "beam": ("beam", {"children": 3}), "dps":
 
 @pytest.mark.parametrize("name", EXACT)
 def test_law_and_evidence_of_a_gaussian_chain(name: str, fenced_rng: None) -> None:
-    """p·exp(a·x) of N(m, v) is N(m + a·v, v) with log Z = a·m + a²·v/2 (dts.md 6.6, for the discretised chain)."""
+    """p·exp(a·x) of N(m, v) is N(m + a·v, v) with log Z = a·m + a²·v/2 (docs/methods/dts.md#law-gaussian-chain, for the
+    discretised chain).
+    """
     sampler, options = EXACT[name]
     model, temperature = one_gaussian(), 0.5
     mean, variance = chain_law(make_chain(model, (1,), steps=STEPS))

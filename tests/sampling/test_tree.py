@@ -1,4 +1,4 @@
-"""Diffusion trees: the invariants of dts.md §6, forests, read-out and bad input."""
+"""Diffusion trees: the invariants of docs/methods/dts.md#laws, forests, read-out and bad input."""
 
 from __future__ import annotations
 
@@ -287,7 +287,9 @@ def test_tables_grow_without_losing_rows() -> None:
 
 
 def test_widening() -> None:
-    """The first 36 rollouts of the paper's setting expand the root (dts.md P3), 13 for text, 2 for small."""
+    """The first 36 rollouts of the paper's setting expand the root (docs/methods/dts.md#p3), 13 for text, 2 for
+    small.
+    """
     for name, count in (("paper", 36), ("text", 13), ("small", 2)):
         tree = grown(80, steps=2, branch=[1.0], widening=name, leaf_batch=1)
         starts = tree.rollouts["start"]

@@ -1,4 +1,6 @@
-"""Trees against laws known in closed form: Gaussian chain, discrete chain (E-DTS-1), tokens, tilted mixtures."""
+"""Trees against laws known in closed form: Gaussian chain, discrete chain (docs/methods/dts.md#e-dts-1), tokens, tilted
+mixtures.
+"""
 
 from __future__ import annotations
 
@@ -53,13 +55,14 @@ def z_ratios(values: np.ndarray) -> tuple[float, float]:
 
 @pytest.mark.parametrize("leaves", [1, 5])
 def test_uniform_selection_is_unbiased_and_boltzmann_is_not(leaves: int) -> None:
-    """E-DTS-1 in small: 150 trees of about 60 rollouts; three standard errors."""
+    """docs/methods/dts.md#e-dts-1 in small: 150 trees of about 60 rollouts; three standard errors."""
     uniform = dice_trees("uniform", 150, 160, leaf_batch=leaves)
     mean, error = z_ratios(uniform.nodes["value"][:150])
     assert abs(mean - 1) < 3 * error and error < 0.04
     tree = dice_trees("boltzmann", 150, 160, leaf_batch=leaves)
     biased, error = z_ratios(tree.nodes["value"][:150])
-    assert biased < 1 - 5 * error, "the bias of the paper's rule (dts.md P1) has gone: the test sees nothing"
+    # the bias of the paper's rule (docs/methods/dts.md#p1): without it this test sees nothing
+    assert biased < 1 - 5 * error, "the bias has gone"
     weighted = np.array([np.log(np.exp(tree.rollout_weights(root)).mean()) for root in range(150)])
     mean, error = z_ratios(weighted)
     assert abs(mean - 1) < 3 * error and error < 0.06

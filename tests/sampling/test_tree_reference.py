@@ -1,4 +1,6 @@
-"""The tree against the algorithm of the paper, written out rollout by rollout with plain objects (dts.md §2 and §9)."""
+"""The tree against the algorithm of the paper, written out rollout by rollout with plain objects
+(docs/methods/dts.md#algorithm and docs/methods/dts.md#batching).
+"""
 
 from __future__ import annotations
 

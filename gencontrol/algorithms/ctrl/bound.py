@@ -1,8 +1,8 @@
 """What CTRL reports beside its loss: the bound log Z of each label, the running J, and the path-reweighting corrector.
 
 J(y) = E[γ log p(y|x0) − Σ KL] ≤ log Z(y), Z(y) = E_base[p(y|x0)^γ]; for γ = 1 the Z of all labels sum to 1 (DERIVED,
-methods/ctrl.md §2.1).  The gap says how far training is from its optimum, so it decides which labels are drawn (P13)
-and when to stop.
+docs/methods/ctrl.md#objective).  The gap says how far training is from its optimum, so it decides which labels are
+drawn (P13) and when to stop.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Ledger:
 class Corrected:
     """Tuned samples x with exact weights for the target, their rewards and path KL.
 
-    The weights have mean Z for any control (methods/ctrl.md §6.7); at its optimum they are constant given x_T.
+    The weights have mean Z for any control (docs/methods/ctrl.md#law-7); at its optimum they are constant given x_T.
     """
 
     x: Float[Tensor, "n *d"]

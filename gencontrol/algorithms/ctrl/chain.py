@@ -1,7 +1,8 @@
 """The controlled chain of CTRL, differentiable, with its path KL and log-ratio; and its lean adjoint.
 
 With mean_new, mean_old of a step and their difference d: KL = |d|²/(2 std²), log p_new − log p_old = d·z/std + KL for
-the noise z that was used.  Their sums are exact for any control (methods/ctrl.md §6.6 and 7).
+the noise z that was used.  Their sums are exact for any control (docs/methods/ctrl.md#law-6 and
+docs/methods/ctrl.md#law-7).
 """
 
 from __future__ import annotations

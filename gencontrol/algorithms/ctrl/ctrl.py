@@ -1,4 +1,4 @@
-"""CTRL: a new condition y on a pretrained model by KL-regularised control (arXiv 2406.12120; methods/ctrl.md).
+"""CTRL: a new condition y on a pretrained model by KL-regularised control (arXiv 2406.12120; docs/methods/ctrl.md).
 
 The target is p(y|x)^γ·p_pre(x|c)/Z.  A classifier gives log p(y|x) on clean samples; the conditioned model is tuned to
 maximise J = E[γ·log p(y|x0)] − E[Σ KL] along its own sampling chain, by backpropagation through the chain ("full", or
@@ -47,7 +47,8 @@ _EVAL_PROMPTS = 64
 
 @options
 class CtrlConfig(TuningConfig):
-    """Options of `Ctrl`; values are ours (E-CTRL-1 and 2) unless marked CODE.
+    """Options of `Ctrl`; values are ours (docs/methods/ctrl.md#e-ctrl-1 and docs/methods/ctrl.md#e-ctrl-2) unless
+    marked CODE.
 
     Args:
         prompts_per_round: paths of one update, over all processes; each has a prompt and a label of its own.

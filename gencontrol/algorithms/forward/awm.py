@@ -1,9 +1,10 @@
 """AWM: advantage-weighted matching, the policy gradient of the denoising error (arXiv 2509.25050).
 
-With log p taken as −ℓ the loss is −A·exp(log p_θ − log p_old); at θ = old its gradient is A·∇ℓ (methods/crd.md §2.3).
+With log p taken as −ℓ the loss is −A·exp(log p_θ − log p_old); at θ = old its gradient is A·∇ℓ
+(docs/methods/crd.md#gradients-at-the-snapshot).
 Negative advantages push errors up without bound, hence the robust weighting of ℓ and two penalties: to the base, and
 to a lagging snapshot ("EMA-KL").  Formulas and defaults: official code, scxue/advantage_weighted_matching, its
-single-node GenEval run (CODE), of which crd.md §9 gives an outline; the 1e-3 of its KL is 3e-3 there.
+single-node GenEval run (CODE), of which docs/methods/nft-awm.md#awm gives an outline; the 1e-3 of its KL is 3e-3 there.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _SOFT = 1e-10
 
 @options
 class AwmConfig(ForwardConfig):
-    """Options of `Awm`; defaults of the official GenEval run (CODE by methods/crd.md §9) where they differ.
+    """Options of `Awm`; defaults of the official GenEval run (CODE by docs/methods/nft-awm.md#awm) where they differ.
 
     Args:
         weighting: log p = −t·((ℓ + 1e-10)^p − 1e-10^p)/p with p = `robust` ("robust", CODE: generalised Huber), −t·ℓ

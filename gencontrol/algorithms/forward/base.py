@@ -5,7 +5,8 @@ reverse process is never differentiated and any sampler may draw.  Update u uses
 All samples of a group see the same times at an update (centred means must not mix noise levels), noise of their own.
 A method gives its snapshots' schedules and a loss per row; the penalty κ·‖v_θ − v_ref‖² is added here for all of them.
 
-Schedules of the snapshots: methods/crd.md §3.2 (PORT; the same rule serves DiffusionNFT).  The history of rewards is
+Schedules of the snapshots: docs/methods/crd.md#snapshot-schedules (PORT; the same rule serves DiffusionNFT).  The
+    history of rewards is
 ours: a KL strength that grows with the reward needs a reward in [0, 1], and an unbounded one has no place there but its
 rank among those seen so far.
 """
@@ -141,7 +142,7 @@ class RewardRange:
 
 @options
 class ForwardConfig(OnPolicyConfig):
-    """Shared options; labels as in methods/crd.md (PORT = Flow-Factory's trainer and its SD3.5 preset).
+    """Shared options; labels as in docs/methods/crd.md (PORT = Flow-Factory's trainer and its SD3.5 preset).
 
     PORT too: 48 prompts of 24 samples, 2 updates per round (each on its own share of the groups), 10 demonstration
     steps of "euler" without guidance.
@@ -348,7 +349,9 @@ class ForwardTuning(Tuning):
         self.evaluations += trained * cfg.train_times * cfg.draws() * passes
 
     def _state_metrics(self) -> dict[str, float]:
-        """Counters, and each snapshot's decay and ‖θ − snapshot‖: a frozen sampler shows here (crd.md §5.12)."""
+        """Counters, and each snapshot's decay and ‖θ − snapshot‖: a frozen sampler shows here
+        (docs/methods/crd.md#p12-stale-sampler).
+        """
         found = {"count/samples": float(self.samples), "count/evaluations": float(self.evaluations)}
         weights = self.roles.state_dict() if self.decays else {}
         for role, decay in self.decays.items():

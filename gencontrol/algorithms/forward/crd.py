@@ -1,4 +1,4 @@
-"""CRD: centred reward distillation of diffusion and flow models (arXiv 2603.14128; methods/crd.md).
+"""CRD: centred reward distillation of diffusion and flow models (arXiv 2603.14128; docs/methods/crd.md).
 
 Per prompt, the centred implicit reward β(ρ_i − ρ̄) is regressed on the centred reward: the normaliser of
 KL-regularised reward maximisation cancels, any sampler may draw, no trajectory is differentiated.  The mathematics of
@@ -16,8 +16,8 @@ law the ELBO is tight at every x0 (I-MMSE), so that the denoiser of π_old·exp(
 norm, is Δ = E[(v − v_old)(r − r̄)|x_t]/β, the tilt's own first order, because the map Δ → ρ has the adjoint
 f → 2E[(v − v_old)·f|x_t].  In a network of any other metric it is one of many minima; small steps with a moving old
 (schedule "none", β large) follow the path of tilts.  The default instead asks each t alone for the whole reward, which
-preconditions the tilt by Cov(v|x_t)⁻¹ (crd.md §2.2): β is then no temperature.  Squaring single draws adds
-β²·Var ρ̂, which shrinks the step; the product of two independent estimates does not (`centered_losses`).
+preconditions the tilt by Cov(v|x_t)⁻¹ (docs/methods/crd.md#what-beta-means): β is then no temperature.  Squaring single
+draws adds β²·Var ρ̂, which shrinks the step; the product of two independent estimates does not (`centered_losses`).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 With v⁺ = β·v_θ + (1 − β)·v_old, v⁻ = (1 + β)·v_old − β·v_θ and r = A/(2·A_max) + ½ in [0, 1] the loss is
 (A_max/β)·[r·ℓ(v⁺) + (1 − r)·ℓ(v⁻)], ℓ the error of x0 divided by its own mean absolute value (CODE: the official one,
-by methods/crd.md §9).  One snapshot serves as sampler and as reference of the contrast.  The anchor's guidance and its
-adaptation are options for comparisons at equal anchor, off by default.
+by docs/methods/nft-awm.md#nft).  One snapshot serves as sampler and as reference of the contrast.  The anchor's
+guidance and its adaptation are options for comparisons at equal anchor, off by default.
 """
 
 from __future__ import annotations

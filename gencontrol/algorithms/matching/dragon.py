@@ -42,7 +42,7 @@ _SPREAD = (1e-3, 1e-1)
 
 @options
 class DragonConfig(OnPolicyConfig):
-    """Options of `Dragon`; "ours" marks what the paper's available text does not give (methods/dragon.md §4).
+    """Options of `Dragon`; "ours" marks what the paper's available text does not give (docs/methods/dragon.md#options).
 
     Of the shared ones 256 prompts, 8 updates, 20 demonstration steps, "euler" and the average are ours; 2 generations
     and 40 evaluation steps are the paper's, as is the idea of cheaper demonstrations.

@@ -3,7 +3,7 @@
 Groups are the generations of one prompt.  An item reward ranks the members of a group.  A set reward is climbed by
 exchanges inside a group, so that both sets keep the same prompts and the contrast carries no prompt bias.  The paper
 fixes "score, split into a positive and a negative set"; the exchange rule, the accept tests and the treatment of more
-than two generations are ours (derived in methods/dragon.md §2.3).
+than two generations are ours (derived in docs/methods/dragon.md#sets).
 """
 
 from __future__ import annotations

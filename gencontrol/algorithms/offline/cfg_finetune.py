@@ -1,8 +1,8 @@
 """Classifier-free fine-tuning: a new label condition learnt from labelled files by denoising regression.
 
-The peer of CTRL (methods/ctrl.md, E-CTRL-2): Ho & Salimans' recipe (2022, arXiv 2207.12598) on a pretrained model.  The
-condition is CTRL's zero-initialised one with a further value "none" for every attribute; for a share of the items the
-whole condition is dropped, prompt and labels, so that guidance u + s·(c − u) is defined.  Data: JSON lines
+The peer of CTRL (docs/methods/ctrl.md#e-ctrl-2): Ho & Salimans' recipe (2022, arXiv 2207.12598) on a pretrained model.
+The condition is CTRL's zero-initialised one with a further value "none" for every attribute; for a share of the items
+the whole condition is dropped, prompt and labels, so that guidance u + s·(c − u) is defined.  Data: JSON lines
 {"prompt", "file", "labels": {attribute: value}}.  The reward that a run names serves evaluation only.
 """
 

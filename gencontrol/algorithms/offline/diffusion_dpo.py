@@ -26,7 +26,8 @@ class DpoConfig(OfflineConfig):
     """Options of `DiffusionDpo`; the shared ones are `OfflineConfig`'s.
 
     Args:
-        beta: of the contrast, > 0; 5000 with errors averaged over the data axes (PEER-CODE, dragon.md §2.4).
+        beta: of the contrast, > 0; 5000 with errors averaged over the data axes (PEER-CODE,
+            docs/methods/dragon.md#losses).
     """
 
     beta: Positive = 5000.0

@@ -5,7 +5,7 @@ A method is a subclass of `Tuning` with its own `Config`, data rule (`collect`, 
 The pull to the pre-trained model is the mean squared distance to the base's prediction, by choice under guidance.
 Adding λ·mean ‖v_θ − v_ref‖² to a loss is a KL penalty on the path law (up to the weight of each t).  With a guidance
 scale s ≠ 1 the base is u + s(c − u): the model learns to imitate guidance without paying for it (CRD, arXiv
-2603.14128).  The scale is then part of the objective: evaluate at guidance 1 (methods/crd.md §5.8).
+2603.14128).  The scale is then part of the objective: evaluate at guidance 1 (docs/methods/crd.md#p8-guidance).
 """
 
 from __future__ import annotations

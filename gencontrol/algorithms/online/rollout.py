@@ -5,7 +5,7 @@ micro-batch and on any number of ranks.  A pool has `groups × generations` rows
 
 Advantages are A = (r − mean of its prompt group)/std, clipped; the mean removes what all samples of a prompt share, the
 spread makes the learning rate independent of the reward's unit.  Rule and floor are those of Flow-GRPO's and
-DiffusionNFT's code (PORT; methods/crd.md §3).
+DiffusionNFT's code (PORT; docs/methods/index.md#advantages).
 """
 
 from __future__ import annotations
@@ -324,7 +324,8 @@ def combined_advantages(
     spread: Spread = "global",
     clip: float = 5.0,
 ) -> Float[Tensor, " n"]:
-    """Normalise each reward for itself, add with its weight, normalise the sum: "gdpo" (PORT, crd.md §3.4).
+    """Normalise each reward for itself, add with its weight, normalise the sum: "gdpo" (PORT,
+    docs/methods/crd.md#several-rewards).
 
     So no reward dominates by its unit or spread.  `parts` are (values, weight); a single part of weight 1 is
     `group_advantages` of it (up to the floor).

@@ -29,7 +29,8 @@ from gencontrol.sampling.steps import Ddim, Sde
 
 @options
 class FlowGrpoConfig(PathConfig):
-    """Options of `FlowGrpo`; defaults are those of the official code (PORT, crd.md §9), the shared ones `PathConfig`'s.
+    """Options of `FlowGrpo`; defaults are those of the official code (PORT, docs/methods/ddpo-flow-grpo.md#flow-grpo),
+    the shared ones `PathConfig`'s.
 
     Args:
         noise: a of σ_t = a·√(t/(1−t)), > 0; `Sde` has level a/√2, which means the same SDE on every schedule.
@@ -68,7 +69,8 @@ class FlowGrpo(PathGradient):
 
 @options
 class DdpoConfig(PathConfig):
-    """Options of `Ddpo`; defaults are those of the official code (PORT, crd.md §9) but for the batch (ours).
+    """Options of `Ddpo`; defaults are those of the official code (PORT, docs/methods/ddpo-flow-grpo.md#flow-grpo) but
+    for the batch (ours).
 
     Args:
         history: rewards remembered per prompt.

@@ -1,4 +1,4 @@
-"""The digits world of `gencontrol bench crd`: experiment A of methods/crd.md §6.
+"""The digits world of `gencontrol bench crd`: docs/methods/crd.md#experiment-a.
 
 A conditional flow on 8×8 digits is trained with 60 % wrong labels: its unguided samples follow the prompt badly and
 guidance helps, as with SD3.5.  The page leaves the width of the class's embedding open: at ours (chosen on seed 100,

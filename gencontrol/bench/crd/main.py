@@ -1,6 +1,6 @@
 """`gencontrol bench crd`: CRD against DiffusionNFT, AWM, RWR and Flow-GRPO, each also with CRD's anchor, and ablations.
 
-Parts: "digits" (experiment A of methods/crd.md §6), "exact" (KL to the closed-form tilt of a Gaussian mixture, default
+Parts: "digits" (docs/methods/crd.md#experiment-a), "exact" (KL to the closed-form tilt of a Gaussian mixture, default
 against the exact mode), "scenes" and "words" (the bundled text-to-image model with the rewards compositional and ocr,
 held-out captions and words).  All methods draw equal samples and their network passes are counted.  A claim that does
 not hold is printed as NOT CONFIRMED and kept.  Bases and finished runs are kept in the output folder: the same command

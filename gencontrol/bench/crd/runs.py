@@ -30,9 +30,10 @@ class Method:
     lr: float | None = None
 
 
-#: settings of crd.md §6 that are the same for all forward-process methods; the grid is the rollout's own (PORT)
+#: settings of docs/methods/crd.md#experiment-a that are the same for all forward-process methods; the grid is the
+#: rollout's own (PORT)
 COMMON = {"time_sampling": "grid"}
-#: the anchor of §6, as each family of methods names it
+#: the anchor of docs/methods/crd.md#experiment-a, as each family of methods names it
 ANCHOR = {"kl_coef": 0.1, "kl_guidance": 3.0, "kl_adapt": "raw_reward"}
 _NFT_OCR = {"beta": 0.1, "decay": "75-0-0.0075-0.999"}
 _OCR_OLD = "0-0.25-0.005-0.999"
@@ -60,7 +61,7 @@ METHODS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What all methods of a comparison share: rounds, groups, samples of each, updates, sampler steps, rate (§6), …"""
+    """What all methods of a comparison share: rounds, groups, samples of each, updates, sampler steps, rate, …"""
 
     rounds: int = 150
     groups: int = 10
@@ -78,7 +79,8 @@ class Plan:
 
 #: the parts scenes and words.  Rate, anchor (weight, guidance), rounds, one update per round and the average were
 #: chosen on seed 100, which no bench uses: by CRD's progress, the guidance by the accuracy of the base under 1 to 3.
-#: All rows share them; a network this small, on so few samples, needs a stronger anchor than §6's digits.
+#: All rows share them; a network this small, on so few samples, needs a stronger anchor than the digits of
+#: docs/methods/crd.md#experiment-a.
 SCENES_PLAN = Plan(
     rounds=60,
     groups=8,

@@ -73,7 +73,7 @@ def _compare(claim: str, measured: float, holds: bool, digits: str = ".3f") -> C
 
 
 def digits_checks(results: Results, rounds: Sequence[int], goal: float) -> list[Check]:
-    """The claims of issue 4 and of methods/crd.md §6 on digits, with what was measured."""
+    """The claims of issue 4 and of docs/methods/crd.md#experiment-a on digits, with what was measured."""
 
     def at(label: str, metric: str, when: int) -> float:
         return estimate(results, label, metric, when).value

@@ -1,4 +1,5 @@
-"""E-CTRL-2: a class condition for the unconditional digit model from 50 labelled images (methods/ctrl.md §4).
+"""docs/methods/ctrl.md#e-ctrl-2: a class condition for the unconditional digit model from 50 labelled images
+(docs/methods/ctrl.md#experiments).
 
 Base: the bundled digit flow without its class condition, 30 steps of its posterior sampler.  The classifier of the
 method sees n = 50 images (5 per class) and is calibrated; the judge is the bundled classifier, which saw all labels.
@@ -227,7 +228,9 @@ def ctrl_rows(
 def digits_part(
     *, seeds: Sequence[int], effort: Effort, say: Callable[[str], None], keep: Path | None = None
 ) -> dict[str, Any]:
-    """E-CTRL-2 over seeds; returns rows, checks and the printed table.  Finished runs are kept in the folder `keep`."""
+    """docs/methods/ctrl.md#e-ctrl-2 over seeds; returns rows, checks and the printed table.  Finished runs are kept in
+    the folder `keep`.
+    """
     world = DigitsWorld.bundled()
     found: list[dict[str, dict[str, float]]] = [{} for _ in seeds]
 

@@ -1,8 +1,10 @@
-"""E-CTRL-1 and E-CTRL-3: CTRL where everything is known (methods/ctrl.md §4).
+"""docs/methods/ctrl.md#e-ctrl-1 and docs/methods/ctrl.md#e-ctrl-3: CTRL where everything is known
+(docs/methods/ctrl.md#experiments).
 
-Rows of E-CTRL-1: full backpropagation for γ = 1 and 3, through the last half of the steps, and adjoint matching.  log Z
-and the true shares of the modes come from base samples of the same chain, reweighted.  J is measured on paths that
-training did not see.  The best control of the chain, by dynamic programming, says how much of a gap is the chain's.
+Rows of docs/methods/ctrl.md#e-ctrl-1: full backpropagation for γ = 1 and 3, through the last half of the steps, and
+adjoint matching.  log Z and the true shares of the modes come from base samples of the same chain, reweighted.  J is
+measured on paths that training did not see.  The best control of the chain, by dynamic programming, says how much of a
+gap is the chain's.
 """
 
 from __future__ import annotations
@@ -128,7 +130,7 @@ def mixture_part(
     say: Callable[[str], None],
     keep: Path | None = None,
 ) -> dict[str, Any]:
-    """E-CTRL-1: all rows over all seeds; finished runs are kept in the folder `keep`."""
+    """docs/methods/ctrl.md#e-ctrl-1: all rows over all seeds; finished runs are kept in the folder `keep`."""
     rows: dict[str, list[dict[str, float]]] = {"init": []}
     curves: dict[str, dict[float, float]] = {}
     settings = {"iterations": iterations, "batch": batch, "steps": steps, "samples": samples}
@@ -245,7 +247,7 @@ def _mixture_checks(rows: Mapping[str, Sequence[Mapping[str, float]]]) -> list[C
     ]
 
 
-# ---- E-CTRL-3 -----------------------------------------------------------------------------------------------------
+# ---- E-CTRL-3 ------------------------------------------------------------------------------------------------------
 
 
 def chain_law(schedule: Schedule, grid: Sequence[float], eta: float) -> float:
@@ -259,7 +261,7 @@ def chain_law(schedule: Schedule, grid: Sequence[float], eta: float) -> float:
     return variance
 
 
-#: row of E-CTRL-3 → options of Ctrl
+#: row of docs/methods/ctrl.md#e-ctrl-3 → options of Ctrl
 LINEAR: dict[str, dict[str, Any]] = {
     "full backprop": {"backprop": "full"},
     "adjoint matching": {"backprop": "adjoint"},
@@ -302,7 +304,9 @@ def linear_part(
     keep: Path | None = None,
     slope: float = 1.3,
 ) -> dict[str, Any]:
-    """E-CTRL-3: reward a·x on N(0, 1) data, eta 1 and, biased on purpose, 0.5: shift and J against closed forms."""
+    """docs/methods/ctrl.md#e-ctrl-3: reward a·x on N(0, 1) data, eta 1 and, biased on purpose, 0.5: shift and J against
+    closed forms.
+    """
     rows: dict[str, list[dict[str, float]]] = {}
     settings = {"iterations": iterations, "samples": samples, "slope": slope}
     for label, options in LINEAR.items():

@@ -1,7 +1,8 @@
 """`gencontrol bench ctrl`: the claims of CTRL with its bound, its peers at their true cost, and seeds.
 
-Parts: "mixture" (E-CTRL-1 of methods/ctrl.md), "digits" (E-CTRL-2), "linear" (E-CTRL-3), "scenes" (two attributes on
-the bundled text-to-image model).  A claim that does not hold is printed as NOT CONFIRMED and kept.  Finished runs are
+Parts: "mixture" (E-CTRL-1 of docs/methods/ctrl.md), "digits" (E-CTRL-2), "linear" (E-CTRL-3), "scenes" (two attributes
+on the bundled text-to-image model).  A claim that does not hold is printed as NOT CONFIRMED and kept.  Finished runs
+are
 kept in the output folder: the same command goes on where it was interrupted.
 """
 

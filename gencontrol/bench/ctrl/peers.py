@@ -1,4 +1,6 @@
-"""Peers of CTRL on the digits (E-CTRL-2): the base, classifier-free fine-tuning on the same labels, and DPS."""
+"""Peers of CTRL on the digits (docs/methods/ctrl.md#e-ctrl-2): the base, classifier-free fine-tuning on the same
+labels, and DPS.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Small worlds in which CTRL's optimum is known: a 2-D mixture with two classes, and a linear-Gaussian chain.
 
-E-CTRL-1 (methods/ctrl.md §4): modes (−2, 0), (2, 0), (0, 2), weights .6, .3, .1, deviation .5, exact denoiser.
+docs/methods/ctrl.md#e-ctrl-1: modes (−2, 0), (2, 0), (0, 2), weights .6, .3, .1, deviation .5, exact denoiser.
 The page measured a diffusion whose first state keeps a little memory; here it is the rectified flow, which has none.
 """
 
@@ -56,7 +56,7 @@ class ExactNetwork(nn.Module):
 
 
 def mixture() -> GaussianMixture:
-    """The base of E-CTRL-1 in closed form."""
+    """The base of docs/methods/ctrl.md#e-ctrl-1 in closed form."""
     return GaussianMixture(
         torch.tensor(MEANS), STD**2 * torch.eye(2).expand(3, 2, 2), torch.tensor(WEIGHTS), GaussianProcess(Linear())
     )
@@ -85,7 +85,7 @@ class Linears:
 
 @dataclass(frozen=True)
 class Slope:
-    """Reward a·x for either label: the linear reward of E-CTRL-3."""
+    """Reward a·x for either label: the linear reward of docs/methods/ctrl.md#e-ctrl-3."""
 
     slope: float
     name: str = "slope"
@@ -98,7 +98,9 @@ class Slope:
 
 
 def two_classes() -> Linears:
-    """The fixed classifier of E-CTRL-1; class 0 asks for the left and below (ours: the page's is not kept)."""
+    """The fixed classifier of docs/methods/ctrl.md#e-ctrl-1; class 0 asks for the left and below (ours: the page's is
+    not kept).
+    """
     return Linears(torch.tensor([[-1.0, 0.0], [-0.6, 0.0]]), torch.tensor([1.2, 0.0]))
 
 

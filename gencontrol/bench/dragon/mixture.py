@@ -129,7 +129,8 @@ def tune(
         weighted = RwrConfig(prompts_per_round=pairs, **common)
         algorithm = RewardWeightedRegression(toy_task(denoiser, 2), reward, weighted, roles=roles, seed=world.seed)
     else:
-        config = DragonConfig(prompts_per_round=pairs, kl_coef=0.0, **common)  # methods/dragon.md 6a has no pull
+        # docs/methods/dragon.md#experiment-6a has no pull
+        config = DragonConfig(prompts_per_round=pairs, kl_coef=0.0, **common)
         algorithm = Dragon(toy_task(denoiser, 2), reward, config, roles=roles, seed=world.seed)
     records = run_in_memory(algorithm, rounds, Loop(lr), seed=world.seed)
     with roles.use("ema"):
@@ -192,7 +193,9 @@ Rows = list[dict[str, float]]
 
 
 def _checks(base: Rows, law: Rows, rows: dict[str, Rows], sets: Rows) -> list[Check]:
-    """The claims of methods/dragon.md 6a; its Vendi threshold of 4.2 is 97 % of what its reference law has."""
+    """The claims of docs/methods/dragon.md#experiment-6a; its Vendi threshold of 4.2 is 97 % of what its reference law
+    has.
+    """
     dragon, instance, control = VARIANTS[0].name, VARIANTS[6].name, VARIANTS[7].name
     fd = max(row["fd"] for row in rows[dragon])
     vendi = min(row["vendi"] / other["vendi"] for row, other in zip(rows[dragon], law, strict=True))

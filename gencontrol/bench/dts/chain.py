@@ -1,4 +1,5 @@
-"""E-DTS-1: exactness on a discrete chain, where values, normaliser and tilted law are matrix products (dts.md §5).
+"""docs/methods/dts.md#e-dts-1: exactness on a discrete chain, where values, normaliser and tilted law are matrix
+products (docs/methods/dts.md#experiments).
 
 Four states, four steps, kernels drawn by NumPy's default_rng(0) from a flat Dirichlet law, rewards (0, 1, 2.5, -1),
 λ = 1; levels at every step, one leaf per round, so this is the paper's sequential algorithm.  Trees of a forest are the
@@ -245,7 +246,7 @@ def run(*, trees: int, rounds: Sequence[int], full: int, say: Callable[[str], No
 
 
 def _checks(rows: dict[str, Exactness], rounds: Sequence[int]) -> list[Check]:
-    """The passes of dts.md E-DTS-1."""
+    """The passes of docs/methods/dts.md#e-dts-1."""
 
     def within(claim: str, estimate: Estimate, errors: float) -> Check:
         return Check(claim, f"{estimate.value:.4f}, {errors:+.1f} s.e.", abs(errors) <= 3)
@@ -273,5 +274,6 @@ def _checks(rows: dict[str, Exactness], rounds: Sequence[int]) -> list[Check]:
         for m in rounds
     )
     biased = all(rows[f"boltzmann, paper, M = {m}"].tree.high < 1 for m in rounds)
-    checks.append(Check("plain Boltzmann selection biases exp(λ v_root)/Z below 1 (dts.md P1)", bias, biased))
+    claim = "plain Boltzmann selection biases exp(λ v_root)/Z below 1 (docs/methods/dts.md#p1)"
+    checks.append(Check(claim, bias, biased))
     return checks

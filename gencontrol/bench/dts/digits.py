@@ -1,7 +1,8 @@
-"""E-DTS-3 and E-DTS-4: digits of 8x8 pixels, posterior given a class and maximum reward (dts.md §5).
+"""docs/methods/dts.md#e-dts-3 and docs/methods/dts.md#e-dts-4: digits of 8x8 pixels, posterior given a class and
+maximum reward (docs/methods/dts.md#experiments).
 
 The base law is the bundled unconditional digit flow walked by its marginal-preserving SDE step of level 1 in 30 steps;
-dts.md measured a diffusion with a cosine schedule: same posterior step and as many steps and levels, another schedule.
+the pilot took a diffusion with a cosine schedule: same posterior step, as many steps and levels, another schedule.
 Posterior: reward log p(class | image) of the bundled classifier; truth is a large sample of the chain itself, weighted
 by the reward, so that only steering is judged.  Maximum: "ink" 0.15·Σx and "template" 12·correlation with a test image.
 Settings: DPS, TDS and DAS as their definitions say, gradients cut at length 10; DTS* explores with c = 0.2 or 1
@@ -127,7 +128,9 @@ def posterior(
     reference: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """E-DTS-3: MMD² of all methods to the class posteriors; a seed's number is the mean over the classes."""
+    """docs/methods/dts.md#e-dts-3: MMD² of all methods to the class posteriors; a seed's number is the mean over the
+    classes.
+    """
     laws, share = truths(world, classes, reference)
     rows: dict[str, dict[int, list[float]]] = {}
     prompts = [name for _ in seeds for name in classes]
@@ -190,7 +193,7 @@ def _peer(world: World, peer: Peer, nfe: int, seed: int, laws: dict[str, Law]) -
 
 
 def _posterior_checks(rows: dict[str, dict[int, list[float]]], nfe: int) -> list[Check]:
-    """The numbers of dts.md E-DTS-3; DTS stands for the paper's widening, the other one is reported."""
+    """The numbers of docs/methods/dts.md#e-dts-3; DTS stands for the paper's widening, the other one is reported."""
     mean = {label: over(row[nfe]).value for label, row in rows.items()}
     smc, dps = mean["SMC, weights carried"], mean["DPS"]
     both = ", ".join(f"{label} {mean[label]:.4f}" for label in TREE_ROWS)
@@ -290,7 +293,9 @@ def climb_base(world: World, reward: Any, nfe: int, seeds: Sequence[int]) -> Cli
 
 
 def maximum(world: World, *, nfe: int, seeds: Sequence[int], say: Callable[[str], None]) -> dict[str, Any]:
-    """E-DTS-4: the largest reward found, and the model calls that DTS* needs for what best-of-N finds with `nfe`."""
+    """docs/methods/dts.md#e-dts-4: the largest reward found, and the model calls that DTS* needs for what best-of-N
+    finds with `nfe`.
+    """
     rows: dict[str, dict[str, Estimate]] = {}
     curves: dict[str, Any] = {}
     checks: list[Check] = []
@@ -329,7 +334,7 @@ def maximum(world: World, *, nfe: int, seeds: Sequence[int], say: Callable[[str]
 
 
 def _maximum_checks(name: str, nfe: int, base: Climb, climbs: dict[str, Climb]) -> list[Check]:
-    """Model calls to reach best-of-N, and the margins of dts.md E-DTS-4."""
+    """Model calls to reach best-of-N, and the margins of docs/methods/dts.md#e-dts-4."""
     level = float(base.mean()[-1])
     main = next(iter(SEARCHES))
     needs = {label: climb.reaches(level) for label, climb in climbs.items()}

@@ -1,6 +1,6 @@
 """`gencontrol bench dts`: the claims of Diffusion Tree Sampling and Search, with peers at equal model calls, and seeds.
 
-Parts: "chain" (E-DTS-1 of methods/dts.md), "mixture" (E-DTS-2), "digits" (E-DTS-3), "maximum" (E-DTS-4), "tokens",
+Parts: "chain" (E-DTS-1 of docs/methods/dts.md), "mixture" (E-DTS-2), "digits" (E-DTS-3), "maximum" (E-DTS-4), "tokens",
 "throughput", "sound".  Numbers are measured here and now; a claim that does not hold is printed as NOT CONFIRMED and
 kept.  Seeds below 100 are reported; those looked at while writing are 100 and up.
 """

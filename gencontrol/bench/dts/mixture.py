@@ -1,11 +1,12 @@
-"""E-DTS-2: sampling tilted 2-D mixtures with the exact denoiser, every method at equal model calls (dts.md §5).
+"""docs/methods/dts.md#e-dts-2: sampling tilted 2-D mixtures with the exact denoiser, every method at equal model calls
+(docs/methods/dts.md#experiments).
 
 Eight equal modes on a circle of radius 4, standard deviation 0.3.  Three rewards whose tilted law is again a mixture:
 "resp" moves the mode weights to ∝ e^{1.5 i} (base effective share 0.2), "sharp" is a narrow likelihood inside one mode
 (0.007), "tail" a steep slope (0.001).  MMD² of the law that a method samples from is in closed form on both sides, so
 nothing but the method is random.
 
-dts.md measured a diffusion (T = 100, ancestral); here it is the rectified flow with its marginal-preserving SDE step of
+The pilot took a diffusion (T = 100, ancestral); here it is the rectified flow with its marginal-preserving SDE step of
 level 1, the same posterior step on another schedule: same marginals at equal signal-to-noise ratio, a base law that is
 exact at t = 1 (the paper's schedule is not), and as many steps.  Settings: K = 32 leaves per round as there; widenings
 are the named ones; gradient lengths are cut at 10, for the peers the best of 3, 10, 30 and 100 on seeds 100-102.  Four
@@ -226,7 +227,7 @@ def run(*, budgets: Sequence[int], seeds: Sequence[int], say: Callable[[str], No
 
 
 def _checks(rows: dict[str, dict[str, Found]], budgets: Sequence[int]) -> list[Check]:
-    """The numbers of dts.md E-DTS-2 at the largest budget."""
+    """The numbers of docs/methods/dts.md#e-dts-2 at the largest budget."""
     last = budgets[-1]
     snis, smc = PEERS[0].label, PEERS[1].label
     robust = SMALL + ", robust"
@@ -257,7 +258,7 @@ def _checks(rows: dict[str, dict[str, Found]], budgets: Sequence[int]) -> list[C
             for label in (SMALL, robust)
         ),
         Check(
-            'dts.md §4: SNIS is the best without gradients where the base share is above 10 % ("resp")',
+            'docs/methods/dts.md#when: SNIS is the best without gradients where the base share is above 10 % ("resp")',
             listed("resp", free),
             mean("resp", snis) <= min(mean("resp", label) for label in free),
         ),

@@ -1,9 +1,10 @@
-"""Part A of `bench gpc`: composition where the law is known (methods/gpc.md §5.4 and §9), in seconds, without a robot.
+"""Part A of `bench gpc`: composition where the law is known (docs/methods/gpc.md#exact-laws and
+docs/methods/gpc.md#part-a), in seconds, without a robot.
 
 The composed score of Gaussian parents is linear, so mean and deviation of what a sampler draws are propagated exactly,
-step by step, and compared with the limits of §5.4 (the DDPM column is derived here the same way: with
-Φ(q) = Π(sᵢ² + q)^(wᵢ/2), mean Φ(0)²∫Σ wᵢmᵢ/(sᵢ² + q)/Φ², variance Φ(0)⁴∫Φ⁻⁴ over q = (s/a)² from 0).  The bimodal rows
-are samples.
+step by step, and compared with the limits of docs/methods/gpc.md#exact-laws (the DDPM column is derived here the same
+way: with Φ(q) = Π(sᵢ² + q)^(wᵢ/2), mean Φ(0)²∫Σ wᵢmᵢ/(sᵢ² + q)/Φ², variance Φ(0)⁴∫Φ⁻⁴ over q = (s/a)² from 0).  The
+bimodal rows are samples.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def sampled_law(model: Any, times: Sequence[float], eta: float) -> Law:
 
 
 def limit_law(means: Sequence[float], sds: Sequence[float], weights: Sequence[float], eta: float) -> Law:
-    """Return mean and deviation of the limit of many steps (gpc.md §5.4; weights need not sum to 1).
+    """Return mean and deviation of the limit of many steps (docs/methods/gpc.md#exact-laws; weights need not sum to 1).
 
     The integrals are trapezoids over log(q + least variance) with 200 000 nodes.
     """
@@ -103,7 +104,7 @@ def draw(policy: Any, count: int, name: str, seed: int) -> Tensor:
 
 
 def gaussian_rows(levels: int) -> tuple[list[Row], list[Check]]:
-    """The table of §5.4 and a diffusion parent mixed with a flow parent."""
+    """The table of docs/methods/gpc.md#exact-laws and a diffusion parent mixed with a flow parent."""
     cases = [
         ("equal sd", (-1.0, 1.0), (0.5, 0.5), (0.3, 0.7), diffusion(levels)),
         ("unequal sd", (-1.0, 1.0), (0.5, 1.0), (0.5, 0.5), diffusion(levels)),

@@ -1,4 +1,4 @@
-"""Part B of `bench gpc`: two imperfect cameras on Fetch pick-and-place (methods/gpc.md §9), by rollouts.
+"""Part B of `bench gpc`: two imperfect cameras on Fetch pick-and-place (docs/methods/gpc.md#part-b), by rollouts.
 
 Parents A and B are diffusion policies, each trained on demonstrations seen through its own camera; F is a flow policy
 on B's.  The weights of A + B are fitted on validation seeds; everything that is reported was measured on fresh seeds,
@@ -58,8 +58,8 @@ class Effort:
         steps: of each training, batch 256.
         validation, test: episodes; every arm of the search may meet all validation episodes.
         num_envs: processes with one environment each.
-        sigma: metres of camera error (ours: on seed 100, which no report uses, 0.012 of gpc.md §9 left parents of 80 %
-            and little to gain); `broken` is that of camera B in the broken arm.
+        sigma: metres of camera error (ours: on seed 100, which no report uses, 0.012 of docs/methods/gpc.md#part-b left
+            parents of 80 % and little to gain); `broken` is that of camera B in the broken arm.
     """
 
     demos: int = 100
@@ -121,7 +121,9 @@ def demonstrations(first: int, effort: Effort) -> Episodes:
 def cloned(
     kind: type[GenerativePolicy], config: Any, episodes: Episodes, keys: Sequence[str], steps: int, seed: int
 ) -> GenerativePolicy:
-    """Train a policy in memory: chunks of 8, 4 executed, one observation; batch 256, constant rate 1e-3 (gpc.md §9)."""
+    """Train a policy in memory: chunks of 8, 4 executed, one observation; batch 256, constant rate 1e-3
+    (docs/methods/gpc.md#part-b).
+    """
     made = prepare(kind, episodes, config, SIZES, keys=keys, held_out=0.0, seed=seed)
     algorithms = {DiffusionPolicy: DiffusionPolicyPretrain, FlowPolicy: FlowPolicyPretrain}
     algorithm = algorithms[kind](made.policy, made.train, PolicyPretrainConfig(batch=256, ema=0.995), seed=seed)

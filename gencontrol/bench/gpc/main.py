@@ -1,8 +1,9 @@
 """`gencontrol bench gpc`: composition of policies (GPC), where the law is known and where a robot decides.
 
-Parts: "exact" (methods/gpc.md §5.4 and §9 part A: closed forms, two modes), "fetch" (§9 part B: two imperfect parents
-of Fetch pick-and-place, fitted weights, fresh paired episodes).  A claim that does not hold is printed as NOT
-CONFIRMED and kept.  Trained parents and finished rows stay in the output folder: the same command goes on.
+Parts: "exact" (docs/methods/gpc.md#exact-laws and docs/methods/gpc.md#part-a: closed forms, two modes), "fetch"
+(docs/methods/gpc.md#part-b: two imperfect parents of Fetch pick-and-place, fitted weights, fresh paired episodes).  A
+claim that does not hold is printed as NOT CONFIRMED and kept.  Trained parents and finished rows stay in the output
+folder: the same command goes on.
 """
 
 from __future__ import annotations

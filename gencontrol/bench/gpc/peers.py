@@ -24,8 +24,8 @@ class Ensemble(ChunkedPolicy):
     Args:
         policy: gives the parents and what they see; its weights are not used.
         weights: one per parent, ≥ 0, sum 1.
-        rule: "mean" averages the actions of independent draws, "mean, shared noise" those of one noise (gpc.md P5), and
-            "switch" takes one parent per chunk, with these probabilities.
+        rule: "mean" averages the actions of independent draws, "mean, shared noise" those of one noise
+            (docs/methods/gpc.md#p5), and "switch" takes one parent per chunk, with these probabilities.
     """
 
     def __init__(

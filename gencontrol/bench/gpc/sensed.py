@@ -1,4 +1,5 @@
-"""Fetch pick-and-place seen through two imperfect cameras: the world of `gencontrol bench gpc` (gpc.md §9, part B).
+"""Fetch pick-and-place seen through two imperfect cameras: the world of `gencontrol bench gpc`
+(docs/methods/gpc.md#part-b).
 
 Each sensor reports the state of the arm exactly and the object's place with an error that stays the same for a whole
 episode, N(0, σ²) in x and y and N(0, (0.3σ)²) in z.  The errors of different sensors are independent, which is what
@@ -21,7 +22,7 @@ Rows = NDArray[np.float32]
 
 #: numbers in a sensor's observation
 SENSED = 17
-#: metres of error of gpc.md §9
+#: metres of error of docs/methods/gpc.md#part-b
 SIGMA = 0.012
 
 

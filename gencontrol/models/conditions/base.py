@@ -3,7 +3,7 @@
 Two places to enter, both on a frozen backbone (LoRA beside it is optional):
 
 - inject "time": zero-initialised vectors added to the backbone's time (or pooled) embedding, one per value, summed over
-  attributes (CODE; additive rows instead of one row per combination: methods/ctrl.md P11).
+  attributes (CODE; additive rows instead of one row per combination: docs/methods/ctrl.md#p11).
 - inject "residual": a small network u beside it.  With a time grid the mean of the step t → t' moves by exactly
   std²·u, so that the path KL is Σ std²·|u|²/2 (P3; DERIVED: Δx0 = (s'²/a')·u for the posterior step).
 

@@ -1,7 +1,8 @@
 """Small networks of a residual control: (x_t, estimate of x0, t, embedded labels) → a push of x_t's shape.
 
 The last layer starts at zero, so a new control changes nothing (ControlNet's zero convolutions do the same for a copy
-of an encoder).  Vectors and very small images get an MLP (methods/ctrl.md, E-CTRL-1 and 2), images a convolutional one.
+of an encoder).  Vectors and very small images get an MLP (docs/methods/ctrl.md#e-ctrl-1 and
+docs/methods/ctrl.md#e-ctrl-2), images a convolutional one.
 """
 
 from __future__ import annotations

@@ -52,7 +52,8 @@ def logsnr_features(logsnr: Float[Tensor, " b"]) -> Float[Tensor, "b 9"]:
 
 
 class ChunkMlp(ChunkNetwork):
-    """Perceptron on (noised chunk, log-SNR features, condition): the network of gpc.md §9 part B (3 × 256, SiLU).
+    """Perceptron on (noised chunk, log-SNR features, condition): the network of docs/methods/gpc.md#part-b (3 × 256,
+    SiLU).
 
     Args:
         schedule: of the process, which turns times into log-SNR.

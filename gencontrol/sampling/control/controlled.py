@@ -3,7 +3,7 @@
 A control is optimal for one chain: time grid, noise level eta and guidance.  `ControlPlan` holds them, the artefact
 stores it, and `sample_controlled` refuses another schedule unless it is forced.
 
-Guidance (methods/ctrl.md P9), with u, c the frozen model without and with the prompt and y the controlled one:
+Guidance (docs/methods/ctrl.md#p9), with u, c the frozen model without and with the prompt and y the controlled one:
 new = u + s·(c − u) + w·(y − c), old = u + s·(c − u).  "none" s = 1; "separate" w = 1, exact for the guided chain as the
 base law, and two strengths at sampling; "amplified" w = s, as the released code has it.
 """
@@ -215,7 +215,7 @@ def sample_controlled(
 
     Args:
         labels: of `Labels.encode`, or None for the base, bit-exactly.
-        strength: of the control; w ≠ 1 approximates gamma·w near 1 only (methods/ctrl.md §10).
+        strength: of the control; w ≠ 1 approximates gamma·w near 1 only (docs/methods/ctrl.md#composition).
         prompt_scale: classifier-free guidance instead of the trained scale.
         steps, eta: another chain than the trained one, refused unless `force`.
 

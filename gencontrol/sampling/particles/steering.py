@@ -89,8 +89,8 @@ def smc(
         resample_at: number of equal segments, "all", or times of the grid; None is five segments (DTS table 2, FOUND).
         ess_threshold: resample where the effective sample size is below this share of n (0: never, 1: always).
         potential: "diff" exp(λΔv), "max" exp(λ·max v), "add" exp(λ·Σv); or "fk-published", which reproduces the public
-            code's bias (CODE, dts.md P14): differences, weights forgotten wherever it does not resample, multinomial,
-            clamped at 1e10, equal final weights, no log_z.  It is there to compare with, not to use.
+            code's bias (CODE, docs/methods/dts.md#p14): differences, weights forgotten wherever it does not resample,
+            multinomial, clamped at 1e10, equal final weights, no log_z.  It is there to compare with, not to use.
 
     extras: "ess" {grid index: effective sample size}, "resampled" [grid index], "origins" (starting particles with
     descendants).

@@ -169,7 +169,8 @@ class Nodes(Table):
         return np.where(self["ready"][ids], self["multiplicity"][ids], 0).astype(np.float64)
 
     def back_up(self, ids: Ints, inverse_temperature: float, *, hard: bool) -> None:
-        """Recompute v̂ of nodes from their children: soft (1/λ)·log mean exp(λ·v̂), hard the maximum (DTS §4).
+        """Recompute v̂ of nodes from their children: soft (1/λ)·log mean exp(λ·v̂), hard the maximum (arXiv 2506.20701,
+        §4).
 
         A child without a valid leaf counts in the mean with exp(−∞) = 0: the target lives on the valid samples.
         """

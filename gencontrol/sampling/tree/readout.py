@@ -1,9 +1,9 @@
 """What a tree holds, and what it says without a model call: leaf law, samples, best leaves, estimates of log Z.
 
 The tree's own estimate λ·v̂(root) is biased down when selection follows the values: a branch that looked poor at first
-is not visited again (dts.md P1, measured).  The importance-weighted estimate (dts.md §8, derived) divides every descent
-by the probability of its choices; the base estimate uses the rollouts that started at the root, which are plain samples
-of the model.
+is not visited again (docs/methods/dts.md#p1, measured).  The importance-weighted estimate
+(docs/methods/dts.md#estimates, derived) divides every descent by the probability of its choices; the base estimate uses
+the rollouts that started at the root, which are plain samples of the model.
 
 Reading out ∝ exp(λ v̂) (the paper's rule) has a fault of its own, which the mean over trees shows and the median hides
 (measured, `bench dts` part mixture): a node drawn a moment ago whose first leaf is lucky takes most of the mass, since
@@ -35,7 +35,7 @@ READOUTS = ("boltzmann", "robust", "argmax")
 #: Chosen on the trees of seed 500 of the three mixtures among 4, 16, 64 and 1.5, 2, 4, 8.
 _TRUSTED_VISITS, _VISIT_CAP = 16.0, 4.0
 
-#: Two estimates of log Z further apart than this are reported (nats; dts.md §8).
+#: Two estimates of log Z further apart than this are reported (nats; docs/methods/dts.md#estimates).
 DISAGREEMENT = 0.5
 
 
@@ -172,7 +172,7 @@ class Forest:
         """log w of rollouts: λ·r + log p/q of the path − Σ log(probability/share of its choices).
 
         −inf for an invalid leaf, NaN for a descent by UCT.  mean(w) estimates Z, and {(leaf, w)} is a weighted sample
-        of the target (dts.md §8, derived).
+        of the target (docs/methods/dts.md#estimates, derived).
         """
         leaf = self.rollouts["leaf"][rollouts]
         log_w = self.config.inverse_temperature * self.nodes["value"][leaf] + self.rollouts["log_ratio"][rollouts]

@@ -45,7 +45,7 @@ class Widening:
 
 
 #: "paper" is DTS's setting for images (found); text used alpha 0.7 (found).  "small" searches from the third rollout
-#: on, where the paper's is best-of-N for the first 36 (dts.md P3, derived).
+#: on, where the paper's is best-of-N for the first 36 (docs/methods/dts.md#p3, derived).
 WIDENINGS = {"paper": Widening(2.0, 0.8), "text": Widening(2.0, 0.7), "small": Widening(1.0, 0.5)}
 
 

@@ -7,7 +7,7 @@ were paid for stay in the tree, so more model calls improve one estimate (anytim
 K leaves are made per round and denoised together, level by level.  What a rollout draws is a pure function of (seed,
 root, its number), so results depend on (seed, K) alone and a loaded tree goes on bit for bit.  Levels are the branch
 times; level 0 is a dummy root whose children are fresh draws from the prior, denoised to the first branch time.
-Batching is dts.md §9.
+Batching is docs/methods/dts.md#batching.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _Grown:
     calls: Ints
 
 
-#: Rounds in a row that only chose finished leaves; then the build stops (dts.md P7; the number is ours).
+#: Rounds in a row that only chose finished leaves; then the build stops (docs/methods/dts.md#p7; the number is ours).
 MAX_IDLE_ROUNDS = 10_000
 
 
@@ -79,7 +79,8 @@ class DiffusionTree(Forest):
         autocast: context of the model calls.
         max_grad_norm: for `guidance`.
         guidance: > 0 moves every transition by guidance·std²·∇r(x0 estimate)/τ (needs a differentiable reward); the
-            log-ratio p/q enters backup and selection, so that the target stays the same (dts.md 3.5, derived).
+            log-ratio p/q enters backup and selection, so that the target stays the same
+            (docs/methods/dts.md#gradient-proposals, derived).
         store: device of the stored states; None is the model's.
 
     Raises:
@@ -415,7 +416,8 @@ class DiffusionTree(Forest):
     def merge(self, other: DiffusionTree) -> DiffusionTree:
         """Take over the rollouts of another tree of the same problem and another seed.
 
-        Root children are independent draws, so this is what one larger tree could have drawn (dts.md §9, derived).
+        Root children are independent draws, so this is what one larger tree could have drawn
+        (docs/methods/dts.md#batching, derived).
 
         Raises:
             UsageError: model, grid, branch, temperature, prompts or reward differ, or the seeds are equal.

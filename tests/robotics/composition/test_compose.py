@@ -1,4 +1,4 @@
-"""Composition of policies against closed forms and its own contracts (methods/gpc.md §10)."""
+"""Composition of policies against closed forms and its own contracts (docs/methods/gpc.md#laws)."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_predictions_round_trip(schedule, kind: Prediction) -> None:
 def test_diffusion_and_flow_times_round_trip_at_equal_ratio(t: float) -> None:
     there, scale = DIFFUSION.matched(t, FLOW.schedule)
     c, f = DIFFUSION.schedule.at(t), FLOW.schedule.at(there)
-    assert f.s == pytest.approx(c.s / (c.a + c.s), rel=1e-10)  # gpc.md §3.2
+    assert f.s == pytest.approx(c.s / (c.a + c.s), rel=1e-10)  # docs/methods/gpc.md#noise-levels
     assert scale == pytest.approx(1 / (c.a + c.s), rel=1e-10)
     assert f.half_logsnr == pytest.approx(c.half_logsnr, rel=1e-9, abs=1e-9)
     back, inverse = FLOW.matched(there, DIFFUSION.schedule)

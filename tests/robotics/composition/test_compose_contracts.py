@@ -1,4 +1,6 @@
-"""Contracts of compositions: action spaces, schedules of weights, parents that fit (gpc.md §3.3, §10)."""
+"""Contracts of compositions: action spaces, schedules of weights, parents that fit (docs/methods/gpc.md#action-spaces
+and docs/methods/gpc.md#laws).
+"""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_halving_and_bandit_need_fewer_rollouts_than_the_grid() -> None:
 
 
 def test_without_an_effect_the_validation_best_is_inflated_and_the_report_is_not() -> None:
-    """gpc.md P1: best of 11 arms that are all equal looks better than it is; fresh seeds tell."""
+    """docs/methods/gpc.md#p1: best of 11 arms that are all equal looks better than it is; fresh seeds tell."""
     gaps, fresh = [], []
     for trial in range(20):
         outcomes = np.random.default_rng(trial)

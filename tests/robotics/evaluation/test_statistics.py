@@ -12,7 +12,7 @@ from gencontrol.stats import bootstrap_mean, mcnemar, newcombe, pair, wilson
 
 @pytest.mark.parametrize(
     ("k", "n", "low", "high"),
-    # LeRobot's own tests of pc_success_ci95 (robot_interfaces.md: FOUND), percent to two digits
+    # LeRobot's own tests of pc_success_ci95 (docs/robot-interfaces.md#lerobot-intervals), percent to two digits
     [(9, 10, 59.58, 98.21), (14, 20, 48.10, 85.45), (14, 30, 30.23, 63.86), (7, 10, 39.68, 89.22)],
 )
 def test_wilson_equals_lerobots_values(k: int, n: int, low: float, high: float) -> None:

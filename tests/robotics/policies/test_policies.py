@@ -127,7 +127,7 @@ def test_schedule_is_that_of_diffusers() -> None:
     theirs = DDPMScheduler(num_train_timesteps=100, beta_schedule="squaredcos_cap_v2").alphas_cumprod
     ours = torch.tensor(squaredcos(100).a) ** 2
     torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=0)
-    assert float(ours[-1]) == pytest.approx(2.43e-7, rel=2e-3)  # gpc.md §3.2
+    assert float(ours[-1]) == pytest.approx(2.43e-7, rel=2e-3)  # docs/methods/gpc.md#noise-levels
 
 
 def test_keyed_draws_are_the_single_draws() -> None:
