@@ -16,7 +16,7 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def _policies(folder: Path) -> None:
-    """Save two policies with random weights where the README's commands would have put trained ones."""
+    """Save a policy with random weights where the README's commands would have put a trained one."""
     from gencontrol.data.normalize import Normalizer
     from gencontrol.robotics.policies.chunked import PolicySpec
     from gencontrol.robotics.policies.diffusion import DiffusionPolicy, DiffusionPolicyConfig
@@ -24,10 +24,10 @@ def _policies(folder: Path) -> None:
     spec = PolicySpec({"observation": (25,), "desired_goal": (3,)}, 4, 8, 1, 4)
     sizes = {"observation": 25, "desired_goal": 3, "action": 4}
     plain = {key: Normalizer(torch.zeros(n), torch.ones(n)) for key, n in sizes.items()}
-    for name in "ab":
-        DiffusionPolicy(spec, DiffusionPolicyConfig(backbone="mlp"), plain).save_pretrained(folder / "runs" / name)
+    DiffusionPolicy(spec, DiffusionPolicyConfig(backbone="mlp"), plain).save_pretrained(folder / "runs" / "p")
 
 
+@pytest.mark.slow
 def test_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gymnasium_robotics", reason='needs pip install "gencontrol[robotics]"')
     _policies(tmp_path)
@@ -37,11 +37,7 @@ def test_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
-    # the last block samples the exact tilt of a mixture: 0.2·e^{2.05}/(0.2·e^{2.05} + 0.8·e^{-1.95}) = 0.932 in the
-    # right mode; 1000 samples have a standard error of 0.008
-    right = float((names["x"] > 0).double().mean())
-    weight = 0.2 * torch.tensor(4.0).exp().item() / (0.2 * torch.tensor(4.0).exp().item() + 0.8)
-    assert abs(right - weight) < 0.04
+    assert len(names["out"].rewards) == 1 and names["report"].successes in (0, 1, 2)
 
 
 def test_make_targets_exist() -> None:
@@ -60,4 +56,4 @@ def test_commands_of_the_readme_exist() -> None:
         *("train", "collect", "evaluate", "compose"),
     }:
         assert re.search(rf"\b{command}\b", printed), command
-    assert {"finetune", "doctor", "bench"} <= named
+    assert {"finetune", "doctor", "search", "evaluate"} <= named
