@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
 
@@ -39,7 +39,9 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         tiny_sd3().save_pretrained(tmp_path / "models" / "sd3")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    names: dict[str, Any] = {"__name__": "page"}
+    module = ModuleType("page")  # dataclasses look up the module of a class
+    monkeypatch.setitem(sys.modules, "page", module)
+    names = vars(module)
     for block in blocks(page, "python"):
         title = re.match(r"# (\w+\.py)\n", block)
         if title:  # a file that later commands and blocks name
