@@ -31,7 +31,15 @@ demo: $(VENV)/.core
 test: $(VENV)/.dev lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# the tests of a minute; those that take longer are marked slow (setup.cfg lists the marks)
+QUICK := tests/process tests/docs tests/examples tests/data tests/kernels tests/test_imports.py tests/test_readme.py \
+  tests/cli/test_options.py tests/cli/test_boundary.py tests/jobs/test_prompts.py tests/jobs/test_settings.py \
+  tests/train/test_health.py tests/train/test_tracking.py tests/train/test_contract_toy.py tests/faults/test_folder.py \
+  tests/rewards/test_rewards_base.py tests/algorithms/test_advantages.py tests/algorithms/test_crd_losses.py \
+  tests/algorithms/test_dragon_losses.py tests/models/test_exact.py tests/models/test_denoiser.py \
+  tests/sampling/test_guidance.py tests/sampling/test_loop.py \
+  tests/sampling/test_keyed.py tests/sampling/test_steps.py
+
+# the tests of a minute, the core of each room; those that take longer are marked slow (setup.cfg lists the marks)
 quick: $(VENV)/.dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(QUICK)
 

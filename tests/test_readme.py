@@ -46,6 +46,13 @@ def test_make_targets_exist() -> None:
         assert re.search(rf"^{target}:", makefile, flags=re.M), target
 
 
+def test_paths_of_make_quick_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    paths = re.search(r"^QUICK := (.*)$", makefile, flags=re.M)
+    assert paths and len(paths[1].split()) > 20
+    assert not [path for path in paths[1].split() if not (ROOT / path).exists()]
+
+
 def test_commands_of_the_readme_exist() -> None:
     named = set(re.findall(r"`?gencontrol (\w[\w-]*)", TEXT)) - {"is", "does"}
     printed = subprocess.run(

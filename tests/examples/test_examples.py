@@ -65,6 +65,7 @@ def test_tree_search(tmp_path: Path) -> None:
     assert abs(share - 0.920) < 0.06
 
 
+@pytest.mark.slow
 def test_particles(tmp_path: Path) -> None:
     text = printed("particles.py", cwd=tmp_path)
     share = {
