@@ -76,6 +76,7 @@ POSITIONAL = "positional"
 #: whose old name means something of its own says so in a class variable `renamed` (old name → name of today).
 RENAMED: dict[str, str] = {
     "pairs_per_round": "prompts_per_round",
+    "batch": "prompts_per_round",
     "advantage_clip": "adv_clip",
     "clip_ratio": "clip_range",
     "anchor": "kl_coef",

@@ -35,14 +35,14 @@ ALIASES = {
     "n-episodes": "episodes",
     "n-rollouts": "episodes",
     "seed": "seed-start",
-    "batch": "prompts-per-round pairs-per-round",
+    "batch": "prompts-per-round",
 }
 #: commands whose --steps are sampler steps; elsewhere they are training steps
 ONLY_IN = {"num-inference-steps": ("sample", "search")}
 
 #: names of other trainers that have no twin here, with what to do instead
 HINTS = {
-    "gradient-accumulation-steps": "it follows from --batch and --micro-batch",
+    "gradient-accumulation-steps": "it follows from --prompts-per-round and --micro-batch",
     "num-train-epochs": "training is counted in --steps",
     "use-8bit-adam": "the optimizer is AdamW in fp32",
     "push-to-hub": "upload the folder final/ yourself: hf upload NAME RUN/final",

@@ -261,7 +261,7 @@ def check(table: dict[str, dict[str, Any]], start: Start, live: Live) -> Job:
     train = build(TrainOptions, {**defaults, **table["train"]}, "train")
     prepare(threads=train.threads, online=run.online)
     kind: Any = live.algorithm or algorithm_class(run.algorithm)
-    algorithm = build(kind.Config, _name_batch(run.algorithm, table["algorithm"], kind.Config), "algorithm")
+    algorithm = build(kind.Config, table["algorithm"], "algorithm")
     specs = [spec for spec in live.rewards or run.reward if isinstance(spec, str)]
     check_rewards(specs)
     if live.pipeline is None:
@@ -283,22 +283,6 @@ def check(table: dict[str, dict[str, Any]], start: Start, live: Live) -> Job:
     sections = describe([("run", run), ("train", train), ("algorithm", algorithm)])
     folder = open_run(run.output, sections, mode=start.mode, allow=start.allow)
     return Job(run, train, algorithm, kind, prompts, eval_prompts, folder)
-
-
-#: what algorithms call the number of prompts drawn in one step, which --batch sets
-_BATCH_FIELDS = ("prompts_per_round",)
-
-
-def _name_batch(algorithm: str, given: Mapping[str, Any], kind: Any) -> dict[str, Any]:
-    """Give `batch` the algorithm's own name for it."""
-    names = {field.name for field in dataclasses.fields(kind)}
-    given = dict(given)
-    if "batch" in given and "batch" not in names:
-        own = next((name for name in _BATCH_FIELDS if name in names), None)
-        if own is None:
-            raise UsageError(f"--batch: algorithm '{algorithm}' sets its batch itself; leave the option out.")
-        given[own] = given.pop("batch")
-    return given
 
 
 def _prompts(run: RunConfig, medium: str | None, live: Live) -> tuple[list[str], list[str]]:
@@ -388,7 +372,7 @@ def plan(job: Job) -> Iterator[str]:
 
 def _arithmetic(job: Job) -> Iterator[str]:
     options, train = to_table(job.algorithm), job.train
-    groups = next((options[name] for name in (*_BATCH_FIELDS, "batch") if name in options), None)
+    groups = next((options[name] for name in ("prompts_per_round", "batch") if name in options), None)
     generations = options.get("generations", options.get("group", 1))
     if isinstance(groups, int) and isinstance(generations, int):
         samples = groups * generations

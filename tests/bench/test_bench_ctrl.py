@@ -35,7 +35,9 @@ def test_best_control_of_a_linear_reward_is_the_closed_form() -> None:
     """V is linear at every step, so that moving means loses nothing: J = a²·Var(x0)/2, shift a·Var(x0)
     (docs/methods/ctrl.md#e-ctrl-3).
     """
-    ctrl = make_ctrl(Slope(1.0), ExactNetwork([[0.0, 0.0]], [1.0], 1.0), 2, seed=0, steps=6, batch=2, bound_samples=2)
+    ctrl = make_ctrl(
+        Slope(1.0), ExactNetwork([[0.0, 0.0]], [1.0], 1.0), 2, seed=0, steps=6, prompts_per_round=2, bound_samples=2
+    )
     found = best_control(ctrl.chain(), lambda x: 1.3 * x[:, 0], samples=20_000, seed=0)
     variance = chain_law(Linear(), ctrl.plan.grid, 1.0)
     # the first noise has mean ±0.007, a grid of 0.05 rounds less than that

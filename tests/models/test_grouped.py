@@ -133,7 +133,7 @@ def test_a_rollout_projects_and_encodes_once_per_prompt(scale: float, micro_batc
         demo_steps=4,
         updates_per_round=1,
         ema_decay=0.0,
-        kl=0.0,
+        path_kl_coef=0.0,
         guidance_scale=scale,
     )
 
