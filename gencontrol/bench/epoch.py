@@ -268,7 +268,7 @@ class Options(Work):
 
     runs: Count = 3
     output: str = "runs/bench"
-    peak: str = ""
+    peak: Literal["ours", "plain", "single", ""] = ""
 
 
 def main(options: Options) -> int:

@@ -94,7 +94,7 @@ def main(options: Options) -> int:
         EnvironmentMissing: gymnasium-robotics is not installed.
     """
     chosen = chosen_parts(options.parts, list(TASKS))
-    given = {
+    given: dict[str, Any] = {
         "episodes": options.episodes,
         "num_envs": options.num_envs,
         "seed": options.seed,

@@ -347,7 +347,7 @@ def run(table: dict[str, dict[str, Any]], start: Start, live: Live | None = None
     roles = Roles(task.denoiser.network, job.kind.role_names(job.algorithm), lora, job.train.seed, whole)
     algorithm = job.kind(task, reward, job.algorithm, roles=roles, seed=job.train.seed)
     known = {options.algorithm: job.kind} | {called(one): one for one in live.rewards if not isinstance(one, str)}
-    facts = {"kind": "finetune", "eval_prompts": job.eval_prompts}
+    facts: dict[str, Any] = {"kind": "finetune", "eval_prompts": job.eval_prompts}
     facts["about"] = about(options.algorithm, options.reward, known)
     with running(job.folder, job.train, facts) as trainer:
         summary = trainer.fit(algorithm)

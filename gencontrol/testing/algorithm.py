@@ -223,5 +223,5 @@ def _comparable(metrics: Mapping[str, float]) -> dict[str, float | None]:
 
 def _global_draws() -> tuple[Any, ...]:
     # Python's own `random` is left out: beartype, which checks shapes in the tests, draws from it
-    numpy_state = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
     return torch.random.get_rng_state().tolist(), numpy_state[1].tolist(), numpy_state[2]

@@ -66,4 +66,4 @@ class PolicyContract(ABC):
             policy.reset(rows=[0, 1], seeds=[10, 11])
             rows = [{key: value[[0, 1]] for key, value in step.items()} for step in steps]
             found.append(np.stack([np.asarray(policy.select_action(step, rows=[0, 1])) for step in rows]))
-        np.testing.assert_array_equal(*found)
+        np.testing.assert_array_equal(found[0], found[1])
