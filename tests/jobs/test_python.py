@@ -240,3 +240,18 @@ def test_eight_frames_of_ours_lead_to_the_loss(
     assert main(["finetune", *words]) == 0
     seen = importlib.import_module("deep_algorithm").SEEN
     assert seen and all(frames[0] == "main" and frames[-1] == "loss" and len(frames) <= 8 for frames in seen), seen[0]
+
+
+def test_raft_of_the_examples_appears_in_card_and_report(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A method of forty lines outside the package: its class attributes are all that card and report know of it."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
+    result = gencontrol.finetune(
+        tiny_model, "spectral-centroid", algorithm="raft:Raft", prompts=PROMPTS, output=tmp_path / "run", **SMALL
+    )
+    card = (result.folder / "final" / "README.md").read_text(encoding="utf-8")
+    report = (result.folder / "report.html").read_text(encoding="utf-8")
+    for text in (card, report):
+        assert "RAFT, reward-ranked fine-tuning" in text
+    assert "2304.06767" in card
