@@ -42,6 +42,8 @@ REWARDS = {
     "quality": "gencontrol.rewards.audio.quality:QualityReward",
     "loudness-range": "gencontrol.rewards.audio.signal:LoudnessRange",
     "spectral-centroid": "gencontrol.rewards.audio.signal:SpectralCentroid",
+    "compositional": "gencontrol.rewards.image.compositional:Compositional",
+    "ocr": "gencontrol.rewards.image.ocr:OcrReward",
     "digit-class": "gencontrol.rewards.image.classifier:DigitClassReward",
     "classifier": "gencontrol.rewards.image.classifier:ClassifierReward",
     "clip": "gencontrol.rewards.image.clip:ClipReward",
@@ -51,8 +53,6 @@ REWARDS = {
     "compressibility": "gencontrol.rewards.image.compressibility:Compressibility",
     "incompressibility": "gencontrol.rewards.image.compressibility:Incompressibility",
     "remote": "gencontrol.rewards.remote.client:RemoteReward",
-    "compositional": "gencontrol.rewards.image.compositional:Compositional",
-    "ocr": "gencontrol.rewards.image.ocr:OcrReward",
 }
 BENCHES = {
     "policy-latency": "gencontrol.bench.policy_latency:main",

@@ -123,7 +123,7 @@ def test_refusals_are_one_line(model: Path, judge: str, tmp_path: Path, capsys: 
     hub = said("finetune", "--model", "owner/name", "--reward", f"{judge}:red", "--output", str(tmp_path / "a"))
     assert "give --prompts FILE, or --task image or audio" in hub
     groups = said(*command(model, judge, tmp_path / "b", "algorithm.generations=0"))
-    assert "generations = 0; expected a whole number of at least 1" in groups
+    assert "generations = 0; expected at least 1" in groups
 
 
 @pytest.mark.parametrize("kind", ["full", "huge"])
