@@ -42,14 +42,11 @@ def test_strict_build_needs_no_network(tmp_path: Path) -> None:
 
 
 def test_formulas() -> None:
-    from mathml import mathml
+    """MathML, and a command that the converter does not know stops the build instead of being shown."""
+    from hooks import on_page_content
 
-    assert "<msub><mi>x</mi><mi>t</mi></msub>" in mathml("x_t", display=False)
-    assert "<mfrac><mn>1</mn><mn>2</mn></mfrac>" in mathml(r"\tfrac12", display=False)
-    assert 'display="block"' in mathml(r"\sum_i w_i", display=True) and "<munder>" in mathml(
-        r"\sum_i w_i", display=True
-    )
+    shown = on_page_content(r'<span class="arithmatex">\(\tfrac12 \bar x_t\)</span>')
+    assert "<mfrac>" in shown and 'display="inline"' in shown
+    assert 'display="block"' in on_page_content(r'<div class="arithmatex">\[\sum_i w_i\]</div>')
     with pytest.raises(ValueError, match="unheard"):
-        mathml(r"\unheard x", display=False)
-    with pytest.raises(ValueError, match="early"):
-        mathml(r"\frac{1}", display=False)
+        on_page_content(r'<span class="arithmatex">\(\unheard x\)</span>')
