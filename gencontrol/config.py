@@ -76,7 +76,6 @@ POSITIONAL = "positional"
 #: whose old name means something of its own says so in a class variable `renamed` (old name → name of today).
 RENAMED: dict[str, str] = {
     "pairs_per_round": "prompts_per_round",
-    "batch": "prompts_per_round",
     "advantage_clip": "adv_clip",
     "clip_ratio": "clip_range",
     "anchor": "kl_coef",
@@ -165,7 +164,9 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
             of range.
     """
     fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # T is a dataclass
-    renamed = {**RENAMED, **getattr(cls, "renamed", {})}
+    renamed = dict(RENAMED)
+    for base in reversed(cls.__mro__):
+        renamed |= vars(base).get("renamed", {})
     values: dict[str, Any] = {}
     for raw, value in table.items():
         key = raw.replace("-", "_")

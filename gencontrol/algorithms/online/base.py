@@ -81,6 +81,8 @@ class OnPolicyConfig(TuningConfig):
         min_valid: least share of prompts with valid rewards; below it the round is drawn once more.
     """
 
+    renamed: ClassVar[dict[str, str]] = {"batch": "prompts_per_round"}
+
     prompts_per_round: Count = 256
     generations: Count = 2
     updates_per_round: Count = 8
