@@ -46,7 +46,7 @@ REWARDS = {
     "ocr": "gencontrol.rewards.image.ocr:OcrReward",
     "digit-class": "gencontrol.rewards.image.classifier:DigitClassReward",
     "classifier": "gencontrol.rewards.image.classifier:ClassifierReward",
-    "clip": "gencontrol.rewards.image.clip:ClipReward",
+    "clip": "gencontrol.rewards.image.preference:ClipReward",
     "pickscore": "gencontrol.rewards.image.preference:PickScore",
     "hps": "gencontrol.rewards.image.preference:Hps",
     "aesthetic": "gencontrol.rewards.image.aesthetic:AestheticReward",

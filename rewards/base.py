@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -80,6 +80,12 @@ class OfSets:
 
     kind: Literal["item", "set"] = "set"
     differentiable = False
+
+    # typed by the protocol: `name` is a property of some of these classes and a field of others
+    def __call__(self: SetReward, samples: Any, context: RewardContext) -> RewardOut:
+        """The set's value on every valid item."""
+        features = self.features(samples, context)
+        return broadcast(self.name, self.evaluate(features), features, {})
 
 
 def as_set_reward(reward: Reward) -> SetReward:
@@ -266,21 +272,13 @@ class InfluenceAsItem:
     """
 
     reward: SetReward
+    kind: ClassVar[Literal["item", "set"]] = "item"
+    differentiable = False
 
     @property
     def name(self) -> str:
         """The set reward's name with "-influence"."""
         return f"{self.reward.name}-influence"
-
-    @property
-    def kind(self) -> Literal["item", "set"]:
-        """Always "item"."""
-        return "item"
-
-    @property
-    def differentiable(self) -> bool:
-        """False."""
-        return False
 
     def __call__(self, samples: Any, context: RewardContext) -> RewardOut:
         """Leave-one-out influence of every valid item; `extras["set_value"]` is the value of the whole set.

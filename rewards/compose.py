@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Int64
@@ -50,10 +50,7 @@ class _Weighted(Generic[Part]):
 class WeightedItems(_Weighted[Reward]):
     """Item reward Σ w_i·r_i; `extras["parts"]` holds the values of each part by name, "reasons" why items lack."""
 
-    @property
-    def kind(self) -> Literal["item", "set"]:
-        """Always "item"."""
-        return "item"
+    kind: ClassVar[Literal["item", "set"]] = "item"
 
     @property
     def differentiable(self) -> bool:
@@ -158,11 +155,5 @@ def weighted(parts: Sequence[tuple[Reward, float]]) -> Reward:
         return rewards[0]
     if all(reward.kind == "item" for reward in rewards):
         return WeightedItems(rewards, weights)
-    return WeightedSets(tuple(_as_set(reward) for reward in rewards), weights)
-
-
-def _as_set(reward: Reward) -> SetReward:
-    """The reward itself when it is of kind "set", else its mean over the set."""
-    if reward.kind == "item":
-        return ItemAsSet(reward)
-    return as_set_reward(reward)
+    sets = tuple(ItemAsSet(reward) if reward.kind == "item" else as_set_reward(reward) for reward in rewards)
+    return WeightedSets(sets, weights)

@@ -8,7 +8,6 @@ the score itself.  Fréchet distance and Vendi score are biased in the number of
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from gencontrol.errors import UsageError
 from gencontrol.rewards.audio.encoders import make_encoder
-from gencontrol.rewards.base import Features, OfSets, SetState, broadcast, check_chosen, checked
+from gencontrol.rewards.base import Features, OfSets, SetState, check_chosen, checked
 from gencontrol.rewards.inputs import audio_batch
 from gencontrol.rewards.sets.gaussian import Array, Gaussian, as_double, frechet_distance
 from gencontrol.rewards.sets.reference import load_reference
@@ -77,25 +76,6 @@ class _ToReference:
         self.reference = load_reference(reference, self.encoder)
 
 
-class _SetScore(OfSets, ABC):
-    """A set reward of sound: its one value is on every valid item."""
-
-    name: str
-
-    @abstractmethod
-    def features(self, samples: Float[Tensor, "b *c n"], context: RewardContext) -> dict[str, Tensor]:
-        """Tensors with one row per item, and "valid" [b]."""
-
-    @abstractmethod
-    def evaluate(self, features: Features) -> float:
-        """Reward of the valid rows as one set."""
-
-    def __call__(self, samples: Float[Tensor, "b *c n"], context: RewardContext) -> RewardOut:
-        """The set's value on every valid item."""
-        features = self.features(samples, context)
-        return broadcast(self.name, self.evaluate(features), features, {})
-
-
 class FadReward(_ToReference):
     """Item reward: minus the Fréchet distance of one clip's frames to the reference; never reaches 0."""
 
@@ -118,7 +98,7 @@ class FadReward(_ToReference):
         return checked(self.name, values, wave.shape[0], finite)
 
 
-class SetFadReward(_ToReference, _SetScore):
+class SetFadReward(_ToReference, OfSets):
     """Set reward: minus the Fréchet distance of all frames of all clips to the reference."""
 
     title = "minus the Fréchet distance between embeddings of a set of sounds and of the reference"
@@ -149,7 +129,7 @@ class SetFadReward(_ToReference, _SetScore):
         return FrechetState(pool["frames"], pool["valid"], chosen, self.reference)
 
 
-class VendiReward(_SetScore):
+class VendiReward(OfSets):
     """Set reward: Vendi score (effective number of different clips, in [1, n]) in the encoder's clip space."""
 
     title = "effective number of different sounds in a set (Vendi score)"

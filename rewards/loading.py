@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -39,11 +39,7 @@ class UserItemReward:
     name: str
     call: Callable[[Any, RewardContext], Any]
     differentiable: bool = False
-
-    @property
-    def kind(self) -> Literal["item", "set"]:
-        """Always "item"."""
-        return "item"
+    kind: ClassVar[Literal["item", "set"]] = "item"
 
     def __call__(self, samples: Any, context: RewardContext) -> RewardOut:
         """Score and check.

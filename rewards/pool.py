@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from gencontrol.errors import UsageError
 from gencontrol.rewards.base import checked
@@ -141,16 +141,8 @@ class PooledReward:
     name: str
     workers: int = 8
     timeout_s: float = 60.0
-
-    @property
-    def kind(self) -> Literal["item", "set"]:
-        """Always "item"."""
-        return "item"
-
-    @property
-    def differentiable(self) -> bool:
-        """False."""
-        return False
+    kind: ClassVar[Literal["item", "set"]] = "item"
+    differentiable = False
 
     def __call__(self, samples: Any, context: RewardContext) -> RewardOut:
         """Score; `extras["reasons"]` counts why samples are invalid."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from gencontrol.errors import UsageError
 from gencontrol.files import feed
@@ -32,6 +33,19 @@ def weights_digest(module: torch.nn.Module) -> str:
 def embedding_of(output: Any) -> Tensor:
     """The embedding tensor of get_*_features: a tensor in transformers 4, an output object in 5."""
     return output if isinstance(output, Tensor) else output.pooler_output
+
+
+@torch.no_grad()
+def text_units(
+    model: Any, tokenizer: Any, texts: Sequence[str], max_tokens: int, device: torch.device
+) -> Float[Tensor, "b d"]:
+    """Unit float32 embeddings of texts, cut at `max_tokens`, by the text tower of a transformers CLIP or CLAP model."""
+    tokens = tokenizer(list(texts), padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
+    with torch.autocast(device.type, enabled=False):
+        output = model.get_text_features(
+            input_ids=tokens["input_ids"].to(device), attention_mask=tokens["attention_mask"].to(device)
+        )
+    return F.normalize(embedding_of(output).float(), dim=-1)
 
 
 def local_or_hub(source: str | Path) -> str | Path:
@@ -120,9 +134,9 @@ class TextCache:
         return torch.stack([self._texts[text] for text in texts])
 
 
-def one_prompt_each(prompts: Sequence[str] | None, batch: int, name: str) -> Sequence[str]:
-    """Return the prompts; raises UsageError unless there is one per sample."""
+def one_prompt_each(prompts: Sequence[str] | None, batch: int, name: str, what: str = "sample") -> Sequence[str]:
+    """Return the prompts; raises UsageError unless there is one per sample; `what` names a sample in the message."""
     if prompts is None or isinstance(prompts, str) or len(prompts) != batch:
         given = "none" if prompts is None else str(len(prompts))
-        raise UsageError(f"reward '{name}' needs one prompt per sample: {batch} samples, {given} given.")
+        raise UsageError(f"reward '{name}' needs one prompt per {what}: {batch} {what}s, {given} given.")
     return prompts

@@ -54,8 +54,18 @@ def read_manifest(
         if not line.strip():
             continue
         place = f"{path.name}, line {number}"
-        row = _parsed(line, place)
-        _check_fields(row, fields, place)
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UsageError(f"{place} is not JSON ({error}).") from error
+        if not isinstance(row, dict):
+            raise UsageError(f"{place} is a {type(row).__name__}; expected a JSON object.")
+        for key in row:
+            if key not in fields:
+                raise UsageError(f"{place}: unknown field '{key}'.{nearest(key, fields)} Fields: {', '.join(fields)}.")
+        for field in fields:
+            if field not in row:
+                raise UsageError(f"{place}: field '{field}' is missing; fields: {', '.join(fields)}.")
         for field in (*texts, *files):
             if not isinstance(row[field], str):
                 raise UsageError(f"{place}: '{field}' is a {type(row[field]).__name__}; expected text.")
@@ -67,25 +77,6 @@ def read_manifest(
     if not entries:
         raise UsageError(f"manifest '{path}' has no entry; each line is a JSON object with {', '.join(fields)}.")
     return entries
-
-
-def _parsed(line: str, place: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UsageError(f"{place} is not JSON ({error}).") from error
-    if not isinstance(row, dict):
-        raise UsageError(f"{place} is a {type(row).__name__}; expected a JSON object.")
-    return row
-
-
-def _check_fields(row: Mapping[str, Any], fields: Sequence[str], place: str) -> None:
-    for key in row:
-        if key not in fields:
-            raise UsageError(f"{place}: unknown field '{key}'.{nearest(key, fields)} Fields: {', '.join(fields)}.")
-    for field in fields:
-        if field not in row:
-            raise UsageError(f"{place}: field '{field}' is missing; fields: {', '.join(fields)}.")
 
 
 def check_labels(entry: Entry) -> None:
@@ -110,33 +101,25 @@ def read_sample(path: Path, sampling_rate: int | None) -> tuple[Tensor, bool]:
     """
     suffix = path.suffix.lower()
     if suffix == ".safetensors":
-        return _latent(path), True
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(str(path))["latent"].float(), True
+        except (OSError, KeyError, SafetensorError) as error:
+            raise UsageError(f"'{path}' holds no tensor 'latent' ({error}).") from error
     if suffix in AUDIO_SUFFIXES and sampling_rate is not None:
         wave, rate = read_audio(path)
         return resample(wave.mean(0), rate, sampling_rate), False
     if suffix in IMAGE_SUFFIXES and sampling_rate is None:
-        return _image(path), False
+        import numpy as np
+        from PIL import Image
+
+        try:
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"'{path}' cannot be read as an image ({error}); save it again as png.") from error
+        return torch.from_numpy(pixels / 255.0).permute(2, 0, 1), False
     known = AUDIO_SUFFIXES if sampling_rate is not None else IMAGE_SUFFIXES
     raise UsageError(f"'{path}' is no sample of this model; expected {', '.join(known)} or .safetensors.")
-
-
-def _image(path: Path) -> Tensor:
-    import numpy as np
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"'{path}' cannot be read as an image ({error}); save it again as png.") from error
-    return torch.from_numpy(pixels / 255.0).permute(2, 0, 1)
-
-
-def _latent(path: Path) -> Tensor:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(str(path))["latent"].float()
-    except (OSError, KeyError, SafetensorError) as error:
-        raise UsageError(f"'{path}' holds no tensor 'latent' ({error}).") from error

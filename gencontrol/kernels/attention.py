@@ -58,17 +58,13 @@ def attention(
     check_backend(backend)
     full = None if mask is None else _expand(mask, q, k)
     if backend == "auto":
-        backend = _choose(q, k)
+        short = max(q.shape[1], k.shape[1]) <= (EAGER_TOKENS_HALF if q.dtype.itemsize == 2 else EAGER_TOKENS)
+        backend = "eager" if q.device.type == "cpu" and short else "native"
     if backend == "native":
         return _native(q, k, v, full)
     if backend == "eager":
         return _eager(q, k, v, full)
     return _flex(q, k, v, full) if backend == "flex" else _xformers(q, k, v, full)
-
-
-def _choose(q: Tensor, k: Tensor) -> str:
-    short = max(q.shape[1], k.shape[1]) <= (EAGER_TOKENS_HALF if q.dtype.itemsize == 2 else EAGER_TOKENS)
-    return "eager" if q.device.type == "cpu" and short else "native"
 
 
 def _expand(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from gencontrol.rewards.pretrained import (
     load_pretrained,
     local_or_hub,
     pick_device,
+    text_units,
     weights_digest,
 )
 from gencontrol.weights import bundled_path
@@ -95,17 +96,9 @@ class TransformersClap:
         units = F.normalize(embedding_of(output), dim=-1)
         return F.normalize(units.unflatten(0, crops.shape[:2]).mean(1), dim=-1)
 
-    @torch.no_grad()
     def text(self, texts: Sequence[str]) -> Float[Tensor, "b d"]:
         """Unit embeddings of texts, cut at the model's length."""
-        tokens = self._tokenizer(
-            list(texts), padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt"
-        )
-        with torch.autocast(self.device.type, enabled=False):
-            output = self._model.get_text_features(
-                input_ids=tokens["input_ids"].to(self.device), attention_mask=tokens["attention_mask"].to(self.device)
-            )
-        return F.normalize(embedding_of(output), dim=-1)
+        return text_units(self._model, self._tokenizer, texts, self._max_tokens, self.device)
 
 
 def load_transformers_clap(source: str | Path, device: torch.device) -> TransformersClap:

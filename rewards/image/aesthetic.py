@@ -56,14 +56,10 @@ def load_head(path: str | Path) -> torch.nn.Sequential:
                 f"the aesthetic head '{path}' has the key '{key}'; expected layers.I.weight, layers.I.bias."
             )
         found.setdefault(int(match[1] or 0), {})[match[2]] = value.float()
-    return _chain([found[index] for index in sorted(found)], str(path))
-
-
-def _chain(parts: list[dict[str, Tensor]], path: str) -> torch.nn.Sequential:
-    """Linear layers whose sizes follow each other and end in one number."""
+    # the sizes of the layers must follow each other and end in one number
     layers: list[torch.nn.Module] = []
     width: int | None = None
-    for part in parts:
+    for part in (found[index] for index in sorted(found)):
         weight, bias = part.get("weight"), part.get("bias")
         whole = weight is not None and bias is not None and weight.ndim == 2 and bias.shape == weight.shape[:1]
         if not whole or weight is None or bias is None or (width is not None and weight.shape[1] != width):

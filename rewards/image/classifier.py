@@ -155,7 +155,10 @@ class ClassifierReward:
         """
         self.name = "classifier"
         place = pick_device(device)
-        self.classifiers = {name: _any_classifier(found, place) for name, found in _parts(reward_model).items()}
+        self.classifiers = {
+            name: (_classifier(str(found), place) if isinstance(found, (str, Path)) else found.to(place))
+            for name, found in _parts(reward_model).items()
+        }
         self.attributes = {name: tuple(model.config.classes) for name, model in self.classifiers.items()}
         self.weights = {name: float((weights or {}).get(name, 1.0)) for name in self.attributes}
         for name in weights or {}:
@@ -247,10 +250,6 @@ def _parts(reward_model: Any) -> dict[str, Any]:
             if found:
                 return dict(found)
     return {"y": reward_model}
-
-
-def _any_classifier(found: Any, device: str) -> Any:
-    return _classifier(str(found), device) if isinstance(found, (str, Path)) else found.to(device)
 
 
 def _classifier_rewards(reward: Any) -> list[tuple[ClassifierReward, float]]:

@@ -28,6 +28,7 @@ from gencontrol.rewards.pretrained import (
     load_pretrained,
     local_or_hub,
     pick_device,
+    text_units,
     weights_digest,
 )
 
@@ -89,17 +90,9 @@ class TransformersClip:
             output = self._model.get_image_features(pixel_values=pixels.to(self.device, self._dtype))
         return F.normalize(embedding_of(output).float(), dim=-1)
 
-    @torch.no_grad()
     def text(self, texts: Sequence[str]) -> Float[Tensor, "b d"]:
         """Unit embeddings of texts, cut at the model's length."""
-        tokens = self._tokenizer(
-            list(texts), padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt"
-        )
-        with torch.autocast(self.device.type, enabled=False):
-            output = self._model.get_text_features(
-                input_ids=tokens["input_ids"].to(self.device), attention_mask=tokens["attention_mask"].to(self.device)
-            )
-        return F.normalize(embedding_of(output).float(), dim=-1)
+        return text_units(self._model, self._tokenizer, texts, self._max_tokens, self.device)
 
 
 def load_transformers_clip(

@@ -20,6 +20,7 @@ from gencontrol.errors import UsageError
 from gencontrol.rewards.base import checked
 from gencontrol.rewards.image.ocr import edit_distance, scene_reader
 from gencontrol.rewards.inputs import image_batch
+from gencontrol.rewards.pretrained import one_prompt_each
 from gencontrol.types import RewardContext, RewardOut
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Compositional:
         from gencontrol.recipes.scenes.data import CaptionError, category, parse
 
         images, finite = scene_images(samples, self.name)
-        prompts = prompts_of(context, len(images), self.name)
+        prompts = one_prompt_each(context.prompts, len(images), self.name, "image")
         values, reasons, found = [float("nan")] * len(images), dict[int, str](), [""] * len(images)
         exact, names = torch.zeros(len(images), dtype=torch.bool), list[str | None]([None] * len(images))
         read = self._words(images, prompts)
@@ -113,18 +114,6 @@ def scene_images(samples: Tensor, name: str) -> tuple[Float[Tensor, "b 3 32 32"]
             "the bundled text-to-image model."
         )
     return images.detach().cpu(), finite.cpu()
-
-
-def prompts_of(context: RewardContext, count: int, name: str) -> Sequence[str]:
-    """Return one prompt per image.
-
-    Raises:
-        UsageError: there are none, or another number.
-    """
-    if context.prompts is None or len(context.prompts) != count:
-        given = "none" if context.prompts is None else str(len(context.prompts))
-        raise UsageError(f"reward '{name}' needs one prompt per image: {count} images, {given} given.")
-    return context.prompts
 
 
 def accuracy_by_category(exact: Tensor, names: Sequence[str | None], valid: Tensor) -> dict[str, float]:

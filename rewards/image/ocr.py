@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from gencontrol.errors import EnvironmentMissing, UsageError
 from gencontrol.rewards.base import checked, guarded
 from gencontrol.rewards.inputs import image_batch
+from gencontrol.rewards.pretrained import one_prompt_each
 from gencontrol.types import RewardContext, RewardOut
 from gencontrol.weights import bundled_path
 
@@ -129,10 +130,7 @@ class OcrReward:
         """
         images, finite = image_batch(samples, self.name)
         count = len(images)
-        if context.prompts is None or len(context.prompts) != count:
-            given = "none" if context.prompts is None else str(len(context.prompts))
-            raise UsageError(f"reward 'ocr' needs one prompt per image: {count} images, {given} given.")
-        asked = [asked_text(prompt) for prompt in context.prompts]
+        asked = [asked_text(prompt) for prompt in one_prompt_each(context.prompts, count, self.name, "image")]
         reasons = {
             i: "the prompt asks for no text; write 'the word CAT', or the text in double quotes"
             for i, text in enumerate(asked)

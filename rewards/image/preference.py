@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gencontrol.errors import UsageError
 from gencontrol.rewards.base import checked
-from gencontrol.rewards.image.clip_backend import ClipEmbeddings, FitImage, Precision, clip_backend
+from gencontrol.rewards.image.clip_backend import ClipBackend, ClipEmbeddings, FitImage, Precision, clip_backend
 from gencontrol.rewards.inputs import image_batch
 from gencontrol.rewards.pretrained import one_prompt_each
 from gencontrol.types import RewardContext, RewardOut
@@ -34,11 +34,13 @@ class Similarity:
     kind: Literal["item", "set"] = "item"
     differentiable = True
 
-    def __init__(self, name: str, embeddings: ClipEmbeddings, factor: float = 1.0) -> None:
-        """Score with these embeddings."""
+    def __init__(
+        self, name: str, backend: ClipBackend, resize: FitImage, batch_size: int, *, logit_scale: bool = False
+    ) -> None:
+        """Score with the embeddings of this model, times its logit scale where asked."""
         self.name = name
-        self.embeddings = embeddings
-        self._factor = factor
+        self.embeddings = ClipEmbeddings(backend, resize, batch_size)
+        self._factor = backend.logit_scale if logit_scale else 1.0
 
     def __call__(self, samples: Float[Tensor, "b 3 h w"], context: RewardContext) -> RewardOut:
         """Similarity per image; `extras["image_embeddings"]` [b d] holds the detached embeddings.
@@ -54,6 +56,45 @@ class Similarity:
         values = self._factor * (seen * self.embeddings.texts(prompts).to(seen.device)).sum(-1)
         out = checked(self.name, values, len(images), finite)
         return RewardOut(out.values, out.valid, {"image_embeddings": seen.detach()})
+
+
+class ClipReward(Similarity):
+    """`clip`: cos(E_image(x), E_text(prompt)) in [−1, 1], or times the model's logit scale."""
+
+    title = "cosine of the CLIP embeddings of the image and of its prompt"
+    paper = "arXiv:2103.00020"
+    medium = "image"
+
+    def __init__(
+        self,
+        model: str | Path = CLIP_MODEL,
+        device: str | torch.device | None = None,
+        architecture: str | None = None,
+        processor: str | Path | None = None,
+        resize: FitImage = "auto",
+        batch_size: int = 32,
+        precision: Precision = "fp32",
+        *,
+        logit_scale: bool = False,
+    ) -> None:
+        """Load the model (once per process; rewards of the same model share it).
+
+        Args:
+            model: folder or hub id of a transformers CLIPModel, a folder saved for open_clip, "open_clip:NAME/TAG",
+                or an open_clip checkpoint file.
+            device: None takes the GPU when there is one.
+            architecture: open_clip's name of the network, for checkpoint files only.
+            processor: source of tokenizer and image settings of a transformers model; None: its own.
+            resize: "crop", "squash" or "pad" instead of the model's own way ("auto").
+            batch_size: images in one forward pass.
+            precision: "fp32", "bf16" or "fp16".
+            logit_scale: multiply by the model's logit scale (100 for OpenAI's models).
+
+        Raises:
+            UsageError, EnvironmentMissing: the model cannot be loaded.
+        """
+        backend = clip_backend(model, device, precision, architecture, processor)
+        super().__init__("clip", backend, resize, batch_size, logit_scale=logit_scale)
 
 
 class PickScore(Similarity):
@@ -92,8 +133,7 @@ class PickScore(Similarity):
         if processor is None and str(model) == PICKSCORE_MODEL:
             processor = PICKSCORE_PROCESSOR
         backend = clip_backend(model, device, precision, processor=processor)
-        factor = backend.logit_scale if logit_scale else 1.0
-        super().__init__("pickscore", ClipEmbeddings(backend, resize, batch_size), factor)
+        super().__init__("pickscore", backend, resize, batch_size, logit_scale=logit_scale)
 
 
 class Hps(Similarity):
@@ -133,4 +173,4 @@ class Hps(Similarity):
             )
         is_file = str(model).endswith((".pt", ".pth", ".bin", ".safetensors"))
         backend = clip_backend(model, device, precision, architecture if is_file else None)
-        super().__init__("hps", ClipEmbeddings(backend, resize, batch_size))
+        super().__init__("hps", backend, resize, batch_size)

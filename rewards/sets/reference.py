@@ -23,17 +23,6 @@ from gencontrol.weights import bundled_path
 _LONGEST_S = 600.0
 
 
-def _bundled_path(encoder: Encoder) -> Path:
-    """File of the bundled statistics of an encoder.
-
-    Raises:
-        EnvironmentMissing: this installation does not hold it.
-    """
-    name = f"reference/{encoder.name.split(':')[0]}.safetensors"
-    remedy = "give reference a folder of sound, a .txt file of captions, or a .safetensors file"
-    return bundled_path(name, "bundled reference for this encoder", remedy)
-
-
 def from_captions(path: str | Path, encoder: Encoder) -> Gaussian:
     """Statistics of the text embeddings of a file with one caption per line (empty lines and repeats are left out).
 
@@ -124,7 +113,9 @@ def load_reference(reference: str | Path | Gaussian, encoder: Encoder) -> Gaussi
     if isinstance(reference, Gaussian):
         return _same_encoder(reference, encoder, "the given statistics")
     if str(reference) == "bundled":
-        path = _bundled_path(encoder)
+        name = f"reference/{encoder.name.split(':')[0]}.safetensors"
+        remedy = "give reference a folder of sound, a .txt file of captions, or a .safetensors file"
+        path = bundled_path(name, "bundled reference for this encoder", remedy)
         return _same_encoder(Gaussian.load(path), encoder, str(path))
     source = Path(reference).expanduser()
     if source.is_dir():
