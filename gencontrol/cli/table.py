@@ -136,6 +136,14 @@ COMMANDS = {
         job="gencontrol.jobs.collect:run",
         sections={"run": "gencontrol.jobs.collect:CollectConfig"},
     ),
+    "convert": Entry(
+        "Robots",
+        "Write a data set of episodes in another format: robomimic, LeRobot v3, Minari, zarr, DPPO.\n\n"
+        "Example: gencontrol convert lift/ph/low_dim.hdf5 data/lift --format lerobot",
+        job="gencontrol.jobs.convert:run",
+        sections={"run": "gencontrol.jobs.convert:ConvertConfig"},
+        shared=(),
+    ),
     "compose": Entry(
         "Robots",
         "Compose trained policies into one (GPC); weights are given, equal, or fitted and measured on fresh seeds.\n\n"

@@ -3,20 +3,18 @@
     episodes = read_episodes("lift/ph/low_dim.hdf5")           # robomimic HDF5, LeRobot v3, Minari, zarr or DPPO npz
     write_episodes(episodes, "lift_lerobot", format="lerobot", images="video")
 
-`python -m gencontrol.robotics.datasets SRC DST --format F` converts on the command line.
+`gencontrol convert SOURCE TARGET --format F` does both on the command line.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
-from gencontrol.errors import GencontrolError, UsageError, nearest
+from gencontrol.errors import UsageError, nearest
 from gencontrol.robotics.datasets.episodes import Episode, Episodes
 from gencontrol.robotics.datasets.storage import Request, naming, reading, staged
 
@@ -180,38 +178,3 @@ def _known(format: str) -> str:
     if format not in FORMATS:
         raise UsageError(f"unknown format '{format}'; choose from {', '.join(FORMATS)}.{nearest(format, FORMATS)}")
     return format
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"gencontrol: error: {message}; see --help.\n")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Convert a data set; returns the exit code."""
-    parser = _Parser(prog="python -m gencontrol.robotics.datasets", description=main.__doc__)
-    parser.add_argument("source", help="data set to read")
-    parser.add_argument("target", help="file or folder to write")
-    parser.add_argument("--format", choices=list(FORMATS), help="format to write (default: by the target's name)")
-    parser.add_argument("--from", dest="origin", choices=list(FORMATS), help="format of the source (default: found)")
-    parser.add_argument("--keys", nargs="+", help="observations to keep (default: all)")
-    parser.add_argument("--split", help="robomimic mask or LeRobot split to read (default: all episodes)")
-    parser.add_argument("--limit", type=int, help="at most so many episodes")
-    parser.add_argument("--images", choices=["png", "video"], default="png", help="how lerobot stores pictures")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is at the target")
-    asked = parser.parse_args(arguments)
-    try:
-        episodes = read_episodes(
-            asked.source, format=asked.origin, keys=asked.keys, split=asked.split, limit=asked.limit
-        )
-        place = write_episodes(
-            episodes, asked.target, format=asked.format, images=asked.images, overwrite=asked.overwrite
-        )
-    except GencontrolError as error:
-        print(f"gencontrol: error: {error}", file=sys.stderr)
-        return error.exit_code
-    kind = format_for(place, asked.format)
-    print(f"{len(episodes)} episodes, {episodes.frames} frames → '{place}' ({kind})")
-    return 0

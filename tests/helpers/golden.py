@@ -21,11 +21,13 @@ def cases(name: str) -> dict[str, dict[str, Any]]:
 
 
 def tensors(name: str, case: str = "") -> dict[str, Tensor]:
-    """The tensors of one case by their short names, with those that all cases share; without a case, the shared ones alone."""
+    """The tensors of one case by their short names, and those that all cases share; without a case, the latter alone."""
     with safe_open(str(FOLDER / f"{name}.safetensors"), "pt") as file:
         keys = list(file.keys())
         shared = {key: file.get_tensor(key) for key in keys if "/" not in key}
-        own = {key.removeprefix(f"{case}/"): file.get_tensor(key) for key in keys if case and key.startswith(f"{case}/")}
+        own = {
+            key.removeprefix(f"{case}/"): file.get_tensor(key) for key in keys if case and key.startswith(f"{case}/")
+        }
     if case and not own:
         raise KeyError(f"{name} has no case {case!r}")
     return shared | own

@@ -118,14 +118,3 @@ def test_one_policy_is_not_paired(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["evaluate", "zero", "--env", POINT, "--paired", "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert "two or more" in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
-
-
-def test_converter_takes_the_format_from_the_name(capsys: pytest.CaptureFixture[str]) -> None:
-    """And says what is wrong in one line."""
-    from gencontrol.robotics.datasets.convert import format_for
-    from gencontrol.robotics.datasets.convert import main as convert
-
-    assert [format_for(name) for name in ("a.hdf5", "b/c.zarr", "folder")] == ["robomimic", "zarr", "lerobot"]
-    with pytest.raises(SystemExit) as stopped:
-        convert(["source", "target", "--format", "zar"])
-    assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1

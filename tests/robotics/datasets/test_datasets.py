@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gencontrol.robotics.datasets.convert import FORMATS, main, read_episodes, write_episodes
+from gencontrol.cli import main
+from gencontrol.robotics.datasets.convert import FORMATS, format_for, read_episodes, write_episodes
 from gencontrol.robotics.datasets.episodes import Episode, Episodes
 from tests.helpers.episode_samples import LENGTHS, RECORDED, TASKS, flat_image, sample_episode, sample_episodes
 
@@ -245,16 +246,25 @@ def test_zarr_of_diffusion_policy(tmp_path: Path) -> None:
     ]
 
 
+def test_convert_says_in_one_line_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [format_for(name) for name in ("a.hdf5", "b/c.zarr", "folder")] == ["robomimic", "zarr", "lerobot"]
+    for words in (["nowhere", "target", "--format", "zar"], ["nowhere", "target"], ["--limit", "x"], ["one"]):
+        assert main(["convert", *words]) == 2 and capsys.readouterr().err.count("\n") == 1, words
+
+
 def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("zarr")
     source = write_episodes(sample_episodes(), tmp_path / "demo.hdf5", format="robomimic")
-    assert main([str(source), str(tmp_path / "out.zarr"), "--format", "zarr", "--limit", "2"]) == 0
+    assert main(["convert", str(source), str(tmp_path / "out.zarr"), "--format", "zarr", "--limit", "2"]) == 0
     assert "2 episodes, 8 frames" in capsys.readouterr().out
-    assert main([str(source), str(tmp_path / "out.zarr"), "--format", "zarr"]) == 2
+    assert main(["convert", str(source), str(tmp_path / "out.zarr"), "--format", "zarr"]) == 2
     assert "exists" in capsys.readouterr().err
     assert len(read_episodes(tmp_path / "out.zarr")) == 2
-    assert main([str(source), str(tmp_path / "out.zarr"), "--format", "zarr", "--overwrite"]) == 0
+    assert main(["convert", str(source), str(tmp_path / "out.zarr"), "--format", "zarr", "--overwrite"]) == 0
     assert len(read_episodes(tmp_path / "out.zarr")) == 3
+    key = next(iter(sample_episodes()[0].observations))
+    assert main(["convert", str(source), str(tmp_path / "named.zarr"), "--keys", key, "--rename", f"{key}=other"]) == 0
+    assert list(read_episodes(tmp_path / "named.zarr")[0].observations) == ["other"]
 
 
 def test_lerobot_done_is_not_truncation(tmp_path: Path) -> None:
