@@ -21,7 +21,7 @@ def cases(name: str) -> dict[str, dict[str, Any]]:
 
 
 def tensors(name: str, case: str = "") -> dict[str, Tensor]:
-    """The tensors of one case by their short names, and those that all cases share; without a case, the latter alone."""
+    """The tensors of one case by their short names, and those that all cases share; without a case, those alone."""
     with safe_open(str(FOLDER / f"{name}.safetensors"), "pt") as file:
         keys = list(file.keys())
         shared = {key: file.get_tensor(key) for key in keys if "/" not in key}
