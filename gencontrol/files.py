@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gencontrol.errors import DiskError
+from gencontrol.errors import DiskError, UsageError, nearest
 
 #: Called with (operation, path) before each operation; tests raise or kill in it.
 Hook = Callable[[str, Path], None]
@@ -144,6 +144,19 @@ def replacing(path: Path) -> Iterator[Path]:
             shutil.rmtree(staged, ignore_errors=True)
         else:
             staged.unlink(missing_ok=True)
+
+
+def existing(path: str | Path) -> Path:
+    """Return a folder's path, `~` resolved.
+
+    Raises:
+        UsageError: there is none; the message names the nearest name beside it.
+    """
+    place = Path(path).expanduser()
+    if not place.is_dir():
+        names = [child.name for child in place.parent.iterdir()] if place.parent.is_dir() else []
+        raise UsageError(f"there is no folder '{place}'.{nearest(place.name, names)}")
+    return place
 
 
 def digest(value: Any, digits: int = 64) -> str:

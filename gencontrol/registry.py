@@ -65,6 +65,10 @@ BENCHES = {
     "crd": "gencontrol.bench.crd.main:main",
     "gpc": "gencontrol.bench.gpc.main:main",
     "policies": "gencontrol.bench.policies:main",
+    "digits-quality": "gencontrol.recipes.digits.quality:main",
+    "scenes-quality": "gencontrol.recipes.scenes.quality:main",
+    "sound-quality": "gencontrol.recipes.sound.quality:main",
+    "sound-generation": "gencontrol.recipes.sound.generation_quality:main",
 }
 
 

@@ -1,6 +1,6 @@
 """Measured quality of the bundled digit model, and the model card that quotes it.
 
-    python -m gencontrol.recipes.digits.quality gencontrol/bundled/digits --run RUN
+    gencontrol bench digits-quality --model gencontrol/bundled/digits --run RUN
 
 Generated digits are judged by the bundled classifier and by the nearest test image, which nothing was trained on; their
 law is compared with the data's by the maximum mean discrepancy (Gretton et al. 2012), beside the same number for real
@@ -9,7 +9,6 @@ training images and for Gaussian noise of the data's mean and covariance.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
+from gencontrol.config import Count, options
 from gencontrol.data.images import png_grid
+from gencontrol.files import existing
 from gencontrol.models.readers.image_classifier import ImageClassifier, calibration_error
 from gencontrol.pipelines import ClassToImagePipeline
 from gencontrol.recipes.digits.data import DigitImages, load_digit_images
@@ -189,7 +190,7 @@ def write_card(model: Path, sections: Mapping[str, Mapping[str, float]], origin:
         "images of each digit test, by a hash of the index): 1437 train the flow, 1257 of them the classifier, the "
         "other 180 chose its temperature; 360 are test images.",
         note="`mmd2`: unbiased, Gaussian kernels of bandwidth 2, 4 and 8; `calibration_error`: ten bins of equal mass. "
-        "Numbers by `python -m gencontrol.recipes.digits.quality`, also in `measured.json`.",
+        "Numbers by `gencontrol bench digits-quality`, also in `measured.json`.",
         caption="Left: ten images of each label, generated (20 Heun steps, no guidance); right: test images",
         picture=("card.png", _picture(model)),
     )
@@ -207,19 +208,27 @@ def _picture(model: Path) -> bytes:
     return png_grid(torch.cat(rows), columns=21, zoom=4)
 
 
-def main() -> None:
+@options
+class Options:
+    """What is measured.
+
+    Args:
+        model: folder of the model; the card is written into it.
+        run: run folder that made it; the card quotes its record.
+        machine: what else the machine did, for the card.
+        threads: of the CPU.
+    """
+
+    model: str
+    run: str
+    machine: str = "doing nothing else"
+    threads: Count = 1
+
+
+def main(options: Options) -> None:
     """Measure a model folder, print JSON and write its card."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("model", type=Path, help="folder of the model; the card is written into it")
-    parser.add_argument("--run", type=Path, required=True, help="run folder that made it; the card quotes its record")
-    parser.add_argument("--machine", default="doing nothing else", help="what else the machine did, for the card")
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    sections = measure(options.model)
-    write_card(options.model, sections, origin_of_run(options.run, options.machine))
+    model, origin = existing(options.model), origin_of_run(Path(options.run), options.machine)
+    sections = measure(model)
+    write_card(model, sections, origin)
     print(json.dumps(sections, indent=1))
-
-
-if __name__ == "__main__":
-    main()

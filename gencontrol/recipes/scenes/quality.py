@@ -1,6 +1,6 @@
 """Measured quality of the bundled scene models, and the model cards that quote it.
 
-    python -m gencontrol.recipes.scenes.quality gencontrol/bundled --run RUN --readers-run RUN
+    gencontrol bench scenes-quality --bundled gencontrol/bundled --run RUN --readers-run RUN
 
 The exact analysis, the reader and the judge are measured on rendered held-out scenes, clean and damaged; the generator
 on held-out captions of every category by the reward `compositional`, with the words' reading beside it, and by the
@@ -9,7 +9,6 @@ Fréchet distance to real scenes of the same captions in the judge's embedding, 
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gencontrol.config import Count, options
 from gencontrol.data.images import png_grid
+from gencontrol.files import existing
 from gencontrol.recipes.scenes.data import CATEGORIES, parse
 from gencontrol.recipes.scenes.data.corpus import sample_captions
 from gencontrol.recipes.scenes.data.render import Scene, arrange, render
@@ -193,7 +194,7 @@ def write_card(name: str, model: Path, sections: Mapping[str, Section], origin: 
         origin=origin,
         source="Data: drawn by `gencontrol.recipes.scenes.data`, without end; captions of one meaning in six, and a "
         "list of words, are held out.",
-        note="Numbers by `python -m gencontrol.recipes.scenes.quality`, also in `measured.json`.",
+        note="Numbers by `gencontrol bench scenes-quality`, also in `measured.json`.",
         caption=caption,
         picture=("card.png", picture),
     )
@@ -217,20 +218,31 @@ def picture_of(name: str, bundled: Path) -> bytes:
     return png_grid(torch.cat(rows), columns=12, zoom=2)
 
 
-def main() -> None:
-    """Measure and write the cards."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundled", type=Path, help="folder with text_to_image, scene_reader and scene_judge")
-    parser.add_argument("--run", type=Path, required=True, help="run folder of the pretraining")
-    parser.add_argument("--readers-run", type=Path, required=True, help="run folder of reader and judge")
-    parser.add_argument("--per-category", type=int, default=100, help="held-out captions of each category")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    for name, sections in measure(options.bundled, options.per_category).items():
-        origin = origin_of_run(options.run if name == "text_to_image" else options.readers_run)
-        write_card(name, options.bundled / name, sections, origin, picture_of(name, options.bundled))
+@options
+class Options:
+    """What is measured.
+
+    Args:
+        bundled: folder with text_to_image, scene_reader and scene_judge; the cards are written into it.
+        run: run folder of the pretraining; the card quotes its record.
+        readers_run: run folder of reader and judge.
+        per_category: held-out captions of each category.
+        threads: of the CPU.
+    """
+
+    bundled: str
+    run: str
+    readers_run: str
+    per_category: Count = 100
+    threads: Count = 1
+
+
+def main(options: Options) -> None:
+    """Measure, print JSON and write the cards."""
+    torch.set_num_threads(options.threads)
+    bundled = existing(options.bundled)
+    painter, readers = origin_of_run(Path(options.run)), origin_of_run(Path(options.readers_run))
+    for name, sections in measure(bundled, options.per_category).items():
+        origin = painter if name == "text_to_image" else readers
+        write_card(name, bundled / name, sections, origin, picture_of(name, bundled))
         print(json.dumps({name: sections}, indent=1))
-
-
-if __name__ == "__main__":
-    main()

@@ -3,11 +3,11 @@
 The instrument of a generated clip is judged twice: by the CLAP, zero-shot among the instruments' names, and by the
 attribute judge, which no text-to-audio model here was trained with.  The Fréchet distance (FAD) to held-out real clips
 is taken in both encoders and compared with that of white noise shaped to the real clips' mean spectrum.
+`gencontrol bench sound-generation --tuned FOLDER --data DATA` compares two models so.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gencontrol.config import Count, options
+from gencontrol.files import existing
 from gencontrol.recipes.sound.data.dataset import SAMPLE_RATE, SoundDataset
 from gencontrol.recipes.sound.data.grammar import ATTRIBUTES
 from gencontrol.rng import stream
@@ -176,28 +178,39 @@ def compare_models(
     return rows
 
 
-def main() -> None:
+@options
+class Options:
+    """What is compared, by sound that no reward was trained on.
+
+    Args:
+        tuned: folder of the tuned model.
+        base: folder or name of the model before.
+        data: folder of the sound data.
+        clips: held-out captions, a clip of each model for each.
+        steps: of the sampler.
+        guidance: classifier-free guidance scale.
+        threads: of the CPU.
+    """
+
+    tuned: str
+    data: str
+    base: str = "bundled"
+    clips: Count = 200
+    steps: Count = 12
+    guidance: float = 1.0
+    threads: Count = 1
+
+
+def main(options: Options) -> None:
     """Print the comparison of two models as JSON."""
-    parser = argparse.ArgumentParser(description="What tuning did to sound that no reward was trained on.")
-    parser.add_argument("tuned", help="folder of the tuned model")
-    parser.add_argument("--base", default="bundled")
-    parser.add_argument("--data", type=Path, required=True, help="folder of the sound data")
-    parser.add_argument("--clips", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--guidance", type=float, default=1.0)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    data = existing(options.data)
     rows = compare_models(
         options.tuned,
         options.base,
-        SoundDataset.load(options.data, "test"),
+        SoundDataset.load(data, "test"),
         clips=options.clips,
         steps=options.steps,
         guidance_scale=options.guidance,
     )
     print(json.dumps(rows, indent=1))
-
-
-if __name__ == "__main__":
-    main()

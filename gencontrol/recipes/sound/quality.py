@@ -1,29 +1,30 @@
 """Measured quality of the bundled sound models on held-out clips, and the model cards that quote it.
 
-    python -m gencontrol.recipes.sound.quality clap --data DATA --model FOLDER --run RUN
+    gencontrol bench sound-quality --kind clap --data DATA --model FOLDER --run RUN
 
-measures, prints JSON, and writes README.md and a picture beside the weights; `codec --fit 4000` fits the codec first.
-The test split holds combinations of attributes that training never saw; "through the codec" means encoded and decoded
+measures, prints JSON, and writes README.md and a picture beside the weights; `--kind codec --fit 4000` fits the codec
+first. The test split holds combinations of attributes that training never saw; "through the codec" means encoded and decoded
 first, as generated clips are.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gencontrol.config import Count, options
 from gencontrol.data.images import png_grid
+from gencontrol.files import existing
 from gencontrol.models.networks.codec import MelCodec
 from gencontrol.recipes.sound.data.dataset import SoundDataset
 from gencontrol.recipes.sound.data.grammar import ATTRIBUTES, HELD_OUT_TEST
@@ -195,7 +196,7 @@ def write_card(kind: str, model: Path, data: Path, sections: Mapping[str, Mappin
         f"seed={recipe['seed']})`: clips rendered here from a grammar (General MIDI timbres of FluidR3_GM.sf2 by "
         "fluidsynth, and numpy voices); no recorded music, no foreign weights. Test and validation hold combinations "
         f"of attributes that training never saw ({HELD_OUT_TEST} % of all are test).",
-        note=f"Numbers by `python -m gencontrol.recipes.sound.quality {kind}`, also in `measured.json`.",
+        note=f"Numbers by `gencontrol bench sound-quality --kind {kind}`, also in `measured.json`.",
         caption=CAPTION[kind],
         picture=DRAW[kind](model, test),
     )
@@ -246,40 +247,50 @@ DRAW = {
 }
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("kind", choices=("codec", "clap", "attributes", "text_to_audio"))
-    parser.add_argument("--data", type=Path, required=True, help="folder of the sound data")
-    parser.add_argument("--model", type=Path, required=True, help="folder of the model; the card is written into it")
-    parser.add_argument("--codec", type=Path, help="folder of the codec, to measure through it too")
-    parser.add_argument("--run", type=Path, help="run folder that made the model; the card quotes what it recorded")
-    parser.add_argument("--fit", type=int, default=0, help="codec only: fit it on that many training clips first")
-    parser.add_argument("--reuse", action="store_true", help="write the card from measured.json, measure nothing")
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    if (options.kind == "codec") != (options.run is None):
-        parser.error("--run is needed by all but the codec, which has none")
-    if options.fit and options.kind != "codec":
-        parser.error("--fit is for the codec")
-    return options
+@options
+class Options:
+    """What is measured.
+
+    Args:
+        kind: which of the models.
+        data: folder of the sound data.
+        model: folder of the model; the card is written into it.
+        codec: folder of the codec, to measure through it too.
+        run: run folder that made the model; the card quotes what it recorded. The codec has none.
+        fit: codec only: fit it on that many training clips first.
+        reuse: write the card from measured.json, measure nothing.
+        threads: of the CPU.
+    """
+
+    kind: Literal["codec", "clap", "attributes", "text_to_audio"]
+    data: str
+    model: str
+    codec: str | None = None
+    run: str | None = None
+    fit: int = 0
+    reuse: bool = False
+    threads: Count = 1
+
+    def __post_init__(self) -> None:
+        if (self.kind == "codec") != (self.run is None):
+            raise ValueError("run is needed by all but the codec, which has none.")
+        if self.fit and self.kind != "codec":
+            raise ValueError("fit is for the codec; leave it out.")
 
 
-def main() -> None:
+def main(options: Options) -> None:
     """Measure one model and write its card."""
-    options = _arguments()
     torch.set_num_threads(options.threads)
+    model, data = Path(options.model) if options.fit else existing(options.model), existing(options.data)
     if options.fit:
-        fit_codec(options.data, options.model, clips=options.fit)
+        fit_codec(data, model, clips=options.fit)
     if options.reuse:
-        sections = json.loads((options.model / "measured.json").read_text())
+        sections = json.loads((model / "measured.json").read_text())
     else:
         codec = None if options.codec is None else MelCodec.from_pretrained(options.codec)
-        sections = measure(options.kind, options.model, options.data, codec)
-    command = " ".join(["python -m gencontrol.recipes.sound.quality", *sys.argv[1:]])
-    origin = f"    {command}" if options.run is None else origin_of_run(options.run)
-    write_card(options.kind, options.model, options.data, sections, origin)
+        sections = measure(options.kind, model, data, codec)
+    command = f"gencontrol bench sound-quality --kind codec --data {data} --model {model}"
+    command += f" --fit {options.fit}" if options.fit else ""
+    origin = f"    {command}" if options.run is None else origin_of_run(Path(options.run))
+    write_card(options.kind, model, data, sections, origin)
     print(json.dumps(sections, indent=1))
-
-
-if __name__ == "__main__":
-    main()
