@@ -3,8 +3,8 @@
     gencontrol bench sound-quality --kind clap --data DATA --model FOLDER --run RUN
 
 measures, prints JSON, and writes README.md and a picture beside the weights; `--kind codec --fit 4000` fits the codec
-first. The test split holds combinations of attributes that training never saw; "through the codec" means encoded and decoded
-first, as generated clips are.
+first. The test split holds combinations of attributes that training never saw; "through the codec" means encoded and
+decoded first, as generated clips are.
 """
 
 from __future__ import annotations
