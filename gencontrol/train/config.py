@@ -26,7 +26,8 @@ class TrainConfig:
         betas: of AdamW, each in [0, 1).
         max_grad_norm: gradients are clipped to this 2-norm; 0 measures without clipping.
         micro_batch: largest number of items in one forward and backward pass, ≥ 1.
-        precision: of the networks' autocast; weights stay float32; fp16 uses a loss scaler.
+        precision: of the networks' autocast; weights stay float32; fp16 uses a loss scaler; "auto" is bf16 where the
+            device is fast in it, else fp32.
         save_every: steps between checkpoints, ≥ 1 (the last step is always saved).
         keep: newest checkpoints kept, ≥ 1.
         eval_every: steps between evaluations; 0 = never, else also before the first and after the last step.
@@ -48,7 +49,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: NonNegative = 1.0
     micro_batch: Count = 32
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     save_every: Count = 100
     keep: Count = 2
     eval_every: Natural = 0

@@ -31,6 +31,7 @@ from gencontrol.train.config import TrainConfig, check_processes
 from gencontrol.train.distributed.dist import Group, Layout
 from gencontrol.train.health import write_dump
 from gencontrol.train.optim import Optimizer, clip_gradients, gradients, scale_gradients
+from gencontrol.train.precision import SLOW_BF16, autocast, fast_bf16
 from gencontrol.train.run_folder import Lock, MetricsFile, check_settings, clean_leftovers, write_samples
 from gencontrol.train.signals import SignalGuard
 from gencontrol.train.state import RunState
@@ -135,6 +136,8 @@ class _Run:
             module = self.algorithm.roles.module
             for part in module.values() if isinstance(module, nn.ModuleDict) else (module,):
                 part.compile()
+        if config.precision == "bf16" and not fast_bf16(state.device.type):
+            self._say(SLOW_BF16)
         self.progress.start(state.step)
         try:
             if not line_written:
@@ -458,10 +461,7 @@ class _Run:
             self.group.poll(self.signals)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.config.precision == "fp32":
-            return contextlib.nullcontext()
-        dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float16
-        return torch.autocast(self.state.device.type, dtype=dtype)
+        return autocast(self.config.precision, self.state.device.type)
 
     def _say(self, text: str) -> None:
         if self.writes:

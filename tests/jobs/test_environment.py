@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 
 import pytest
 
 from gencontrol.bench.dts.main import Options
 from gencontrol.cli import main
 from gencontrol.errors import EnvironmentMissing, UsageError
+from gencontrol.jobs.bench import variants
 from gencontrol.jobs.setup.checks import download_hint
 from gencontrol.jobs.setup.environment import choose_device, launched_precision, prepare
 from gencontrol.registry import BENCHES
@@ -16,7 +18,14 @@ from gencontrol.registry import BENCHES
 
 @pytest.mark.parametrize(
     ("launcher", "given", "expected"),
-    [("", None, None), ("no", None, None), ("no", "fp32", "fp32"), ("bf16", None, "bf16"), ("bf16", "bf16", "bf16")],
+    [
+        ("", None, None),
+        ("no", None, None),
+        ("no", "fp32", "fp32"),
+        ("bf16", None, "bf16"),
+        ("bf16", "bf16", "bf16"),
+        ("fp16", "auto", "fp16"),
+    ],
 )
 def test_accelerate_precision(
     launcher: str, given: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
@@ -80,4 +89,5 @@ def test_bench_hands_options_over(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", list(BENCHES))
 def test_every_benchmark_says_its_options(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", name, "--help"]) == 0
-    assert "--output" in (said := capsys.readouterr().out) or "--runs" in said
+    said = capsys.readouterr().out
+    assert all(f"--{field.name.replace('_', '-')}" in said for field in fields(variants(name)["bench"]))

@@ -18,6 +18,7 @@ from gencontrol.models.roles import Roles
 from gencontrol.testing.algorithm import assert_same_run, metric_lines
 from gencontrol.train.distributed.dist import Group, Layout
 from gencontrol.train.optim import LossScale, Optimizer, clip_gradients, gradients, learning_rate, name_parameters
+from gencontrol.train.precision import autocast_dtype
 from gencontrol.train.trainer import TrainConfig, Trainer
 from tests.helpers.training_toy import Toy, network
 
@@ -217,3 +218,16 @@ def test_steps_through_inductor_equal_eager_ones(tmp_path: Path, monkeypatch: py
     for before, after in zip(eager, fused, strict=True):
         for key in before.keys() & {"loss/total", "grad_norm", "eval/square"}:
             assert after[key] == pytest.approx(before[key], rel=1e-5), (before["step"], key)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_auto_precision_takes_what_the_device_is_fast_in(
+    fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And bf16, asked for where it is slow, is done and said."""
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: fast, raising=False)
+    assert autocast_dtype("auto", "cpu") == (torch.bfloat16 if fast else None)
+    assert autocast_dtype("auto", "cuda") == autocast_dtype("bf16", "cpu") == torch.bfloat16
+    Trainer(TrainConfig(steps=1, micro_batch=8, precision="bf16"), tmp_path / "run").fit(Toy())
+    assert ("no bf16 arithmetic" in capsys.readouterr().err) != fast

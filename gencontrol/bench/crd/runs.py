@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from gencontrol.algorithms.online.task import PromptTask
@@ -18,6 +17,7 @@ from gencontrol.errors import NumericsError
 from gencontrol.models.denoiser import Denoiser
 from gencontrol.models.roles import LoraConfig, Roles
 from gencontrol.registry import ALGORITHMS, find
+from gencontrol.train import precision
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Plan:
     demo_steps: int = 10
     train_times: int = 6
     lr: float = 5e-4
-    bf16: bool = False
+    precision: str = "fp32"
     lora: int = 0
     ema: float = 0.0
     compiled: bool = False
@@ -89,7 +89,7 @@ SCENES_PLAN = Plan(
     demo_steps=8,
     train_times=3,
     lr=2e-4,
-    bf16=True,
+    precision="auto",
     ema=0.95,
     compiled=True,
     measured=(15, 30, 45, 60),
@@ -187,7 +187,7 @@ def run_method(
     calls.watch(task.denoiser)
     if plan.compiled:
         task.denoiser.network.compile(dynamic=False)
-    autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=plan.bf16)
+    autocast = partial(precision.autocast, plan.precision, "cpu")
     curves: dict[str, dict[int, float]] = {}
     role = "ema" if plan.ema else "policy"
 

@@ -30,7 +30,8 @@ class SourceConfig:
         online: allow downloads from the hub.
         device: where it runs.
         threads: CPU threads; 0 leaves it to the library.
-        precision: of the network's autocast; states and rewards stay float32.
+        precision: of the network's autocast; states and rewards stay float32; "auto" is bf16 where that
+            is fast.
         prompts_hash: written by a search, so that an edited prompt file is noticed; not meant to be set.
     """
 
@@ -45,7 +46,7 @@ class SourceConfig:
     online: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Natural = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
     prompts_hash: str | None = None
 
     def __post_init__(self) -> None:

@@ -43,6 +43,7 @@ from gencontrol.jobs.setup.prompts import read_prompts
 from gencontrol.jobs.setup.runs import RunFolder, open_run, record
 from gencontrol.jobs.setup.settings import Start, called, describe, place
 from gencontrol.sampling.samplers import NO_GRADIENT, sampler
+from gencontrol.train.precision import autocast_dtype
 
 if TYPE_CHECKING:
     from gencontrol.pipelines.search.problem import Problem
@@ -416,7 +417,7 @@ def _load(job: Job, live: Live) -> TreeSearchPipeline:
             device=device,
         )
     check_reward_kind(reward.name, reward.kind, config, differentiable=reward.differentiable)
-    dtype = torch.bfloat16 if source.precision == "bf16" else None
+    dtype = autocast_dtype(source.precision, torch.device(device).type)
     return TreeSearchPipeline(
         pipeline, reward, temperature=config.temperature, sampler=config.sampler, reward_batch=64, autocast=dtype
     )

@@ -59,7 +59,7 @@ def launched_precision(given: str | None) -> Any:
     chosen = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}.get(os.environ.get("ACCELERATE_MIXED_PRECISION", ""))
     if chosen is None or (given is None and chosen == "fp32"):
         return given
-    if given is not None and given != chosen:
+    if given not in (None, "auto", chosen):
         raise UsageError(
             f"precision is {given}, but accelerate launch was told {chosen}; leave --mixed_precision out there, or "
             f"give --precision {chosen}."

@@ -64,7 +64,7 @@ def train_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
         "warmup": min(150, steps // 10),
         "weight_decay": 0.01,
         "micro_batch": 32,
-        "precision": "bf16",
+        "precision": "auto",
         "save_every": max(1, steps // 12),
         "eval_every": max(1, steps // 6),
     }
