@@ -43,7 +43,6 @@ from gencontrol.jobs.setup.prompts import read_prompts
 from gencontrol.jobs.setup.runs import RunFolder, open_run, record
 from gencontrol.jobs.setup.settings import Start, called, describe, place
 from gencontrol.sampling.samplers import NO_GRADIENT, sampler
-from gencontrol.train.precision import autocast_dtype
 
 if TYPE_CHECKING:
     from gencontrol.pipelines.search.problem import Problem
@@ -399,6 +398,7 @@ def _load(job: Job, live: Live) -> TreeSearchPipeline:
     from gencontrol.pipelines import TreeSearchPipeline
     from gencontrol.rewards import load_rewards
     from gencontrol.sampling.scoring import as_item_reward
+    from gencontrol.train.precision import autocast_dtype
 
     source, config = job.source, job.search
     device = choose_device(source.device)
