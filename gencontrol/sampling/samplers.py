@@ -19,6 +19,7 @@ class Sampler:
         select, widening: selection rule and widening of a tree, by name; "" for particles.
         gradient: whether it follows the gradient of the reward.
         children: candidates that every step draws, each at the price of a model call; None: there is one path.
+        anytime: whether a finished search goes on with a larger budget; trees and islands.
     """
 
     title: str
@@ -28,6 +29,7 @@ class Sampler:
     widening: str = ""
     gradient: bool = False
     children: int | None = None
+    anytime: bool = False
 
     @property
     def tree(self) -> bool:
@@ -42,12 +44,14 @@ class Sampler:
 
 
 _UNGUIDED, _STEERING = "gencontrol.sampling.particles.unguided", "gencontrol.sampling.particles.steering"
+_ISLANDS = "gencontrol.sampling.particles.islands"
 
 #: name → sampler.  DTS and DTS* are arXiv 2506.20701; the widening of DTS* is ours: the paper's is best-of-n for the
 #: first 36 rollouts, more than most budgets pay for.  Ten children are those of SVDD's public code (CODE).
 SAMPLERS: dict[str, Sampler] = {
-    "dts": Sampler("diffusion tree sampling (DTS)", "sample", select="boltzmann", widening="paper"),
-    "dts-star": Sampler("diffusion tree search (DTS*)", "best", select="uct", widening="small"),
+    "dts": Sampler("diffusion tree sampling (DTS)", "sample", select="boltzmann", widening="paper", anytime=True),
+    "dts-star": Sampler("diffusion tree search (DTS*)", "best", select="uct", widening="small", anytime=True),
+    "islands": Sampler("calibrated islands", "sample", f"{_ISLANDS}:islands", anytime=True),
     "best-of-n": Sampler("best of n", "best", f"{_UNGUIDED}:best_of_n"),
     "snis": Sampler("importance sampling", "sample", f"{_UNGUIDED}:snis"),
     "smc": Sampler("sequential Monte Carlo", "sample", f"{_STEERING}:smc"),

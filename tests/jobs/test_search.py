@@ -65,7 +65,7 @@ def test_dts_draws_distinct_leaves(tiny_model: Path, judge: str, tmp_path: Path)
     assert found["stats"]["log_z_iw"] is not None and found["stats"]["log_z_tree"] is not None
 
 
-@pytest.mark.parametrize("sampler", ["best-of-n", "snis", "smc"])
+@pytest.mark.parametrize("sampler", ["best-of-n", "snis", "smc", "islands"])
 def test_particles(sampler: str, tiny_model: Path, judge: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert main(search_command(tiny_model, f"{judge}:loud", run, "--sampler", sampler, "--prompt", "rain")) == 0
@@ -175,3 +175,31 @@ def test_a_stopped_particle_search_keeps_finished_prompts(tiny_model: Path, judg
     assert main(command) == 0
     assert main(search_command(tiny_model, f"{judge}:stopped", tmp_path / "whole", *options)) == 0
     same_results(tmp_path / "run", tmp_path / "whole")
+
+
+def test_stopped_islands_go_on_to_the_same_bits(
+    tiny_model: Path, judge: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped in the second of two islands; then a larger budget, which adds one and draws nothing again."""
+    from gencontrol.sampling.particles import islands
+
+    monkeypatch.setattr(islands, "ALONE", 4)
+    options = ("--sampler", "islands", "--count", "2")
+    command = search_command(tiny_model, f"{judge}:stopped", tmp_path / "run", *options, nfe=30)
+    (tmp_path / "signal").write_text(str(int(signal.SIGINT)))
+    assert main(command) == 130
+    assert "same command" in capsys.readouterr().err.splitlines()[-1]
+    assert len(list((tmp_path / "run").glob("islands_*"))) == 1 and not list((tmp_path / "run").glob("particles_*"))
+    assert main(command) == 0
+    assert main(search_command(tiny_model, f"{judge}:stopped", tmp_path / "whole", *options, nfe=30)) == 0
+    same_results(tmp_path / "run", tmp_path / "whole")
+    capsys.readouterr()
+    assert main(command) == 0 and "a larger --nfe goes on" in capsys.readouterr().err
+    for folder in ("run", "whole"):
+        assert main(search_command(tiny_model, f"{judge}:stopped", tmp_path / folder, *options, nfe=60)) == 0
+    same_results(tmp_path / "run", tmp_path / "whole")
+    assert int(table_rows(tmp_path / "run")[0]["nfe"]) == 60
+    found = json.loads((tmp_path / "run" / "search.json").read_text())["prompts"][0]
+    assert "few independent starts" in found["warnings"][0]
+    (tmp_path / "run" / "islands_000.safetensors").write_bytes(b"damaged")
+    assert main(search_command(tiny_model, f"{judge}:loud", tmp_path / "run", *options, nfe=90)) != 0

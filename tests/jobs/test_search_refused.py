@@ -188,7 +188,7 @@ def test_the_table_of_samplers_names_what_the_library_has() -> None:
     from gencontrol.sampling.samplers import PARTICLES, SAMPLERS, TREES
     from gencontrol.sampling.tree.rules import RULES, WIDENINGS
 
-    assert {*TREES, *PARTICLES} == set(SAMPLERS) and len(SAMPLERS) == 9
+    assert {*TREES, *PARTICLES} == set(SAMPLERS) and len(SAMPLERS) == 10
     assert all(SAMPLERS[name].select in RULES and SAMPLERS[name].widening in WIDENINGS for name in TREES)
     assert all(callable(resolve_dotted(SAMPLERS[name].call, "sampler")) for name in PARTICLES)
     assert all(SearchConfig(sampler="dts", select=rule).select == rule for rule in RULES)

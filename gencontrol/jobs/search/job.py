@@ -23,10 +23,10 @@ from gencontrol.config import build, dump_toml
 from gencontrol.errors import CheckpointError, Preempted, RewardError, UsageError
 from gencontrol.files import FileLayer, disk_errors
 from gencontrol.jobs.search.config import SearchConfig, SourceConfig, branch_of, parse_widening
+from gencontrol.jobs.search.drawn import draw_all
 from gencontrol.jobs.search.results import (
     SUMMARY,
     Found,
-    Kept,
     Saver,
     clean,
     clean_staging,
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from gencontrol.pipelines.search.tree_search import TreeSearchPipeline
     from gencontrol.sampling.chain import Chain
     from gencontrol.sampling.tree.tree import DiffusionTree
-    from gencontrol.train.signals import SignalGuard
 
 #: options that may change between two commands on one folder: they alter what is shown, not what is drawn
 _FREE = ("search.count", "search.save_every", "run.device", "run.threads")
@@ -167,7 +166,7 @@ def run(table: dict[str, dict[str, Any]], start: Start, live: Live | None = None
         return None
     summary = read_json(folder / SUMMARY) or {}
     if summary.get("finished") and summary["nfe"] >= config.nfe and summary["count"] == config.count:
-        hint = "a larger --nfe goes on" if sampler(config.sampler).tree else "another --output starts anew"
+        hint = "a larger --nfe goes on" if sampler(config.sampler).anytime else "another --output starts anew"
         calls = f"{folder} holds {summary['nfe']} model calls per prompt"
         print(f"finished before: {calls}; see {folder / 'report.html'} ({hint}).", file=sys.stderr)
         return SearchResult(folder, read_json(folder / "results.json") or [])
@@ -194,7 +193,10 @@ def run(table: dict[str, dict[str, Any]], start: Start, live: Live | None = None
                 said = about("", job.source.reward, known)
                 record(job.folder, {"kind": "search", "prompts": job.prompts, "about": said})
             clean_staging(folder)
-            found, facts, tree = (_trees if sampler(config.sampler).tree else _particles)(job, loaded, problem)
+            if sampler(config.sampler).tree:
+                found, facts, tree = _trees(job, loaded, problem)
+            else:
+                (found, facts), tree = draw_all(folder, config, loaded, problem, job.prompts), None
             facts |= {"sampler": config.sampler, "nfe": config.nfe, "count": config.count, "steps": problem.steps}
             with torch.no_grad():
                 rows = write_results(folder, found, facts, lambda x: problem.decode(x).cpu(), loaded.pipe)
@@ -236,7 +238,7 @@ def check(table: dict[str, dict[str, Any]], start: Start, live: Live) -> Job:
     if law is not None:
         check_budget(config, law[0].steps)
     sections = describe([("run", source), ("search", config)])
-    free = (*_FREE, *(("search.nfe",) if sampler(config.sampler).tree else ()), *start.allow)
+    free = (*_FREE, *(("search.nfe",) if sampler(config.sampler).anytime else ()), *start.allow)
     return Job(source, config, prompts, open_run(source.output, sections, mode=start.mode, allow=free), law)
 
 
@@ -528,95 +530,3 @@ def _open_tree(file: Path, config: SearchConfig, loaded: TreeSearchPipeline, pro
         raise CheckpointError(
             f"{why[:400]} Nothing was changed; put a good copy there, or name another --output to start anew."
         ) from error
-
-
-# ---------------------------------------------------------------- particles
-
-
-def _particles(job: Job, loaded: TreeSearchPipeline, problem: Problem) -> tuple[list[Found], dict[str, Any], None]:
-    """Run the sampler for every prompt; finished prompts are kept, so a stopped search goes on with the next.
-
-    Raises:
-        Preempted: a signal came; finished prompts are kept.
-        UsageError, CheckpointError: kept particles are of another model, or damaged.
-        RewardError, DiskError: as the sampler and the disk have it.
-    """
-    from gencontrol.rng import stream_seed
-    from gencontrol.sampling.tree.store import fingerprint
-    from gencontrol.train.run_folder import MetricsFile
-    from gencontrol.train.signals import SignalGuard
-    from gencontrol.train.tracking import Progress
-
-    path, config = job.folder.path, job.search
-    metrics = MetricsFile(path / "metrics.jsonl", FileLayer())
-    metrics.rewind(0)
-    bar = Progress(len(job.prompts), visible=True, unit="prompt", describe=headline)
-    mark = fingerprint(problem.model)
-    kept: list[Kept] = []
-    reasons: dict[str, int] = {}
-    bar.start(0)
-    with SignalGuard() as guard:
-        try:
-            for index in range(len(job.prompts)):
-                guard.poll()
-                file = path / f"particles_{index:03d}.safetensors"
-                if file.exists():
-                    kept.append(Kept.read(file, mark))
-                else:
-                    kept.append(_drawn(config, loaded, problem, index, guard))
-                    kept[-1].write(file, mark)
-                facts = [each.facts for each in kept]
-                for reason, count in facts[-1]["reasons"].items():
-                    reasons[reason] = reasons.get(reason, 0) + count
-                row = {
-                    "step": len(kept),
-                    "nfe": sum(each["nfe"] for each in facts),
-                    "reward_calls": sum(each["reward_calls"] for each in facts),
-                    "reward/best": sum(float(each.tensors["rewards"].nan_to_num(-math.inf).max()) for each in kept)
-                    / len(kept),
-                    "log_z": facts[-1]["log_z"],
-                    "ess": facts[-1]["ess"],
-                    "excluded": sum(each["excluded"] for each in facts),
-                    "time/wall": sum(each["seconds"] for each in facts),
-                }
-                metrics.append(row)
-                bar.show(index + 1, row)
-        finally:
-            bar.close()
-            metrics.sync()
-    how = "best" if sampler(config.sampler).readout == "best" else "distinct"
-    found = [
-        each.found(prompt, config.count, how, stream_seed(config.seed, "search/readout", prompt))
-        for prompt, each in zip(job.prompts, kept, strict=True)
-    ]
-    return found, {"seconds": row["time/wall"], "excluded": reasons}, None
-
-
-def _drawn(config: SearchConfig, loaded: TreeSearchPipeline, problem: Problem, index: int, guard: SignalGuard) -> Kept:
-    """Run the sampler for one prompt; the base sample beside it costs one more path, which is not counted."""
-    from gencontrol.rng import stream_seed
-    from gencontrol.sampling.particles import options_of, spend
-    from gencontrol.sampling.particles.population import base_samples
-
-    begin, seed = time.monotonic(), stream_seed(config.seed, "search", index)
-    wanted = {
-        "resample_at": branch_of(config, problem.steps),
-        "max_norm": config.max_grad_norm or None,
-        "children": config.children,
-    }
-    own = options_of(config.sampler)
-    target = loaded.target(problem, index, seed, batch=config.leaf_batch, poll=guard.poll)
-    found = spend(config.sampler, target, config.nfe, **{key: value for key, value in wanted.items() if key in own})
-    base, scores = base_samples(loaded.target(problem, index, seed), 1)
-    facts = {
-        "base_reward": clean(float(scores.values[0])),
-        "nfe": found.nfe,
-        "reward_calls": found.reward_calls,
-        "excluded": target.scorer.excluded,
-        "log_z": clean(found.log_z),
-        "ess": found.ess,
-        "reasons": dict(target.scorer.reasons),
-        "seconds": time.monotonic() - begin,
-    }
-    tensors = {"samples": found.samples, "rewards": found.rewards, "log_weights": found.log_weights, "base": base.x}
-    return Kept({name: value.cpu() for name, value in tensors.items()}, facts)

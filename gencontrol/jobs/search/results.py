@@ -16,12 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gencontrol.errors import CheckpointError, RewardError, UsageError
+from gencontrol.errors import RewardError
 from gencontrol.files import FileLayer, disk_errors
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from gencontrol.sampling.tree.nodes import Ints
     from gencontrol.sampling.tree.tree import DiffusionTree
 
@@ -316,73 +314,3 @@ def drawn(tree: DiffusionTree, root: int, chosen: int | None, most: int = MAX_DR
         "path": [place[node] for node in path],
         "total": int((nodes.root_of(np.arange(nodes.size)) == root).sum()),
     }
-
-
-# ---------------------------------------------------------------- particles
-
-_FORMAT = "gencontrol-particles-1"
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Particles of one prompt as a file keeps them: samples, rewards, log_weights and base [1 *d]; and what they cost.
-
-    Args:
-        facts: base_reward, nfe, reward_calls, excluded, log_z, ess, reasons, seconds.
-    """
-
-    tensors: Mapping[str, Tensor]
-    facts: Mapping[str, Any]
-
-    def write(self, file: Path, mark: str) -> None:
-        """Write the file; mark: fingerprint of the model."""
-        from safetensors.torch import save
-
-        plain = json.dumps({"format": _FORMAT, "model": mark, **self.facts})
-        tensors = {name: value.cpu().contiguous() for name, value in self.tensors.items()}
-        with disk_errors("the particles", file.parent):
-            FileLayer().replace_file(file, save(tensors, metadata={"particles": plain}))
-
-    @classmethod
-    def read(cls, file: Path, mark: str) -> Kept:
-        """Read the particles of a finished prompt.
-
-        Raises:
-            CheckpointError: the file is damaged.
-            UsageError: they are of another model.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(file), framework="pt") as opened:
-                plain = json.loads((opened.metadata() or {})["particles"])
-                tensors = {name: opened.get_tensor(name) for name in ("samples", "rewards", "log_weights", "base")}
-            model = plain["model"]
-        except (SafetensorError, ValueError, KeyError, OSError) as error:
-            raise CheckpointError(
-                f"'{file}' is damaged ({str(error)[:200]}); delete it, and the same command draws its prompt again."
-            ) from error
-        if model != mark:
-            raise UsageError(f"'{file}' holds particles of another model; give the same --model, or another --output.")
-        return cls(tensors, plain)
-
-    def found(self, prompt: str, count: int, readout: str, seed: int) -> Found:
-        """Return the samples of the prompt: the "best", or "distinct" draws by weight."""
-        import torch
-
-        from gencontrol.pipelines.search.tree_search import take
-        from gencontrol.sampling.particles import Particles
-
-        facts, samples, rewards = self.facts, self.tensors["samples"], self.tensors["rewards"]
-        valid, cost = torch.isfinite(rewards), (facts["nfe"], facts["reward_calls"], math.nan, facts["ess"])
-        chosen = take(Particles(samples, rewards, valid, self.tensors["log_weights"], *cost), count, readout, seed)
-        scored, base = rewards[valid].tolist(), facts["base_reward"]
-        stats = {"rollouts": len(rewards), "leaves": len(scored), "best": max(scored, default=None)}
-        summary = {
-            "stats": stats | {name: facts[name] for name in ("excluded", "log_z", "ess")},
-            "warnings": [],
-            "reward_calls": facts["reward_calls"],
-            "base_rewards": [] if base is None else [base],
-            "grown_rewards": scored,
-        }
-        return Found(prompt, chosen[0], chosen[1].tolist(), self.tensors["base"], base, facts["nfe"], summary)

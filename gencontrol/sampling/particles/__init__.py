@@ -2,11 +2,12 @@
 
 All steer samples of one prompt towards p(x)·exp(r(x)/temperature), with arguments as in `sample`:
 
-    particles = run("smc", model, reward, (64, 4, 64, 64), steps=50, temperature=0.1, generator=0, cond=cond)
+    particles = run("islands", model, reward, (64, 4, 64, 64), steps=50, temperature=0.1, generator=0, cond=cond)
     particles.best(1), particles.sample(16), particles.log_z
 
 | name | target | reward used on the way | gradient |
 |---|---|---|---|
+| islands | p·exp(r/τ), the default for draws: SMC that learns how far to trust the estimate | value of it | no |
 | best-of-n | the maximum of n base samples | no | no |
 | snis | p·exp(r/τ), the honest baseline while its ess/n is above about 5 % | no | no |
 | smc | p·exp(r/τ) | value of the one-step estimate | no |

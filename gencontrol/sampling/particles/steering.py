@@ -209,7 +209,7 @@ def _twisted(target: Target, name: str, scale: Callable[[float], float], max_nor
 
 
 @dataclass
-class _Cloud:
+class Cloud:
     """The particles under way.
 
     Args:
@@ -223,6 +223,8 @@ class _Cloud:
         log_z: log of the estimate so far.
         nfe: model calls.
         trace: grid index → effective sample size before resampling there; resampled: where it happened.
+        seen: λ·value [n] at every resampling time so far, NaN where it could not be scored; places: which particle of
+            that time each one descends from [n].
     """
 
     x: Shaped[Tensor, "n *d"]
@@ -236,6 +238,8 @@ class _Cloud:
     nfe: int = 0
     trace: dict[int, float] = field(default_factory=dict)
     resampled: list[int] = field(default_factory=list)
+    seen: list[Float[Tensor, " n"]] = field(default_factory=list)
+    places: list[Int64[Tensor, " n"]] = field(default_factory=list)
 
     def advance(self, target: Target, span: tuple[int, int]) -> None:
         """Take steps without looking."""
@@ -256,6 +260,8 @@ class _Cloud:
         self.x = self.x[index.to(self.x.device)]
         self.memory, self.credit = self.memory[index], self.credit[index]
         self.pending, self.origin = self.pending[index], self.origin[index]
+        self.seen = [values[index] for values in self.seen]
+        self.places = [places[index] for places in self.places]
         self.log_weights = torch.full_like(self.log_weights, -math.log(len(index)))
 
 
@@ -272,17 +278,43 @@ def _run(
     extras: "ess" {grid index: effective sample size before resampling}, "resampled" [grid index], "origins" (number of
     starting particles with descendants), and with a twist "gradients" (backward passes, one per row and step).
     """
+    levels = resampling_levels(target, resample_at)
+    cloud, scores = travel(target, n, levels, ess_threshold, rule, fade)
+    return _finish(target, cloud, scores, ess_threshold, rule)
+
+
+def resampling_levels(target: Target, resample_at: ResampleAt) -> list[int]:
+    """Return where in the grid particles resample.
+
+    Raises:
+        UsageError: a step that decodes blocks, or times that are not in the grid.
+    """
+    token_step(target.chain)
+    segments = min(5, target.chain.steps) if resample_at is None else resample_at
+    # the tree may also branch at the start, where there is nothing to weigh yet
+    return [level for level in branch_indices(target.chain, segments)[:-1] if level > 0]
+
+
+def travel(
+    target: Target,
+    n: int,
+    levels: Sequence[int],
+    ess_threshold: float,
+    rule: Potential,
+    fade: Callable[[int], float],
+) -> tuple[Cloud, Scores]:
+    """Take n particles to clean data; their weights do not contain the reward of what they became yet.
+
+    Raises:
+        UsageError: n < 1, or a threshold outside 0 to 1.
+        RewardError: no particle has a weight.
+    """
     if n < 1 or not 0.0 <= ess_threshold <= 1.0:
         raise UsageError(f"{n} particles with ess_threshold {ess_threshold}; give at least 1, and 0 to 1.")
-    token_step(target.chain)
-    steps = target.chain.steps
-    segments = min(5, steps) if resample_at is None else resample_at
-    # the tree may also branch at the start, where there is nothing to weigh yet
-    levels = [level for level in branch_indices(target.chain, segments)[:-1] if level > 0]
     rows, zeros = torch.arange(n), torch.zeros(n, dtype=torch.float64)
     keys = target.keys(rows)
     equal = torch.full_like(zeros, -math.log(n))
-    cloud = _Cloud(target.chain.prior(keys), keys, zeros + rule.start, equal, zeros, zeros, rows)
+    cloud = Cloud(target.chain.prior(keys), keys, zeros + rule.start, equal, zeros, zeros, rows)
     place = 0
     for level in levels:
         cloud.advance(target, (place, level - 1))
@@ -292,15 +324,22 @@ def _run(
         if cloud.trace[level] < ess_threshold * n:
             cloud.select(_ancestors(target, cloud.log_weights, level, rule))
             cloud.resampled.append(level)
-    cloud.advance(target, (place, steps))
-    scores = target.scorer(cloud.x, roots_of(n))
-    return _finish(target, cloud, scores, ess_threshold, rule)
+    cloud.advance(target, (place, target.chain.steps))
+    return cloud, target.scorer(cloud.x, roots_of(n))
 
 
-def _look(target: Target, cloud: _Cloud, index: int, rule: Potential, fade: float) -> None:
+def settle(target: Target, cloud: Cloud, scores: Scores) -> None:
+    """Take the credit back: weights become exp(r(x0)/temperature)·p/q, 0 where the reward failed."""
+    terminal = scores.values.nan_to_num(0.0) * target.inverse_temperature
+    cloud.reweigh((terminal - cloud.credit + cloud.pending).masked_fill(~scores.valid, -math.inf))
+
+
+def _look(target: Target, cloud: Cloud, index: int, rule: Potential, fade: float) -> None:
     """Take step `index`, and weigh the particles by the value of where it left from."""
     reached = cloud.pending
     x, values, valid, ratio = _step_and_value(target, cloud.x, cloud.keys, index)
+    cloud.seen.append((target.inverse_temperature * values).masked_fill(~valid, math.nan))
+    cloud.places.append(torch.arange(len(values)))
     cloud.x, cloud.nfe = x, cloud.nfe + len(x)
     memory = rule.update(cloud.memory, fade * values)
     gain = target.inverse_temperature * (memory - cloud.memory if rule.difference else memory)
@@ -357,13 +396,13 @@ def _published(gain: Float[Tensor, " n"], valid: Bool[Tensor, " n"]) -> Float[Te
     return normalised(log if bool(valid.any()) else torch.zeros_like(log))[0]
 
 
-def _finish(target: Target, cloud: _Cloud, scores: Scores, ess_threshold: float, rule: Potential) -> Particles:
+def _finish(target: Target, cloud: Cloud, scores: Scores, ess_threshold: float, rule: Potential) -> Particles:
     """Exact terminal weights, or the published end: resample once more if uneven, then forget the weights."""
     extras: dict[str, object] = {"ess": cloud.trace, "resampled": cloud.resampled}
     if target.chain.twist is not None:
         extras["gradients"] = len(cloud.x) * (target.chain.steps - 1)
-    terminal = scores.values.nan_to_num(0.0) * target.inverse_temperature
     if rule.published:
+        terminal = scores.values.nan_to_num(0.0) * target.inverse_temperature
         log = _published(terminal - target.inverse_temperature * cloud.memory, scores.valid)
         if effective_size(log) < ess_threshold * len(log):
             index = _ancestors(target, log, target.chain.steps, rule)
@@ -371,7 +410,6 @@ def _finish(target: Target, cloud: _Cloud, scores: Scores, ess_threshold: float,
             scores = Scores(scores.values[index], scores.valid[index])
         cloud.log_weights, cloud.log_z = torch.zeros_like(log), math.nan
     else:
-        end = (terminal - cloud.credit + cloud.pending).masked_fill(~scores.valid, -math.inf)
-        cloud.reweigh(end)
+        settle(target, cloud, scores)
     extras["origins"] = len(cloud.origin[torch.isfinite(cloud.log_weights)].unique())
     return collect(target, cloud.x, scores, cloud.log_weights, cloud.nfe, cloud.log_z, extras)
