@@ -3,9 +3,9 @@
 SMC steers by ψ(x_t) = exp(β·λ·r(x̂0)).  β = 1 is FK steering, β = 0 importance sampling, and which of them is better
 depends on the target; any β gives an unbiased Ẑ and a consistent law, since credit is taken back at the end.  The best
 β of a level minimises KL(π_t ‖ p_t·ψ/Z_β), convex in β; there E[λ·r(x̂0)] is equal under p_t·ψ and under the target
-(docs/methods/particles.md#islands, derived).  Both sides are known from particles that were drawn before.  So the budget is
-cut into islands, runs that do not meet: the first takes a ramp, each later one the β that all earlier ones say.  Fitted
-from earlier islands alone, β is predictable, and E[Ẑ_i | past] = Z for every island.
+(docs/methods/particles.md#islands, derived).  Both sides are known from earlier particles.  So the budget is cut into
+islands, runs that do not meet: the first takes a ramp, each later one the β that all earlier ones say.  Fitted from
+earlier islands alone, β is predictable, and E[Ẑ_i | past] = Z for every island.
 
 Islands are pooled unnormalised: one that missed a mode has a small Ẑ, and so a small say.
 """
