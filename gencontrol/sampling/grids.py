@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,12 @@ def karras_grid(schedule: Schedule, steps: int, rho: float = 7.0) -> list[float]
     ends = math.exp(-low / (2 * rho)), math.exp(-high / (2 * rho))
     ramp = torch.linspace(*ends, _points(schedule, steps), dtype=torch.float64)
     return _closed(schedule, -2 * rho * torch.log(ramp))
+
+
+def model_grid(process: Any, steps: int) -> list[float]:
+    """Return the times that `sample` takes for so many steps: the model's own grid, or equal distances."""
+    own = process.times(steps) if hasattr(process, "times") else None
+    return uniform_grid(steps) if own is None else list(own)
 
 
 def make_grid(

@@ -23,7 +23,7 @@ from gencontrol.rng import Keyed
 from gencontrol.sampling.grids import make_grid
 from gencontrol.sampling.masked_steps import Ancestral, Blocks, Confidence
 from gencontrol.sampling.state import Generators, State, Step
-from gencontrol.sampling.steps import Ddim, DpmPp2M, Euler, Heun, Sde
+from gencontrol.sampling.steps import Ddim, DpmPp2M, Euler, EulerMaruyama, Heun, Sde
 from gencontrol.types import Cond
 
 #: callback(index, t, x) after step `index`, at the time t it reached; a returned tensor replaces x.
@@ -34,6 +34,7 @@ STEPS: dict[str, type[Step]] = {
     "heun": Heun,
     "ddim": Ddim,
     "sde": Sde,
+    "euler-maruyama": EulerMaruyama,
     "dpmpp2m": DpmPp2M,
     "ancestral": Ancestral,
     "confidence": Confidence,

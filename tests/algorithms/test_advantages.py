@@ -45,12 +45,23 @@ def test_extremes_are_clipped_and_equal_rewards_give_zero() -> None:
 
 
 def test_normalise_then_sum_is_deaf_to_units() -> None:
-    """gdpo: the unit of one reward (here ×1000) changes nothing but what the floor of 1e-4 lets through."""
+    """The unit of one reward (here ×1000) changes nothing but what the floor of 1e-4 lets through."""
     second = VALUES.flip(0)
-    one = combined_advantages([(VALUES, 1.0), (second, 0.5)], ALL, 4)
-    other = combined_advantages([(1000 * VALUES, 1.0), (second, 0.5)], ALL, 4)
-    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(combined_advantages([(VALUES, 1.0)], ALL, 4), group_advantages(VALUES, ALL, 4))
+    for rule in ("gdpo", "normalised-sum"):
+        one = combined_advantages([(VALUES, 1.0), (second, 0.5)], ALL, 4, rule)
+        other = combined_advantages([(1000 * VALUES, 1.0), (second, 0.5)], ALL, 4, rule)
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("rule", ["gdpo", "normalised-sum", "sum"])
+def test_invalid_items_count_in_no_combination(rule: str) -> None:
+    valid = ALL.clone()
+    valid[[1, 6]] = False
+    broken = VALUES.clone()
+    broken[1], broken[6] = torch.nan, 1e9
+    found = combined_advantages([(broken, 1.0), (VALUES.flip(0), 0.5)], valid, 4, rule)
+    same = combined_advantages([(VALUES, 1.0), (VALUES.flip(0), 0.5)], valid, 4, rule)
+    assert found[1] == found[6] == 0 and torch.equal(found, same)
 
 
 def test_groups_that_do_not_divide_are_refused() -> None:

@@ -80,7 +80,7 @@ def test_the_condition_has_no_effect_at_the_start(data: Path) -> None:
     t = micro.t[:, None]
     xt = (1 - t) * micro.latents + t * micro.noise
     base = make_task().denoiser.network(xt, micro.t, micro.cond["base"])
-    expected = (base - (micro.noise - micro.latents)).square().mean(1).sum()
+    expected = (base - (micro.noise - micro.latents)).square().mean(1).double().sum()
     torch.testing.assert_close(algorithm.loss(micro, CTX).total, expected, rtol=1e-5, atol=1e-5)
 
 

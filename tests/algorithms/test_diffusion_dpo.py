@@ -79,7 +79,7 @@ def test_loss_is_log_two_at_the_base_and_diffusion_dpo_beyond(pairs: Path) -> No
     def error(x0: Tensor) -> Tensor:
         t = micro.t[:, None]
         out = network((1 - t) * x0 + t * micro.noise, micro.t, micro.cond.expand())
-        return (out - (micro.noise - x0)).square().mean(1)
+        return (out.double() - (micro.noise - x0).double()).square().mean(1)
 
     with torch.no_grad():
         base = [error(micro.chosen), error(micro.rejected)]

@@ -17,6 +17,7 @@ from gencontrol.errors import UsageError
 from gencontrol.models.denoiser import Denoiser
 from gencontrol.models.roles import Roles
 from gencontrol.process import VP, GaussianProcess, MaskedProcess
+from gencontrol.process.gaussian import GridProcess
 from gencontrol.testing.algorithm import AlgorithmContract
 from gencontrol.types import Prediction
 from tests.helpers.dragon_worlds import PROMPTS, SIZE, FirstAxis, Share, encode, make_task
@@ -138,8 +139,9 @@ def test_gradient_is_reinforce_and_its_mean_the_derivative_of_the_reward(kind: s
 @pytest.mark.parametrize("schedule", ["flow", "vp"])
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
 def test_kl_in_closed_form(schedule: str, reduce: str) -> None:
-    """Moving m by δ moves the step's mean by B·δ: KL = (B·δ)²/(2·std²) at each step."""
-    algorithm = make_grpo(gaussian_task(schedule), reduce=reduce, updates_per_round=1, path_kl_coef=1.0, ema_decay=0.0)
+    """Moving m by δ moves the step's mean by B·δ: KL of the transition = (B·δ)²/(2·std²) at each step."""
+    kl = {"path_kl_coef": 1.0, "path_kl_unit": "paper"}
+    algorithm = make_grpo(gaussian_task(schedule), reduce=reduce, updates_per_round=1, ema_decay=0.0, **kl)
     data = algorithm.collect(CTX).data
     delta = 0.25
     with torch.no_grad():
@@ -209,6 +211,18 @@ def test_update_shares_are_disjoint_and_steps_are_a_fresh_subset() -> None:
     subsets = {algorithm.steps_of(step) for step in range(20)}
     assert subsets == {(0, 1), (0, 2), (1, 2)}
     assert make_grpo(train_steps=0).steps_of(0) == (0, 1, 2)
+    with pytest.raises(UsageError, match="train_steps"):
+        make_grpo(train_steps=4)
+
+
+def test_a_last_step_with_a_deviation_is_trained() -> None:
+    """On a grid that ends above 0, as Stable Diffusion's does, all steps have a density and are trained (CODE)."""
+    task = guided_task("eps", VP())
+    grid = GridProcess(VP(), grid=lambda steps: [1.0 - 0.99 * k / steps for k in range(steps + 1)])
+    task = dataclasses.replace(task, denoiser=Denoiser(task.denoiser.network, grid, Prediction("eps")))
+    algorithm = make_ddpo(task, updates_per_round=1)
+    sums = totals(algorithm, algorithm.collect(CTX).data, 0, CTX)
+    assert algorithm.steps_of(0) == (0, 1, 2, 3) and sums["count"] == 24 * 4 and sums["policy/ratio"] == sums["count"]
 
 
 def test_invalid_samples_do_not_train() -> None:
@@ -258,7 +272,7 @@ def test_records_are_per_prompt() -> None:
         (FlowGrpoConfig, {"noise": 0.0}),
         (FlowGrpoConfig, {"generations": 1}),
         (FlowGrpoConfig, {"spread": "none"}),
-        (FlowGrpoConfig, {"train_steps": 10}),
+        (FlowGrpoConfig, {"train_steps": 11}),
         (FlowGrpoConfig, {"demo_steps": 1}),
         (FlowGrpoConfig, {"path_kl_coef": -1.0}),
         (FlowGrpoConfig, {"reduce": "max"}),

@@ -19,12 +19,12 @@ from gencontrol.bench.crd.claims import (
     share_of_samples,
     words_checks,
 )
-from gencontrol.bench.crd.digits import PIXELS, PromptedClass, World, blank_flow
+from gencontrol.bench.crd.digits import PIXELS, PromptedClass, World, blank_flow, shifted_times
 from gencontrol.bench.crd.runs import METHODS, SCENES_PLAN, Plan, kept_run, of_part
 from gencontrol.bench.crd.tables import DIGITS, curves, digits_checks, drift_at_reward, method_table
 from gencontrol.rewards.sets.gaussian import Gaussian
 
-PLAN = Plan(rounds=2, groups=4, generations=3, demo_steps=3, measured=(1, 2))
+PLAN = Plan(rounds=2, groups=4, generations=3, demo_steps=3, train_times=3, measured=(1, 2))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def world() -> World:
     reward = PromptedClass(torch.randn(10, PIXELS), torch.zeros(10))
     components = torch.linalg.qr(torch.randn(PIXELS, 16))[0]
     real = Gaussian.of(torch.randn(100, 16).double())
-    return World(blank_flow(), reward, Judge(), components, real, 0, "test", 2, 2)
+    return World(blank_flow(), reward, Judge(), components, real, 0, "test", per_class=2, eval_steps=2)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.label)
@@ -54,7 +54,7 @@ def test_every_row_runs_and_counts_its_passes(method: object, world: World, tmp_
 
 def test_passes_of_crd_are_rollouts_plus_four_per_trained_row(world: World, tmp_path: Path) -> None:
     run = kept_run(tmp_path, METHODS[0], PLAN, world, 0)
-    assert run["passes"][1] == 12 * 3 + 12 * 6 * 4  # policy, old, and the guided base twice
+    assert run["passes"][1] == 12 * 3 + 12 * 3 * 4  # policy, old, and the guided base twice
 
 
 def test_a_run_that_ended_early_shows_as_missing() -> None:
@@ -97,7 +97,15 @@ def test_scenes_rows_hold_every_peer_with_and_without_the_anchor() -> None:
     labels = {method.label for method in of_part("scenes")}
     assert {f"{m}{a}" for m in ("AWM", "RWR", "Flow-GRPO") for a in ("", " + anchor")} <= labels
     assert {"CRD", "CRD, no anchor", "NFT + anchor", "NFT, official GenEval"} <= labels
-    assert {method.label for method in of_part("words")} == {"CRD", "Flow-GRPO"}
+    assert {method.label for method in of_part("words")} == {"CRD", "Flow-GRPO", "Flow-GRPO, exponential step"}
+
+
+def test_shifted_times_are_the_schedulers() -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(10)
+    assert shifted_times(3.0, 10) == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
 
 
 @pytest.mark.parametrize("part", ["scenes", "words"])

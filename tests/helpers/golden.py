@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -37,3 +38,9 @@ def tensors(name: str, case: str = "") -> dict[str, Tensor]:
 def official(method: str) -> dict[str, dict[str, Any]]:
     """The presets of a method's official configuration files: preset -> name -> value."""
     return dict(json.loads((FOLDER / "official_configs.json").read_text())[method]["presets"])
+
+
+def relative(found: Any, expected: Any) -> float:
+    """Largest difference over the largest expected size."""
+    found, expected = torch.as_tensor(found).double(), torch.as_tensor(expected).double()
+    return float((found - expected).detach().abs().max() / expected.abs().max())

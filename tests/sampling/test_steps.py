@@ -11,6 +11,7 @@ from torch import Tensor
 from gencontrol.models import GaussianMixture
 from gencontrol.process import VP, Cosine, Edm, GaussianProcess, Linear, Schedule, Table
 from gencontrol.sampling import State, ddim, dpmpp2m, euler, heun, make_step, sample, sde
+from gencontrol.sampling.steps import EulerMaruyama
 
 SCHEDULES = {"linear": Linear(), "shifted": Linear(3.0), "cosine": Cosine(), "vp": VP(), "edm": Edm()}
 TABLE = Table.from_alphas_cumprod(torch.cumprod(1 - torch.linspace(1e-3, 0.2, 50, dtype=torch.float64), 0))
@@ -52,7 +53,7 @@ def test_order_of_convergence(name: str, step) -> None:
 
 
 @pytest.mark.parametrize("name", [*SCHEDULES, "table"])
-@pytest.mark.parametrize("step", ["euler", "heun", "ddim", "sde", "dpmpp2m"])
+@pytest.mark.parametrize("step", ["euler", "heun", "ddim", "sde", "euler-maruyama", "dpmpp2m"])
 def test_last_step_returns_the_clean_prediction(name: str, step: str) -> None:
     schedule = TABLE if name == "table" else SCHEDULES[name]
     model, chosen = gaussian(schedule), make_step(step, GaussianProcess(schedule))
@@ -65,7 +66,7 @@ def test_last_step_returns_the_clean_prediction(name: str, step: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*SCHEDULES, "table"])
-@pytest.mark.parametrize("step", [ddim(eta=0.3), ddim(eta=1.0), sde(level=0.5), sde(level=1.0)], ids=str)
+@pytest.mark.parametrize("step", [ddim(eta=0.3), ddim(eta=1.0), sde(level=0.5), sde(), EulerMaruyama(0.5)], ids=str)
 def test_log_prob_is_the_analytic_gaussian(name: str, step) -> None:
     model = gaussian(TABLE if name == "table" else SCHEDULES[name])
     x, noise = (torch.randn(4, 2, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(2))
@@ -87,11 +88,12 @@ def test_stochastic_steps_agree_at_their_common_ends(name: str) -> None:
         assert one[1] == pytest.approx(two[1])
 
 
-def test_sde_step_tends_to_the_stated_diffusion() -> None:
+@pytest.mark.parametrize("kind", [sde, EulerMaruyama])
+def test_sde_steps_tend_to_the_stated_diffusion(kind: type[sde] | type[EulerMaruyama]) -> None:
     # dx = (velocity + g²·eps/(2s))·dt + g·dw with g² = level²·2·s/a on the Linear schedule
     model, level, step = gaussian(Linear()), 0.7, 1e-5
     x = torch.randn(4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    mean, std = sde(level=level).moments(model, x, 0.6, 0.6 - step)
+    mean, std = kind(level).moments(model, x, 0.6, 0.6 - step)
     pred, g2 = model(x, 0.6), level**2 * 2 * 0.6 / 0.4
     torch.testing.assert_close((mean - x) / -step, pred.velocity + g2 * pred.eps / (2 * 0.6), rtol=1e-3, atol=1e-3)
     assert std**2 / step == pytest.approx(g2, rel=1e-3)
@@ -99,7 +101,7 @@ def test_sde_step_tends_to_the_stated_diffusion() -> None:
 
 @pytest.mark.parametrize("name", [*SCHEDULES, "table"])
 @pytest.mark.parametrize(
-    "step", [euler(), heun(), ddim(), ddim(eta=0.5), sde(), dpmpp2m()], ids=lambda s: type(s).__name__
+    "step", [euler(), heun(), ddim(), ddim(eta=0.5), sde(), EulerMaruyama(), dpmpp2m()], ids=lambda s: type(s).__name__
 )
 def test_a_time_per_item_equals_separate_calls(name: str, step) -> None:
     model = gaussian(TABLE if name == "table" else SCHEDULES[name])
@@ -120,7 +122,7 @@ def test_a_time_per_item_equals_separate_calls(name: str, step) -> None:
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "shifted"])
 @pytest.mark.parametrize(
-    "step", [euler(), heun(), ddim(), ddim(eta=1.0), sde(), dpmpp2m()], ids=lambda s: type(s).__name__
+    "step", [euler(), heun(), ddim(), ddim(eta=1.0), sde(), EulerMaruyama(), dpmpp2m()], ids=lambda s: type(s).__name__
 )
 def test_start_at_pure_noise_is_finite_and_exact_in_one_step(name: str, step) -> None:
     model = gaussian(SCHEDULES[name])
@@ -142,6 +144,8 @@ def test_wrong_arguments_are_refused() -> None:
         ddim(eta=1.2)
     with pytest.raises(ValueError, match="level"):
         sde(level=-1.0)
+    with pytest.raises(ValueError, match="level"):
+        EulerMaruyama(level=0.0)
     with pytest.raises(ValueError, match="noise"):
         sde()(gaussian(Linear()), State(torch.zeros(1, 2)), 0.5, 0.4)
 

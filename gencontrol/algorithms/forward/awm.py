@@ -9,7 +9,7 @@ single-node GenEval run (CODE), of which docs/methods/nft-awm.md#awm gives an ou
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -17,6 +17,7 @@ from annotated_types import Gt, Le
 from jaxtyping import Float
 from torch import Tensor
 
+from gencontrol.algorithms.forward import times
 from gencontrol.algorithms.forward.base import ForwardConfig, ForwardTuning, Micro, Views
 from gencontrol.algorithms.online.base import anchor_penalty
 from gencontrol.algorithms.online.task import PromptTask
@@ -43,9 +44,9 @@ class AwmConfig(ForwardConfig):
         snapshot_decay: schedule of that snapshot in optimizer steps ("0-0-0.001-0.3", CODE).
         updates_per_round: 1, on-policy (CODE); with more the ratio is to the snapshot "start", the policy at the
             round's start.
-        time_sampling, time_range, train_times, demo_steps: the sampler's grid, 0.9 of it, 6, 14 (CODE; its grid leaves
-            out t = 1 too; its sampler is SA-solver, ours `sampler`).
-        kl_coef, kl_guidance, kl_adapt: 3e-3, constant, to the plain base (CODE).
+        time_sampling, time_start, time_range, train_times, demo_steps: 6 of the first 0.9·n of the sampler's n = 14
+            times, without the very first (CODE; its sampler is SA-solver, ours `sampler`).
+        kl_coef, kl_guidance, kl_adapt: 1e-3, constant, to the plain base (CODE; its OCR preset has 3e-3).
     """
 
     weighting: Literal["robust", "time", "uniform"] = "robust"
@@ -58,11 +59,16 @@ class AwmConfig(ForwardConfig):
     updates_per_round: Count = 1
     train_times: Count = 6
     demo_steps: Count = 14
-    time_sampling: Literal["stratified", "grid", "uniform", "logit-normal"] = "grid"
+    time_sampling: Literal["stratified", "grid", "permutation", "uniform", "logit-normal"] = "grid"
+    time_start: times.Start = "out"
     time_range: Annotated[float, Gt(0), Le(1)] = 0.9
-    kl_coef: NonNegative = 3e-3
+    kl_coef: NonNegative = 1e-3
     kl_guidance: NonNegative = 1.0
     kl_adapt: Literal["raw_reward", "advantage", "off"] = "off"
+
+    def kept_times(self, grid: Sequence[float]) -> int:
+        """The first part of the sampler's times, by their number (CODE)."""
+        return times.kept_by_count(grid, self.time_range)
 
     def snapshots(self) -> Mapping[str, str]:
         """The lagging snapshot of the penalty; with several updates per round also the policy at the round's start."""

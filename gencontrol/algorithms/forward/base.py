@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -25,8 +25,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from gencontrol.algorithms.base import Collected, LossOut, StepContext
+from gencontrol.algorithms.forward import times
 from gencontrol.algorithms.online.base import OnPolicyConfig, Several, Tuning, anchor_penalty
 from gencontrol.algorithms.online.rollout import (
+    Combine,
     Spread,
     chunks,
     combined_advantages,
@@ -42,6 +44,7 @@ from gencontrol.process.gaussian import GaussianProcess
 from gencontrol.rewards.base import Reward, SetReward
 from gencontrol.rewards.compose import WeightedItems
 from gencontrol.rng import Keyed, row_keys, stream
+from gencontrol.sampling.grids import model_grid
 from gencontrol.types import Cond, index_cond
 
 #: Schedules by name (PORT).
@@ -148,13 +151,18 @@ class ForwardConfig(OnPolicyConfig):
     steps of "euler" without guidance.
 
     Args:
-        train_times: times per sample at an update (9, PORT).
-        time_sampling: "stratified" uniform in (0, 1) (ours), "grid" of the sampler's own equal steps (PORT),
-            "uniform", or "logit-normal" with shift 3 (PORT).
+        train_times: times per sample at an update (9, as DiffusionNFT; PORT's preset of CRD has 20).
+        time_sampling: "stratified" uniform in (0, 1) (ours); "grid", strata of the times that the sampler visits
+            (PORT); "permutation", a random order of these, cut to `train_times` (CODE of DiffusionNFT); "uniform"; or
+            "logit-normal" with shift 3 (PORT).
+        time_start: the sampler's first time, t = 1 on most grids, in "grid": "drawn" like the others (PORT), left
+            "out", or "always" taken.
         time_range: share of the times that is used, counted from t = 1: 0.99 leaves out the last 1 % (PORT).
         spread: advantages are divided by the spread of the round ("global", PORT) or of each "group".
         adv_clip: A_max, advantages are clipped to ±A_max (5, PORT).
-        combine: several rewards: normalise each, then sum ("gdpo", PORT), or advantages of the weighted "sum".
+        combine: several rewards: "gdpo" normalises each by its group's own mean and spread, sums with the weights and
+            normalises over the round (PORT); "normalised-sum" normalises each, and the sum, by `spread` (ours); "sum"
+            takes advantages of the weighted sum (PORT's preset).
         skip_equal: leave out groups whose rewards are all equal (False, PORT: they still pull ratios together).
         kl_coef: κ_max, the anchor's largest weight; 0 switches it off.
         kl_guidance: guidance scale of the anchor's base; 1 = its plain conditional prediction.
@@ -168,11 +176,12 @@ class ForwardConfig(OnPolicyConfig):
     updates_per_round: Count = 2
     demo_steps: Count = 10
     train_times: Count = 9
-    time_sampling: Literal["stratified", "grid", "uniform", "logit-normal"] = "stratified"
+    time_sampling: Literal["stratified", "grid", "permutation", "uniform", "logit-normal"] = "stratified"
+    time_start: times.Start = "drawn"
     time_range: Annotated[float, Gt(0), Le(1)] = 0.99
     spread: Spread = "global"
     adv_clip: Positive = 5.0
-    combine: Literal["gdpo", "sum"] = "gdpo"
+    combine: Combine = "gdpo"
     skip_equal: bool = False
     kl_coef: NonNegative = 0.1
     kl_guidance: NonNegative = 4.5
@@ -184,6 +193,11 @@ class ForwardConfig(OnPolicyConfig):
             raise ValueError(
                 f"updates_per_round = {self.updates_per_round} is more than prompts_per_round = "
                 f"{self.prompts_per_round}; every update needs a group of its own"
+            )
+        if self.time_sampling == "permutation" and self.train_times > self.demo_steps:
+            raise ValueError(
+                f"train_times = {self.train_times}; expected at most demo_steps = {self.demo_steps}, the times that "
+                "there are to permute"
             )
         for text in self.snapshots().values():
             LinearDecay.parse(text)
@@ -200,24 +214,32 @@ class ForwardConfig(OnPolicyConfig):
         """Return the number of strata over which the draws of one sample are spread."""
         return self.draws()
 
-    def spaced_times(self, offsets: Float[Tensor, "g k m"]) -> Float[Tensor, "g k m"]:
-        """Return times in [1e-4, 1 − 1e-4] from uniform offsets: one stratum per index k (m = 1) or per draw m."""
-        _, k, m = offsets.shape
-        if self.time_sampling in ("uniform", "logit-normal"):
-            share = offsets
-        else:
-            count = k if m == 1 else self.strata()
-            number = torch.arange(k).view(1, k, 1) if m == 1 else (torch.arange(m) * count // m).view(1, 1, m)
-            share = (number + offsets) / count
+    def kept_times(self, grid: Sequence[float]) -> int:
+        """Return how many of the sampler's times are trained at, from noise on."""
+        return times.kept_by_level(grid, self.time_range)
+
+    def spaced_times(
+        self, offsets: Float[Tensor, "g k m"], grid: Sequence[float], keys: Float[Tensor, "g n"]
+    ) -> Float[Tensor, "g k m"]:
+        """Return times in [1e-4, 1 − 1e-4]: at t = 1 itself x0 cannot be read from a prediction of noise.
+
+        Args:
+            offsets: uniform in [0, 1); one stratum per index k (m = 1) or per draw m.
+            grid: the n times at which the sampler's steps start.
+            keys: uniform; their order is that of "permutation".
+        """
+        count = offsets.shape[1] if offsets.shape[2] == 1 else self.strata()
+        if self.time_sampling in ("grid", "permutation"):
+            if self.time_sampling == "grid":
+                index = times.strata(offsets, self.kept_times(grid), count=count, start=self.time_start)
+            else:
+                index = times.permutation(offsets, keys)
+            return torch.tensor(grid, dtype=offsets.dtype)[index].clamp(1e-4, 1.0 - 1e-4)
+        share = times.spread(offsets, count) if self.time_sampling == "stratified" else offsets
         if self.time_sampling == "logit-normal":
             raw = torch.sigmoid(torch.special.ndtri(share.clamp(1e-9, 1 - 1e-9)))
             share = 3.0 * raw / (1.0 + 2.0 * raw)
-        if self.time_sampling == "grid":  # the first floor(range·n) of the sampler's times 1, 1 − 1/n, …
-            kept = max(1, int(self.time_range * self.demo_steps + 1e-9))
-            t = 1.0 - torch.floor(share * kept) / self.demo_steps
-        else:
-            t = (1.0 - self.time_range) + self.time_range * share
-        return t.clamp(1e-4, 1.0 - 1e-4)
+        return ((1.0 - self.time_range) + self.time_range * share).clamp(1e-4, 1.0 - 1e-4)
 
 
 @dataclass(frozen=True)
@@ -313,9 +335,10 @@ class ForwardTuning(Tuning):
         valid, values = pool.scores.valid, item_values(reward, pool.scores)
         values = torch.where(valid, values, torch.zeros_like(values))
         parts = [(values, 1.0)]
-        if cfg.combine == "gdpo" and isinstance(reward, WeightedItems) and len(pool.scores.parts) == len(reward.parts):
+        if isinstance(reward, WeightedItems) and len(pool.scores.parts) == len(reward.parts) > 1:
             parts = [(pool.scores.parts[r.name], w) for r, w in zip(reward.parts, reward.weights, strict=True)]
-        advantage = combined_advantages(parts, valid, cfg.generations, spread=cfg.spread, clip=cfg.adv_clip)
+        rule = cfg.combine if len(parts) > 1 else "sum"
+        advantage = combined_advantages(parts, valid, cfg.generations, rule, spread=cfg.spread, clip=cfg.adv_clip)
         self.range.add(values[valid])
         goal = (advantage / (2 * cfg.adv_clip) + 0.5).clamp(0.0, 1.0)
         place = {"raw_reward": self.range.place(values), "advantage": goal, "off": torch.ones_like(goal)}[cfg.kl_adapt]
@@ -367,9 +390,10 @@ class ForwardTuning(Tuning):
     def times(self, groups: int, ctx: StepContext, update: int) -> Float[Tensor, "g k m"]:
         """Return the times of every group at an update, a pure function of (seed, step, update)."""
         cfg = self.config
+        grid = model_grid(self.task.denoiser.process, cfg.demo_steps)[:-1]
         generator = stream(self.seed, f"{self.name}/time", ctx.step, update)
         offsets = torch.rand((groups, cfg.train_times, cfg.draws()), generator=generator, dtype=torch.float64)
-        return cfg.spaced_times(offsets)
+        return cfg.spaced_times(offsets, grid, torch.rand((groups, len(grid)), generator=generator))
 
     def rows(self, data: Samples, update: int, ctx: StepContext) -> Rows:
         """Return this rank's noised rows of an update, sample by sample inside a unit, unit by unit."""

@@ -31,6 +31,7 @@ class NftConfig(ForwardConfig):
         adaptive: divide each error by its mean absolute value (True, CODE).
         decay: schedule of the snapshot in optimizer steps, "start-first-slope-last" (CODE).
         kl_coef, kl_guidance, kl_adapt: constant weight 1e-4 to the plain base (CODE).
+        time_sampling, train_times: 9 of the sampler's 10 times, in an order drawn anew (CODE: floor(0.99·n) of n).
     """
 
     beta: Positive = 1.0
@@ -39,7 +40,7 @@ class NftConfig(ForwardConfig):
     kl_coef: NonNegative = 1e-4
     kl_guidance: NonNegative = 1.0
     kl_adapt: Literal["raw_reward", "advantage", "off"] = "off"
-    time_sampling: Literal["stratified", "grid", "uniform", "logit-normal"] = "grid"
+    time_sampling: Literal["stratified", "grid", "permutation", "uniform", "logit-normal"] = "permutation"
 
     def snapshots(self) -> Mapping[str, str]:
         """Sampler and reference in one."""

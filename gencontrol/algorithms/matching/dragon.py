@@ -22,7 +22,7 @@ from gencontrol.algorithms.base import Collected, LossOut, StepContext
 from gencontrol.algorithms.matching.preference import LOSSES, Errors, kto_baseline
 from gencontrol.algorithms.matching.sets import Grouping, Rule, build_sets
 from gencontrol.algorithms.online.base import OnPolicyConfig, Several, Tuning
-from gencontrol.algorithms.online.rollout import predict
+from gencontrol.algorithms.online.rollout import predict, squared_error
 from gencontrol.algorithms.online.task import PromptTask
 from gencontrol.config import Count, Natural, NonNegative, Positive, options
 from gencontrol.errors import NumericsError
@@ -211,7 +211,7 @@ class Dragon(Tuning):
         ctx.poll()
         with ctx.autocast():
             prediction, target = predict(self.task.denoiser, *self._stacked(micro))
-        return prediction, (prediction - target).square().flatten(1).mean(1).view(self.sides, -1)
+        return prediction, squared_error(prediction, target).view(self.sides, -1)
 
     def minibatches(self, data: Round, update: int, ctx: StepContext) -> Iterable[Micro]:
         """Return the micro-batches of an update with β and Q, or nothing when the stop rule holds."""

@@ -33,6 +33,8 @@ from gencontrol.sampling.state import Step
 from gencontrol.types import Cond, Grouped, RewardContext, grouped, index_cond
 
 Spread = Literal["global", "group"]
+#: how several rewards become one advantage
+Combine = Literal["gdpo", "normalised-sum", "sum"]
 
 #: Added to a standard deviation (PORT): groups of nearly equal rewards must not become advantages of size 1.
 FLOOR = 1e-4
@@ -320,22 +322,44 @@ def combined_advantages(
     parts: Sequence[tuple[Float[Tensor, " n"], float]],
     valid: Bool[Tensor, " n"],
     generations: int,
+    rule: Combine = "gdpo",
     *,
     spread: Spread = "global",
     clip: float = 5.0,
 ) -> Float[Tensor, " n"]:
-    """Normalise each reward for itself, add with its weight, normalise the sum: "gdpo" (PORT,
-    docs/methods/crd.md#several-rewards).
+    """Return the clipped advantage of each sample from several rewards; 0 where invalid.
 
-    So no reward dominates by its unit or spread.  `parts` are (values, weight); a single part of weight 1 is
-    `group_advantages` of it (up to the floor).
+    Args:
+        parts: (values, weight) of each reward.
+        rule: "gdpo" is GDPO's as PORT has it (docs/methods/crd.md#several-rewards): each reward is normalised by its
+            group's mean and spread, the weighted sum by the round's; `spread` plays no part.  "normalised-sum" (ours)
+            is `group_advantages` of each reward, and of their weighted sum.  In both no reward dominates by its unit.
+            "sum" is `group_advantages` of the weighted sum of the rewards.
+        valid, generations, spread, clip: as in `group_advantages`.
     """
-    total = torch.zeros(len(valid), dtype=torch.float64, device=valid.device)
-    for values, weight in parts:
-        total += weight * group_advantages(values.double(), valid, generations, spread=spread, clip=clip)
-    if len(parts) == 1:
-        return total.clamp(-clip, clip).to(parts[0][0].dtype)
-    return group_advantages(total, valid, generations, spread=spread, clip=clip).to(parts[0][0].dtype)
+    pieces = [(values.double(), weight) for values, weight in parts]
+    if rule == "gdpo":
+        total = sum(weight * _standardised(values, valid, generations) for values, weight in pieces)
+        found = _standardised(torch.as_tensor(total), valid, len(valid)).clamp(-clip, clip)
+    else:
+        if rule == "normalised-sum":
+            pieces = [
+                (group_advantages(values, valid, generations, spread=spread, clip=clip), weight)
+                for values, weight in pieces
+            ]
+        kept = [(torch.where(valid, values, torch.zeros_like(values)), weight) for values, weight in pieces]
+        total = sum(weight * values for values, weight in kept)
+        found = group_advantages(torch.as_tensor(total), valid, generations, spread=spread, clip=clip)
+    return found.to(parts[0][0].dtype)
+
+
+def _standardised(values: Float[Tensor, " n"], valid: Bool[Tensor, " n"], size: int) -> Float[Tensor, " n"]:
+    """Return (r − mean)/max(std, 1e-6) in each group of `size` neighbours, over its valid items; 0 where invalid."""
+    mask = valid.view(-1, size).double()
+    grid = torch.where(valid, values, torch.zeros_like(values)).view(-1, size)
+    count = mask.sum(1, keepdim=True).clamp_min(1.0)
+    centred = (grid - grid.sum(1, keepdim=True) / count) * mask
+    return (centred / (centred.square().sum(1, keepdim=True) / count).sqrt().clamp_min(1e-6)).flatten()
 
 
 def zero_spread_share(values: Float[Tensor, " n"], valid: Bool[Tensor, " n"], generations: int) -> float:
@@ -362,8 +386,12 @@ def denoising_error(
     denoiser: Denoiser, x0: Float[Tensor, "b *d"], t: Float[Tensor, " b"], noise: Float[Tensor, "b *d"], cond: Cond
 ) -> Float[Tensor, " b"]:
     """Return ℓ(x0; t, noise) per item: the squared prediction error averaged over the data axes."""
-    prediction, target = predict(denoiser, x0, t, noise, cond)
-    return (prediction - target).square().flatten(1).mean(1)
+    return squared_error(*predict(denoiser, x0, t, noise, cond))
+
+
+def squared_error(prediction: Float[Tensor, "b *d"], target: Float[Tensor, "b *d"]) -> Float[Tensor, " b"]:
+    """Mean square over the data axes per item, in float64: contrasts subtract errors and multiply them by β ≈ 5000."""
+    return (prediction.double() - target.double()).square().flatten(1).mean(1)
 
 
 def draw_times(count: int, seed: int, name: str, *indices: int) -> Float[Tensor, " count"]:

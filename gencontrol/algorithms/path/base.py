@@ -1,9 +1,10 @@
 """Policy gradients on the sampler's own path: each stochastic step is an action with a Gaussian log-probability.
 
 What DDPO (Black et al. 2023, arXiv 2305.13301) and Flow-GRPO (arXiv 2505.05470) share: sample with a stochastic step,
-keep all states, and weight the clipped likelihood ratio of each step by the sample's advantage.  The last step, to
-clean data, is deterministic and has no density, so it is not trained (as in both codes).  A micro-batch holds rows at
-one sampler step, cut as the rollout was, so that before the first update every ratio is 1 to the bit.
+keep all states, and weight the clipped likelihood ratio of each step by the sample's advantage.  A step to clean data,
+t = 0, is deterministic and has no density, so it is not trained; on a grid that ends above 0 (Stable Diffusion's table)
+the last step is stochastic and trained like the others.  A micro-batch holds rows at one sampler step, cut as the
+rollout was, so that before the first update every ratio is 1 to the bit.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from gencontrol.process.gaussian import GaussianProcess
 from gencontrol.process.schedule import Scalar
 from gencontrol.rewards.base import Reward, SetReward
 from gencontrol.rng import stream
+from gencontrol.sampling.grids import model_grid
 from gencontrol.sampling.state import gaussian_log_prob
 from gencontrol.sampling.steps import StochasticStep
 from gencontrol.types import Cond, index_cond
@@ -51,8 +53,10 @@ class PathConfig(OnPolicyConfig):
         train_steps: sampler steps trained on per round, drawn anew each round; 0 = all that are stochastic.
         clip_range: the likelihood ratio counts up to 1 ± this, > 0.
         adv_clip: largest size of an advantage, > 0.
-        path_kl_coef: weight of the path KL to the base, Σ over data axes of (mean − mean_ref)²/(2·std²) of a step,
-            reduced like the log-probability; 0 = none.  `kl_coef` is the pull of the velocity instead.
+        path_kl_coef: weight of the KL to the base of a step, reduced like the log-probability; 0 = none.  `kl_coef` is
+            the pull of the velocity instead. (default: the unit's own weight of the method)
+        path_kl_unit: "paper" is the KL of the transition, Σ over data axes of (mean − mean_ref)²/(2·std²); "code"
+            leaves the step's length out of std², as Flow-GRPO's official code does (PORT).
         reduce: "mean" averages log-probability and KL over the data axes (PORT), "sum" is the true density.
         demo_steps: sampler steps of a rollout, at least 2.
     """
@@ -64,17 +68,19 @@ class PathConfig(OnPolicyConfig):
     updates_per_round: Count = 2
     demo_steps: Several = 10
     train_steps: Natural = 0
-    clip_range: Positive = 1e-3
+    clip_range: Positive = 1e-4
     adv_clip: Positive = 5.0
-    path_kl_coef: NonNegative = 0.04
+    path_kl_coef: NonNegative | None = None
+    path_kl_unit: Literal["code", "paper"] = "paper"
     reduce: Literal["mean", "sum"] = "mean"
 
     def __post_init__(self) -> None:
-        if self.train_steps >= self.demo_steps:
-            raise ValueError(
-                f"train_steps = {self.train_steps}; expected at most demo_steps − 1 = {self.demo_steps - 1} (the last "
-                "step is deterministic)"
-            )
+        if self.train_steps > self.demo_steps:
+            raise ValueError(f"train_steps = {self.train_steps}; expected at most demo_steps = {self.demo_steps}")
+
+    def kl_weight(self) -> float:
+        """Return the weight of the path KL."""
+        return self.path_kl_coef or 0.0
 
 
 @dataclass(frozen=True)
@@ -120,12 +126,18 @@ class PathGradient(Tuning):
         """Set up; arguments and errors are those of `Tuning`.
 
         Raises:
-            UsageError: the model is no Gaussian process.
+            UsageError: the model is no Gaussian process, or more steps are asked for than have a density.
         """
         if not isinstance(task.denoiser.process, GaussianProcess):
             raise UsageError(f"{self.name} trains Gaussian sampler steps; a masked-token model has none.")
         super().__init__(task, reward, config, roles=roles, seed=seed)
         self.step, self.process = self.rollout_step(config), task.denoiser.process
+        self.trainable_steps = sum(t > 0 for t in model_grid(self.process, config.demo_steps)[1:])
+        if config.train_steps > self.trainable_steps:
+            raise UsageError(
+                f"train_steps = {config.train_steps}; expected at most {self.trainable_steps} (the step to clean data "
+                "is deterministic)"
+            )
 
     @staticmethod
     @abstractmethod
@@ -173,9 +185,8 @@ class PathGradient(Tuning):
 
     def steps_of(self, step: int) -> tuple[int, ...]:
         """Return the sampler steps that a round trains on, in order: a fresh subset, the same on all ranks."""
-        stochastic = self.config.demo_steps - 1
-        count = self.config.train_steps or stochastic
-        order = torch.randperm(stochastic, generator=stream(self.seed, f"{self.name}/steps", step))
+        count = self.config.train_steps or self.trainable_steps
+        order = torch.randperm(self.trainable_steps, generator=stream(self.seed, f"{self.name}/steps", step))
         return tuple(sorted(order[:count].tolist()))
 
     def minibatches(self, data: PathRound, update: int, ctx: StepContext) -> Iterable[PathMicro]:
@@ -205,13 +216,19 @@ class PathGradient(Tuning):
         assert isinstance(pred, Pred)
         return pred.mix(w0, w1), std, pred
 
+    def _length(self, micro: PathMicro) -> float:
+        """The step's length in the flow's time s/(a + s), which is t on the Linear schedule without a shift."""
+        ends = [self.process.schedule.at(t) for t in (micro.t, micro.t_next)]
+        start, end = (point.s / (point.a + point.s) for point in ends)
+        return start - end
+
     def loss(self, micro: PathMicro, ctx: StepContext) -> LossOut:
         """Clipped surrogate of one sampler step, plus KL and anchor where their weights are above 0."""
         ctx.poll()
         cfg = self.config
         axes = micro.x[0].numel() if cfg.reduce == "mean" else 1
-        base_mean = None
-        if cfg.path_kl_coef:
+        base_mean, kl_weight = None, cfg.kl_weight()
+        if kl_weight:
             with self.roles.use("ref"), torch.no_grad():
                 base_mean = self._moments(micro, ctx)[0]
         base = self.base_at(micro.x, torch.full((len(micro.x),), micro.t, device=micro.x.device), micro.cond, ctx)
@@ -227,8 +244,9 @@ class PathGradient(Tuning):
             "policy/approx_kl": 0.5 * change.square().sum(),
         }
         if base_mean is not None:
-            kl = self.process.path_kl(mean, base_mean, std) / axes
-            losses, metrics["policy/kl"] = losses + cfg.path_kl_coef * kl, kl.detach().sum()
+            unit = self._length(micro) ** 0.5 if cfg.path_kl_unit == "code" else 1.0
+            kl = self.process.path_kl(mean, base_mean, std / unit) / axes
+            losses, metrics["policy/kl"] = losses + kl_weight * kl, kl.detach().sum()
         if base is not None:
             pull = anchor_penalty(pred.velocity, base.velocity)
             losses, metrics["loss/anchor"] = losses + cfg.kl_coef * pull, pull.detach().sum()

@@ -1,8 +1,8 @@
 """Flow-GRPO and DDPO: policy gradients on sampler steps, which differ in the step and in the advantages.
 
 Flow-GRPO (Liu et al. 2025, arXiv 2505.05470; code yifan123/flow_grpo): the flow's ODE becomes an SDE with the same
-marginals, σ_t = a·√(t/(1−t)), and rewards are centred in the group of a prompt's samples.  Our step integrates that SDE
-exactly for a frozen prediction instead of by Euler–Maruyama, so it is finite at t = 1 and holds for every schedule.
+marginals, σ_t = a·√(t/(1−t)), and rewards are centred in the group of a prompt's samples.  Step, KL and clip range are
+the official code's (tests/golden/test_golden_flow_grpo.py); other ones are options.
 DDPO (Black et al. 2023, arXiv 2305.13301; code kvablack/ddpo-pytorch): DDIM with η = 1, and rewards are normalised by
 a running record of each prompt.
 """
@@ -10,7 +10,7 @@ a running record of each prompt.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -18,13 +18,13 @@ from torch import Tensor
 
 from gencontrol.algorithms.base import StepContext
 from gencontrol.algorithms.online.base import Several
-from gencontrol.algorithms.online.rollout import FLOOR, Spread, group_advantages
+from gencontrol.algorithms.online.rollout import Spread, group_advantages
 from gencontrol.algorithms.online.task import PromptTask
 from gencontrol.algorithms.path.base import PathConfig, PathGradient
-from gencontrol.config import Count, NonNegative, Positive, options
+from gencontrol.config import Count, Positive, options
 from gencontrol.models.roles import Roles
 from gencontrol.rewards.base import Reward, SetReward
-from gencontrol.sampling.steps import Ddim, Sde
+from gencontrol.sampling.steps import Ddim, EulerMaruyama, Sde, StochasticStep
 
 
 @options
@@ -33,13 +33,23 @@ class FlowGrpoConfig(PathConfig):
     the shared ones `PathConfig`'s.
 
     Args:
-        noise: a of σ_t = a·√(t/(1−t)), > 0; `Sde` has level a/√2, which means the same SDE on every schedule.
+        noise: a of σ_t = a·√(t/(1−t)), > 0; the steps have level a/√2, which means the same SDE on every schedule.
+        integrator: "euler-maruyama" (PORT), or "exponential", which is exact for a frozen prediction (ours).
+        path_kl_coef: 0.04 in the unit "code" (PORT), 0.004 in the unit "paper" (DERIVED: the same pull at ten equal
+            steps).
         spread: standard deviation that divides advantages: of all rewards ("global") or of the group ("group").
     """
 
     generations: Several = 24
     noise: Positive = 0.7
+    integrator: Literal["euler-maruyama", "exponential"] = "euler-maruyama"
+    path_kl_unit: Literal["code", "paper"] = "code"
     spread: Spread = "global"
+
+    def kl_weight(self) -> float:
+        """Return the weight of the path KL: the unit's own where none is given."""
+        own = {"code": 0.04, "paper": 0.004}[self.path_kl_unit]
+        return own if self.path_kl_coef is None else self.path_kl_coef
 
 
 class FlowGrpo(PathGradient):
@@ -55,9 +65,9 @@ class FlowGrpo(PathGradient):
     )
 
     @staticmethod
-    def rollout_step(config: FlowGrpoConfig) -> Sde:
+    def rollout_step(config: FlowGrpoConfig) -> StochasticStep:
         """The flow's SDE."""
-        return Sde(config.noise / 2**0.5)
+        return (EulerMaruyama if config.integrator == "euler-maruyama" else Sde)(config.noise / 2**0.5)
 
     def advantages(
         self, values: Float[Tensor, " n"], valid: Tensor, ctx: StepContext
@@ -79,8 +89,6 @@ class DdpoConfig(PathConfig):
 
     prompts_per_round: Count = 256
     generations: Count = 1
-    clip_range: Positive = 1e-4
-    path_kl_coef: NonNegative = 0.0
     demo_steps: Several = 50
     eval_steps: Count = 50
     sampler: str = "sde"
@@ -102,7 +110,7 @@ class PromptRecord:
         self.rewards: dict[str, list[float]] = {}
 
     def normalise(self, prompts: Sequence[str], values: Float[Tensor, " n"], valid: Tensor) -> Float[Tensor, " n"]:
-        """Enter the valid rewards; return (r − mean)/(std + floor) of each by its prompt's record, 0 where invalid."""
+        """Enter the valid rewards; return (r − mean)/(std + 1e-6) of each by its prompt's record, 0 where invalid."""
         numbers = values.double().tolist()
         rows: dict[str, list[int]] = {}
         for row, (prompt, good) in enumerate(zip(prompts, valid.tolist(), strict=True)):
@@ -115,7 +123,7 @@ class PromptRecord:
             basis = everything if len(record) < self.min_history else torch.tensor(record, dtype=torch.float64)
             mean, std = float(basis.mean()), float(basis.std(unbiased=False))
             for row in own:
-                result[row] = (numbers[row] - mean) / (std + FLOOR)
+                result[row] = (numbers[row] - mean) / (std + 1e-6)
         return result
 
 

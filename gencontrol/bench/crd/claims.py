@@ -22,9 +22,9 @@ def path_of(run: Run, base: Mapping[str, float], metric: str) -> list[tuple[floa
     return [(0.0, base[metric]), *[(float(at), value) for at, value in sorted(run.get(metric, {}).items())]]
 
 
-def round_reaching(run: Run, base: Mapping[str, float], level: float) -> float:
+def round_reaching(run: Run, base: Mapping[str, float], level: float, metric: str = "exact") -> float:
     """First round, interpolated, at which the accuracy is at least `level`; NaN where it never is."""
-    points = path_of(run, base, "exact")
+    points = path_of(run, base, metric)
     if points[0][1] >= level:
         return 0.0
     for (r0, a0), (r1, a1) in zip(points, points[1:], strict=False):
@@ -47,9 +47,9 @@ def best(run: Run, base: Mapping[str, float]) -> float:
     return max(value for _, value in path_of(run, base, "exact"))
 
 
-def final(run: Run, base: Mapping[str, float]) -> float:
+def final(run: Run, base: Mapping[str, float], metric: str = "exact") -> float:
     """Accuracy at the last measurement of a run."""
-    return path_of(run, base, "exact")[-1][1]
+    return path_of(run, base, metric)[-1][1]
 
 
 def at_equal_accuracy(results: Results, bases: Bases, peer: str, metric: str) -> Estimate:
@@ -62,12 +62,12 @@ def at_equal_accuracy(results: Results, bases: Bases, peer: str, metric: str) ->
     return student_t(ratios)
 
 
-def share_of_samples(results: Results, bases: Bases, peer: str) -> Estimate:
+def share_of_samples(results: Results, bases: Bases, peer: str, metric: str = "exact") -> Estimate:
     """Share of a peer's samples with which CRD reaches the peer's final accuracy, over seeds."""
     shares = []
     for mine, other, base in zip(results["CRD"], results[peer], bases, strict=True):
-        rounds = max(other["exact"])
-        shares.append(round_reaching(mine, base, final(other, base)) / rounds)
+        rounds = max(other[metric])
+        shares.append(round_reaching(mine, base, final(other, base, metric), metric) / rounds)
     return student_t(shares)
 
 

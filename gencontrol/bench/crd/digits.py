@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ from torch import Tensor
 from gencontrol.algorithms.online.task import PromptTask
 from gencontrol.bench.toys import fit_flow, toy_flow, toy_task
 from gencontrol.models.denoiser import Denoiser
+from gencontrol.process import Linear
+from gencontrol.process.gaussian import GridProcess
 from gencontrol.recipes.digits.data import CLASSES, load_digit_images
 from gencontrol.rewards.base import checked
 from gencontrol.rewards.sets.gaussian import Gaussian
@@ -38,9 +41,19 @@ def encode(prompts: Sequence[str]) -> Float[Tensor, "b 11"]:
     return torch.eye(NULL + 1)[torch.tensor([CLASSES.index(prompt) for prompt in prompts])]
 
 
-def blank_flow(seed: int = 0) -> Denoiser:
-    """The untrained base: three layers of 192 with an embedding of the class."""
-    return toy_flow(PIXELS, conditions=NULL + 1, width=WIDTH, seed=seed, embedding=EMBEDDING)
+def blank_flow(seed: int = 0, shift: float = 1.0) -> Denoiser:
+    """The untrained base: three layers of 192 with an embedding of the class; `shift` moves its sampler's times."""
+    base = toy_flow(PIXELS, conditions=NULL + 1, width=WIDTH, seed=seed, embedding=EMBEDDING)
+    if shift == 1.0:
+        return base
+    return Denoiser(base.network, GridProcess(Linear(), grid=partial(shifted_times, shift)), base.prediction)
+
+
+def shifted_times(shift: float, steps: int) -> list[float]:
+    """The times that a flow scheduler of diffusers takes, σ = shift·u/(1 + (shift − 1)·u), and the final 0."""
+    least = 0.001 * shift / (1 + 0.001 * (shift - 1))
+    equal = torch.linspace(1.0, least, steps, dtype=torch.float64)
+    return [*(shift * equal / (1 + (shift - 1) * equal)).tolist(), 0.0]
 
 
 class PromptedClass:
@@ -72,12 +85,13 @@ class World:
     real: Gaussian
     seed: int
     mark: str
+    shift: float = 1.0
     per_class: int = 60
     eval_steps: int = 40
 
     def task(self) -> PromptTask:
         """A fresh copy of the base as a task with the ten classes as prompts."""
-        copy = blank_flow()
+        copy = blank_flow(shift=self.shift)
         copy.load_state_dict(self.base.state_dict())
         task = toy_task(copy, PIXELS, prompts=CLASSES, eval_prompts=CLASSES, encode=encode)
         return replace(task, uncond=torch.eye(NULL + 1)[NULL:])
@@ -105,7 +119,7 @@ class World:
         return {"reward": float(values.mean()), "judge": float(right), "fd": law.distance(self.real)}
 
 
-def build_world(seed: int, *, steps: int = STEPS, bases: Path | None = None) -> World:
+def build_world(seed: int, *, steps: int = STEPS, bases: Path | None = None, shift: float = 1.0) -> World:
     """Train base, reward and judges from scratch; a base found in the folder `bases` is taken from there, else left."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.svm import SVC
@@ -127,7 +141,7 @@ def build_world(seed: int, *, steps: int = STEPS, bases: Path | None = None) -> 
         label = torch.where(torch.rand(256, generator=generator) < DROPOUT, NULL, label)
         return images[rows], eye[label]
 
-    denoiser = blank_flow(seed)
+    denoiser = blank_flow(seed, shift)
     kept = None if bases is None else bases / f"digits_{seed}_{steps}.safetensors"
     if kept is not None and kept.exists():
         denoiser.load_state_dict(load_file(kept))
@@ -137,4 +151,5 @@ def build_world(seed: int, *, steps: int = STEPS, bases: Path | None = None) -> 
             kept.parent.mkdir(parents=True, exist_ok=True)
             save_file(denoiser.state_dict(), kept)
     real = Gaussian.of((images @ components).double())
-    return World(denoiser, PromptedClass(weight, bias), judge, components, real, seed, f"digits {steps}")
+    mark = f"digits {steps}" + ("" if shift == 1.0 else f", shift {shift:g}")
+    return World(denoiser, PromptedClass(weight, bias), judge, components, real, seed, mark, shift)

@@ -1,6 +1,7 @@
 """`gencontrol bench crd`: CRD against DiffusionNFT, AWM, RWR and Flow-GRPO, each also with CRD's anchor, and ablations.
 
-Parts: "digits" (docs/methods/crd.md#experiment-a), "exact" (KL to the closed-form tilt of a Gaussian mixture, default
+Parts: "digits" (docs/methods/crd.md#experiment-a), "shifted" (the same with a sampler whose times are shifted as those
+of SD3 are), "exact" (KL to the closed-form tilt of a Gaussian mixture, default
 against the exact mode), "scenes" and "words" (the bundled text-to-image model with the rewards compositional and ocr,
 held-out captions and words).  All methods draw equal samples and their network passes are counted.  A claim that does
 not hold is printed as NOT CONFIRMED and kept.  Bases and finished runs are kept in the output folder: the same command
@@ -32,9 +33,9 @@ class Options(PartOptions):
     """Options of the benchmark.
 
     Args:
-        parts: comma-separated: digits, exact, scenes, words (default: all).
+        parts: comma-separated: digits, shifted, exact, scenes, words (default: all).
         seeds: of base and fine-tuning; --quick takes at most two.
-        rounds: of every run of the part digits, at least 6.
+        rounds: of every run of the parts digits and shifted, at least 6.
         first_seed: the first of the seeds.
         rate: learning rate instead of a part's own, for all rows.
         methods: only the row of this label, or rows whose label holds this; claims are left out.
@@ -84,7 +85,8 @@ def _sixths(rounds: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, rounds * k // 6) for k in range(1, 7)}))
 
 
-def _digits(options: Options) -> dict[str, Any]:
+def _digits(options: Options, shift: float = 1.0) -> dict[str, Any]:
+    from gencontrol.bench.crd import claims as crd_claims
     from gencontrol.bench.crd import digits as crd_digits
     from gencontrol.bench.crd import runs as crd_runs
     from gencontrol.bench.crd import tables as crd_tables
@@ -94,14 +96,18 @@ def _digits(options: Options) -> dict[str, Any]:
     steps = 150 if options.quick else crd_digits.STEPS
 
     def world(seed: int) -> crd_digits.World:
-        return crd_digits.build_world(seed, steps=steps, bases=Path(options.output) / "bases")
+        return crd_digits.build_world(seed, steps=steps, bases=Path(options.output) / "bases", shift=shift)
 
-    results, bases = _race(options, "digits", crd_runs.METHODS, plan, world)
+    part, rows = ("digits", crd_runs.METHODS) if shift == 1.0 else ("shifted", crd_runs.of_part("shifted"))
+    results, bases = _race(options, part, rows, plan, world)
     shown = (measured[1], measured[3], measured[5]) if len(measured) == 6 else measured
-    drift = {f"FD at reward {GOAL:g}": lambda label: crd_tables.drift_at_reward(results, label, GOAL)}
+    extra: dict[str, Any] = {f"FD at reward {GOAL:g}": partial(crd_tables.drift_at_reward, results, reward=GOAL)}
+    if "CRD" in results:
+        extra["samples CRD needs for it"] = partial(crd_claims.share_of_samples, results, bases, metric="reward")
+    complete = not options.methods and part == "digits"
     return {
-        "table": crd_tables.method_table(results, _mean(bases), shown, crd_tables.DIGITS, drift),
-        "checks": [] if options.methods else crd_tables.digits_checks(results, shown, GOAL),
+        "table": crd_tables.method_table(results, _mean(bases), shown, crd_tables.DIGITS, extra),
+        "checks": crd_tables.digits_checks(results, shown, GOAL) if complete else [],
         "curves": crd_tables.curves(results, crd_tables.DIGITS),
         "base": bases,
         "runs": results,
@@ -154,6 +160,7 @@ def _exact(options: Options) -> dict[str, Any]:
 
 _RUN: Mapping[str, Callable[[Options], dict[str, Any]]] = {
     "digits": _digits,
+    "shifted": partial(_digits, shift=3.0),
     "exact": _exact,
     "scenes": partial(_scenes, part="scenes"),
     "words": partial(_scenes, part="words"),

@@ -30,9 +30,8 @@ class Method:
     lr: float | None = None
 
 
-#: settings of docs/methods/crd.md#experiment-a that are the same for all forward-process methods; the grid is the
-#: rollout's own (PORT)
-COMMON = {"time_sampling": "grid"}
+#: CRD trains at the rollout's own times as its trainer does (PORT), NFT and AWM at theirs, which are their defaults
+GRID = {"time_sampling": "grid"}
 #: the anchor of docs/methods/crd.md#experiment-a, as each family of methods names it
 ANCHOR = {"kl_coef": 0.1, "kl_guidance": 3.0, "kl_adapt": "raw_reward"}
 _NFT_OCR = {"beta": 0.1, "decay": "75-0-0.0075-0.999"}
@@ -40,6 +39,7 @@ _OCR_OLD = "0-0.25-0.005-0.999"
 
 METHODS = (
     Method("CRD", "crd", ANCHOR),
+    Method("CRD, times from all of (0, 1)", "crd", ANCHOR | {"time_sampling": "stratified"}),
     Method("CRD, no decoupling (sampler = old)", "crd", ANCHOR | {"sampling_decay": _OCR_OLD}),
     Method("CRD, no anchor", "crd", {"kl_coef": 0.0}),
     Method("CRD, no anchor, old = policy", "crd", {"kl_coef": 0.0, "old_decay": "none", "sampling_decay": "none"}),
@@ -52,8 +52,11 @@ METHODS = (
     Method("AWM", "awm", {"updates_per_round": 2}),
     Method("AWM + anchor", "awm", ANCHOR | {"updates_per_round": 2}),
     Method("Flow-GRPO", "flow-grpo", {}),
-    Method("Flow-GRPO + anchor", "flow-grpo", {"path_kl_coef": 0.0, "kl_coef": 0.1, "kl_guidance": 3.0}),
+    Method("Flow-GRPO, exponential step", "flow-grpo", {"integrator": "exponential"}),
+    Method("Flow-GRPO, KL .04 in the paper's unit", "flow-grpo", {"path_kl_unit": "paper", "path_kl_coef": 0.04}),
+    Method("Flow-GRPO, clip range 1e-3", "flow-grpo", {"clip_range": 1e-3}),
     Method("Flow-GRPO, no KL, rate 1e-3", "flow-grpo", {"path_kl_coef": 0.0}, 1e-3),
+    Method("Flow-GRPO + anchor", "flow-grpo", {"path_kl_coef": 0.0, "kl_coef": 0.1, "kl_guidance": 3.0}),
     Method("RWR", "rwr", {}),
     Method("RWR + anchor", "rwr", {"kl_coef": 0.1, "kl_guidance": 3.0}),
 )
@@ -98,16 +101,23 @@ SCENES_ANCHOR = {"kl_coef": 2.0, "kl_guidance": 2.0, "updates_per_round": 1}
 
 
 def of_part(part: str) -> tuple[Method, ...]:
-    """Return the rows of the parts scenes and words: CRD and the peers, each with and without the anchor."""
-    rows = [method for method in METHODS if not method.label.startswith("CRD, ") or method.label == "CRD, no anchor"]
-    rows = [method for method in rows if "OCR" not in method.label and method.lr is None]
+    """Return the rows of the parts scenes, words and shifted: CRD and the peers, with and without the anchor."""
+    if part == "shifted":
+        names = ("CRD", "CRD, times from all of (0, 1)", "NFT, official GenEval", "AWM", "Flow-GRPO")
+        return tuple(method for method in METHODS if method.label in names)
+    variants = ("CRD, no anchor", "Flow-GRPO, exponential step")
+    rows = [method for method in METHODS if "OCR" not in method.label]
+    rows = [
+        method for method in rows if not method.label.startswith(("CRD, ", "Flow-GRPO, ")) or method.label in variants
+    ]
     chosen = []
     for method in rows:
         anchored = method.label == "CRD" or method.label.endswith("+ anchor")
         names = method.options if anchored else set(method.options) & {"updates_per_round"}
         options = {**method.options, **{name: SCENES_ANCHOR[name] for name in names if name in SCENES_ANCHOR}}
         chosen.append(replace(method, options=options))
-    return tuple(chosen) if part == "scenes" else tuple(m for m in chosen if m.label in ("CRD", "Flow-GRPO"))
+    words = ("CRD", "Flow-GRPO", "Flow-GRPO, exponential step")
+    return tuple(chosen) if part == "scenes" else tuple(m for m in chosen if m.label in words)
 
 
 @dataclass
@@ -145,7 +155,8 @@ def build(method: Method, plan: Plan, task: PromptTask, reward: Any, seed: int) 
         "demo_steps": plan.demo_steps,
         "ema_decay": plan.ema,
     }
-    forward = COMMON | {"train_times": plan.train_times} if method.algorithm in ("crd", "nft", "awm") else {}
+    forward = {"train_times": plan.train_times} if method.algorithm in ("crd", "nft", "awm") else {}
+    forward |= GRID if method.algorithm == "crd" else {}
     config = kind.Config(**{**shared, **forward, **method.options})
     lora = LoraConfig(plan.lora) if plan.lora else None
     roles = Roles(task.denoiser.network, kind.role_names(config), lora=lora, seed=seed)
@@ -157,7 +168,7 @@ def kept_run(folder: Path | None, method: Method, plan: Plan, world: Any, seed: 
     settings = {
         "options": dict(method.options),
         "rate": method.lr or plan.lr,
-        "common": COMMON,
+        "common": GRID if method.algorithm == "crd" else {},
         "plan": {**vars(plan), "lr": None},
         "world": world.mark,
     }
