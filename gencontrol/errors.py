@@ -1,7 +1,7 @@
 """One exception class per cause; each carries the exit code that the command line returns for it.
 
 Exit codes (also in the README): 0 done, 2 usage, 3 no intact checkpoint, 4 numerics, 5 reward, 6 environment, 7 disk,
-130 interrupted, 143 preempted after a save.  A message says what was given, what was expected and what to do.
+8 nothing learnt, 130 interrupted, 143 preempted after a save.  A message says what was given, what was expected and what to do.
 """
 
 from __future__ import annotations
@@ -50,6 +50,12 @@ class DiskError(GencontrolError):
     """The disk is full or not writable."""
 
     exit_code = 7
+
+
+class Inconclusive(GencontrolError):
+    """Everything ran and its results are written, but they answer nothing; the message says why and what would help."""
+
+    exit_code = 8
 
 
 class Preempted(GencontrolError):

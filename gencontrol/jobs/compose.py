@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from gencontrol.config import POSITIONAL, Count, Natural, Positive, build, dump_toml, options, to_table
-from gencontrol.errors import UsageError
+from gencontrol.errors import Inconclusive, UsageError
 from gencontrol.jobs.setup.environment import prepare
 from gencontrol.jobs.setup.settings import Start, place
 
@@ -112,7 +112,11 @@ def compose(
 
 
 def run(table: Mapping[str, Mapping[str, Any]], start: Start) -> None:
-    """Compose, fit the weights where an environment is given, and write the folder; a dry run prints the options."""
+    """Compose, fit the weights where an environment is given, and write the folder; a dry run prints the options.
+
+    Raises:
+        Inconclusive: after all is written and printed: on the fresh seeds the fitted weights and the best parent agree.
+    """
     config = build(ComposeConfig, table["run"], "run")
     if start.dry_run:
         fit = {"fit": to_table(build(FitConfig, table["fit"], "fit"))} if config.fit_env else {}
@@ -122,6 +126,8 @@ def run(table: Mapping[str, Mapping[str, Any]], start: Start) -> None:
     if result.fit is not None:
         print(result.fit.table())
     print(f"{result.folder}: " + ", ".join(f"{name} {weight:g}" for name, weight in result.weights.items()))
+    if result.fit is not None and result.fit.undecided:
+        raise Inconclusive(f"composed − {result.fit.best_parent}: {result.fit.undecided}")
 
 
 def _composed(

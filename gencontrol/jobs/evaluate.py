@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from gencontrol.config import POSITIONAL, Count, Natural, build, dump_toml, options, to_table
-from gencontrol.errors import UsageError
+from gencontrol.errors import Inconclusive, UsageError
 from gencontrol.jobs.setup.environment import choose_device, prepare
 from gencontrol.jobs.setup.settings import Start
 from gencontrol.robotics.evaluation.settings import Settings
@@ -59,6 +59,17 @@ class EvaluateResult:
     reports: tuple[EvaluationReport, ...]
     folder: Path | None = None
 
+    @property
+    def undecided(self) -> tuple[str, ...]:
+        """What the episodes could not answer, one sentence each: a rate without a valid episode, pairs without a loser."""
+        found = [
+            f"{report.policy}: none of {len(report.episodes)} episodes is valid, so there is no rate."
+            for report in self.reports
+            if not report.valid
+        ]
+        compared = [report.compared for report in self.reports if report.compared is not None]
+        return (*found, *(f"{one.second} − {one.first}: {said}" for one in compared if (said := one.pairs.undecided)))
+
     def __str__(self) -> str:
         found = []
         for report in self.reports:
@@ -68,20 +79,26 @@ class EvaluateResult:
             for name, part in parts:
                 low, high = part.interval
                 latency = part.summary()["latency_s"]
-                found.append(
-                    f"{name}: {part.successes} of {len(part.valid)} succeeded ({100 * part.rate:.1f} %, 95 % interval "
-                    f"{100 * low:.1f} to {100 * high:.1f} %), return {part.returns.value:.3f}, action p50 "
-                    f"{1e3 * (latency['p50'] or 0):.3g} ms (mostly from the queue), p95 "
-                    f"{1e3 * (latency['p95'] or 0):.3g} ms"
-                )
+                if part.valid:
+                    found.append(
+                        f"{name}: {part.successes} of {len(part.valid)} succeeded ({100 * part.rate:.1f} %, 95 % "
+                        f"interval {100 * low:.1f} to {100 * high:.1f} %), return {part.returns.value:.3f}, action p50 "
+                        f"{1e3 * (latency['p50'] or 0):.3g} ms (mostly from the queue), p95 "
+                        f"{1e3 * (latency['p95'] or 0):.3g} ms"
+                    )
+                else:
+                    found.append(f"{name}: none of {len(part.episodes)} episodes is valid")
                 found += [f"  invalid: {count} × {reason}" for reason, count in part.invalid.items()]
         for compared in (report.compared for report in self.reports if report.compared is not None):
             pairs, change = compared.pairs, compared.pairs.difference
-            found.append(
-                f"{compared.second} − {compared.first}: {100 * change.value:+.1f} points (95 % {100 * change.low:+.1f} "
-                f"to {100 * change.high:+.1f}), discordant pairs {pairs.second} : {pairs.first}, McNemar p = "
-                f"{pairs.p:.3g}, {pairs.count} pairs"
-            )
+            ends = f"95 % {100 * change.low:+.1f} to {100 * change.high:+.1f}" if pairs.count > 1 else "no interval"
+            if pairs.count:
+                found.append(
+                    f"{compared.second} − {compared.first}: {100 * change.value:+.1f} points ({ends}), discordant pairs "
+                    f"{pairs.second} : {pairs.first}, McNemar p = {pairs.p:.3g}, {pairs.count} pairs"
+                )
+            else:
+                found.append(f"{compared.second} − {compared.first}: no pair of episodes is left to compare")
             found += [f"  left out: {count} ({reason})" for reason, count in compared.dropped.items()]
         return "\n".join(found)
 
@@ -112,7 +129,11 @@ def evaluate(
 
 
 def run(table: Mapping[str, Mapping[str, Any]], start: Start) -> None:
-    """Evaluate as the options say, print the rates and where report.html is; a dry run prints the options."""
+    """Evaluate as the options say, print the rates and where report.html is; a dry run prints the options.
+
+    Raises:
+        Inconclusive: after all is written and printed: no episode was valid, or no pair is discordant.
+    """
     config = build(EvaluateConfig, table["run"], "run")
     if start.dry_run:
         print(dump_toml({"run": to_table(config)}), end="")
@@ -122,6 +143,8 @@ def run(table: Mapping[str, Mapping[str, Any]], start: Start) -> None:
     for note in dict.fromkeys(note for report in result.reports for note in report.notes):
         print(f"gencontrol: note: {note}", file=sys.stderr)
     print(f"{config.output}/report.html")
+    if result.undecided:
+        raise Inconclusive(" ".join(result.undecided))
 
 
 def _evaluated(

@@ -16,6 +16,8 @@ from gencontrol.reports.charts import Drawing, Line, Size, intervals, line_chart
 from gencontrol.reports.page import Tile, number, percent, render, signed, write
 
 RESULTS = "report.json"
+#: of report.json, as robotics/evaluation/report.py writes it
+_SCHEMA = 2
 #: bytes of video inside the page; further ones are linked
 EMBEDDED = 24 << 20
 _WEIGHTS = Size(560, 340)
@@ -34,6 +36,8 @@ def write_evaluation(folder: str | Path) -> Path:
         text = _page(file.parent, table)
     except OSError as error:
         raise UsageError(f"'{file}' cannot be read ({error.strerror or error}); check the path.") from error
+    except UsageError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UsageError(
             f"'{file}' is damaged ({type(error).__name__}: {error}); evaluate into this folder again."
@@ -42,6 +46,11 @@ def write_evaluation(folder: str | Path) -> Path:
 
 
 def _page(folder: Path, table: Mapping[str, Any]) -> str:
+    if table.get("schema_version") != _SCHEMA:
+        raise UsageError(
+            f"'{folder / RESULTS}' is of another version of gencontrol; run the same `gencontrol evaluate` again (finished "
+            "episodes are kept)."
+        )
     policies, budget = table["policies"], [EMBEDDED]
     names = ", ".join(entry["policy"]["id"] for entry in policies)
     ids = ", ".join(spec["env_id"] for spec in table["environments"])
@@ -72,7 +81,7 @@ def _rates(policies: Sequence[Mapping[str, Any]]) -> Drawing | None:
         parts = [(name, entry["overall"])]
         parts += [(f"{name}: {task['env_id']}", task) for task in tasks] if len(tasks) > 1 else []
         for label, part in parts:
-            low, high = map(_float, part["wilson95"])
+            low, high = map(_float, part["interval95"])
             rows.append((label, _float(part["rate"]), low, high))
     if len(rows) < 2:
         return None
@@ -117,9 +126,8 @@ def _policy(folder: Path, entry: Mapping[str, Any], budget: list[int]) -> dict[s
 
 def _comparison(pairs: Mapping[str, Any]) -> dict[str, Any]:
     first, second = pairs["first"], pairs["second"]
-    score, change = pairs["difference_newcombe"], pairs["difference"]
-    ends = f"95 % {_points(change['low'])} to {_points(change['high'])} (bootstrap over pairs)"
-    ends += f"; {_points(score['low'])} to {_points(score['high'])} (Newcombe)"
+    change = pairs["difference"]
+    ends = f"95 % {_points(change['low'])} to {_points(change['high'])}"
     discordant = f"{pairs['only_second']} : {pairs['only_first']}"
     returns = pairs["return_difference"]
     return {
@@ -196,7 +204,7 @@ def _float(value: float | None) -> float:
 
 
 def _ends(part: Mapping[str, Any]) -> str:
-    low, high = part["wilson95"]
+    low, high = part["interval95"]
     return f"{percent(low, 1)} to {percent(high, 1)}"
 
 

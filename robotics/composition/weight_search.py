@@ -15,13 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 
 from gencontrol.errors import UsageError
 from gencontrol.robotics.composition.policy import ComposedPolicy
 from gencontrol.robotics.envs.types import EnvSource
 from gencontrol.robotics.evaluate import evaluate
-from gencontrol.stats import Estimate, bootstrap_mean, wilson
+from gencontrol.stats import Estimate, Pairs, pair, rate, wilson
 
 #: (policy, seeds) → success of each episode, in the order of the seeds
 Rollouts = Callable[[Any, Sequence[int]], Sequence[bool]]
@@ -37,8 +36,8 @@ class Arm:
 
     @property
     def rate(self) -> Estimate:
-        """Success with its Wilson interval."""
-        return wilson(sum(self.outcomes), len(self.outcomes))
+        """Success with its exact interval."""
+        return rate(sum(self.outcomes), len(self.outcomes))
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,8 @@ class WeightFit:
 
     @property
     def rate(self) -> Estimate:
-        """Success of the chosen weights on fresh seeds with its Wilson interval."""
-        return wilson(sum(self.test["composed"]), len(self.test_seeds))
+        """Success of the chosen weights on fresh seeds with its exact interval."""
+        return rate(sum(self.test["composed"]), len(self.test_seeds))
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -78,10 +77,21 @@ class WeightFit:
         return max(self.names, key=lambda name: sum(self.test[name]))
 
     @property
+    def pairs(self) -> Pairs:
+        """The best parent (first) and the chosen weights (second) on the fresh seeds."""
+        return pair(self.test[self.best_parent], self.test["composed"])
+
+    @property
     def gain(self) -> Estimate:
-        """Success of the chosen weights minus the best parent's, with a 95 % interval of the paired bootstrap."""
-        pairs = np.array(self.test["composed"], float) - np.array(self.test[self.best_parent], float)
-        return bootstrap_mean(pairs)
+        """Success of the chosen weights minus the best parent's, with the 95 % interval of the paired difference."""
+        return self.pairs.difference
+
+    @property
+    def undecided(self) -> str:
+        """Why the fresh seeds say nothing of a gain, as a sentence; "" where they do."""
+        if max(self.best) == 1.0:
+            return f"The chosen weights are those of {self.names[self.best.index(1.0)]} alone; nothing is composed."
+        return self.pairs.undecided
 
     def table(self) -> str:
         """Return the arms and the result as Markdown tables."""
@@ -95,9 +105,10 @@ class WeightFit:
         lines.append("|---|---|---|")
         for name, outcomes in self.test.items():
             label = f"composed {tuple(round(w, 3) for w in self.best)}" if name == "composed" else name
-            lines.append("| " + " | ".join([label, *_cells(wilson(sum(outcomes), len(outcomes)))]) + " |")
+            lines.append("| " + " | ".join([label, *_cells(rate(sum(outcomes), len(outcomes)))]) + " |")
         gain = self.gain
         lines += ["", f"gain over {self.best_parent}: {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"]
+        lines += ["", self.undecided] if self.undecided else []
         return "\n".join(lines) + "\n"
 
     def to_json(self) -> str:
@@ -107,7 +118,7 @@ class WeightFit:
             "method": self.method,
             "best": self.best,
             "rate": vars(self.rate),
-            "gain": {"over": self.best_parent, **vars(self.gain)},
+            "gain": {"over": self.best_parent, **vars(self.gain), "discordant": [self.pairs.second, self.pairs.first]},
             "arms": [{"weights": arm.weights, "outcomes": [int(x) for x in arm.outcomes]} for arm in self.arms],
             "test": {name: [int(x) for x in outcomes] for name, outcomes in self.test.items()},
             "validation_seeds": self.validation_seeds,
@@ -262,7 +273,7 @@ def _bandit(table: _Table, arms: list[Weighting]) -> Weighting:
 
         chosen = max(open_arms, key=bound)
         table.extend(chosen, len(table.found[chosen]) + min(pull, budget - spent))
-    return max(arms, key=lambda arm: (Arm(arm, tuple(table.found[arm])).rate.low, *table.score(arm)))
+    return max(arms, key=lambda arm: (wilson(sum(table.found[arm]), len(table.found[arm])).low, *table.score(arm)))
 
 
 SEARCHES: dict[str, Callable[[_Table, list[Weighting]], Weighting]] = {
@@ -292,5 +303,5 @@ def _seeds(seeds: Sequence[int], what: str) -> tuple[int, ...]:
     return values
 
 
-def _cells(rate: Estimate) -> tuple[str, str]:
-    return f"{rate.value:.3f}", f"{rate.low:.3f} – {rate.high:.3f}"
+def _cells(share: Estimate) -> tuple[str, str]:
+    return f"{share.value:.3f}", f"{share.low:.3f} – {share.high:.3f}"

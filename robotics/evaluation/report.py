@@ -14,9 +14,9 @@ from typing import Any
 from gencontrol.errors import UsageError
 from gencontrol.robotics.envs.types import EnvSpec
 from gencontrol.robotics.evaluation.rollout import Rollout, digest
-from gencontrol.stats import Estimate, Interval, Pairs, bootstrap_mean, pair, wilson
+from gencontrol.stats import Estimate, Interval, Pairs, average, pair, rate, wilson
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 #: latencies are counted in bins of this ratio, so that episodes of an interrupted evaluation can be added up
 _RATIO = math.log(1.02)
 
@@ -160,8 +160,8 @@ class EvaluationReport:
 
     @property
     def estimate(self) -> Estimate:
-        """Success rate of the valid episodes with its Wilson interval, in [0, 1]."""
-        return wilson(self.successes, len(self.valid))
+        """Success rate of the valid episodes with its exact interval, in [0, 1]."""
+        return rate(self.successes, len(self.valid))
 
     @property
     def rate(self) -> float:
@@ -170,7 +170,7 @@ class EvaluationReport:
 
     @property
     def interval(self) -> Interval:
-        """95 % Wilson interval of the success rate, in [0, 1]."""
+        """Exact 95 % interval (Clopper–Pearson) of the success rate, in [0, 1]."""
         return Interval(self.estimate.low, self.estimate.high)
 
     @property
@@ -181,8 +181,8 @@ class EvaluationReport:
 
     @property
     def returns(self) -> Estimate:
-        """Mean return of the valid episodes with a bootstrap interval."""
-        return bootstrap_mean([episode.total_reward for episode in self.valid])
+        """Mean return of the valid episodes with the interval of `average`."""
+        return average([episode.total_reward for episode in self.valid])
 
     def of(self, env_id: str) -> EvaluationReport:
         """Return the part of one environment."""
@@ -203,7 +203,7 @@ class EvaluationReport:
             "valid": len(valid),
             "successes": self.successes,
             "rate": _number(self.rate),
-            "wilson95": [_number(end) for end in self.interval],
+            "interval95": [_number(end) for end in self.interval],
             "success_any": sum(episode.success_any for episode in valid),
             "success_end": sum(episode.success_end for episode in valid),
             "rate_if_invalid_failed": _number(self.successes / len(self.episodes)) if self.episodes else None,
@@ -291,7 +291,10 @@ class Comparison:
             "neither": pairs.neither,
             "mcnemar_p": pairs.p,
             "difference": _estimate(pairs.difference),
-            "difference_newcombe": _estimate(pairs.score),
+            "difference_newcombe": {
+                "value": _number(pairs.difference.value),
+                **{k: _number(v) for k, v in pairs.score._asdict().items()},
+            },
             "return_difference": _estimate(pairs.returns),
             "discordant": [list(row) for row in self.discordant],
             "dropped": dict(self.dropped),
@@ -334,7 +337,7 @@ def _lerobot(report: EvaluationReport, videos: Sequence[str]) -> dict[str, Any]:
         "pc_success": _number(100 * report.rate),
         "n_episodes": len(valid),
         "n_success": report.successes,
-        "pc_success_ci95": [_number(100 * end) for end in report.interval],
+        "pc_success_ci95": [_number(100 * end) for end in wilson(report.successes, len(valid))],  # as LeRobot has it
         "n_invalid": len(report.episodes) - len(valid),
         "eval_s": wall,
         "eval_ep_s": wall / len(report.episodes) if report.episodes else None,

@@ -56,7 +56,7 @@ def test_exit_codes_of_all_error_classes_are_distinct() -> None:
         for kind in vars(errors).values()
         if isinstance(kind, type) and issubclass(kind, errors.GencontrolError)
     ]
-    assert sorted(codes) == [1, 2, 3, 4, 5, 6, 7, 143]
+    assert sorted(codes) == [1, 2, 3, 4, 5, 6, 7, 8, 143]
 
 
 def test_system_exit_passes() -> None:

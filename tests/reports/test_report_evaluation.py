@@ -25,7 +25,7 @@ def _summary(successes: int) -> dict[str, Any]:
         "valid": 4,
         "successes": successes,
         "rate": successes / 4,
-        "wilson95": [0.1, 0.9],
+        "interval95": [0.1, 0.9],
         "success_any": successes,
         "success_end": successes,
         "rate_if_invalid_failed": successes / 5,
@@ -77,7 +77,7 @@ def folder(tmp_path: Path) -> Path:
     seeds = {"discordant": [[3, HOSTILE, HOSTILE]], "dropped": {f"invalid {HOSTILE}": 1}}
     compared = {"first": HOSTILE, "second": "b & c", **counts, **tests, **seeds}
     table = {
-        "schema_version": 1,
+        "schema_version": 2,
         "gencontrol": "0.1.0",
         "protocol": {"seeds": [0, 1, 2, 3, 4], "success": {HOSTILE: "flag"}},
         "environments": [{"env_id": HOSTILE, "versions": {"simulator": HOSTILE}}, {"env_id": "b", "versions": {}}],

@@ -1,8 +1,7 @@
 """Evaluation of a tuned model against its base on fixed prompts and fixed noise, paired item by item.
 
-Item rewards: mean of both, paired win rate (Wilson interval) and paired gain (Student t interval).  Set rewards: the
-value of the whole set, and a bootstrap win rate over subsets (ours; the paper's definition is not known).  Both sets of
-samples start from the same noise, which cuts the variance of the difference.
+Item rewards: mean of both, paired win rate and paired gain with their intervals.  Set rewards: the value of the
+whole set, its gain with an interval, and a win rate over subsets (ours; see `compare_sets`).  Both sets of samples start from the same noise, which cuts the variance of the difference.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ from gencontrol.errors import UsageError
 from gencontrol.rewards.base import Reward, SetReward, as_set_reward
 from gencontrol.rewards.distribution import vendi_score
 from gencontrol.rng import item_generators, item_noise, stream
-from gencontrol.stats import Estimate, bootstrap_sets, paired_wins, student_t
+from gencontrol.stats import Estimate, average, compare_sets, paired_wins
 from gencontrol.types import Cond, cond_to, index_cond
 
-#: Subsets of half the set that the bootstrap of a set reward draws.
+#: Random halves of a set on which a set reward is compared.
 DRAWS = 100
 #: Samples that are written for people to look at.
 SHOWN = 4
@@ -60,7 +59,8 @@ def compare_scores(
         return nothing, nothing, float("nan"), float("nan"), 0
     if tuned.values is not None and base.values is not None:
         mine, theirs = tuned.values[both].double(), base.values[both].double()
-        return paired_wins(mine, theirs), student_t(mine - theirs), float(mine.mean()), float(theirs.mean()), len(both)
+        gain = average((mine - theirs).numpy(force=True))
+        return paired_wins(mine, theirs), gain, float(mine.mean()), float(theirs.mean()), len(both)
     assert tuned.features is not None and base.features is not None
     sides = {
         side: {key: value[both] for key, value in held.items()}
@@ -73,7 +73,8 @@ def compare_scores(
     whole = slice(None)
     wins, gain = nothing, nothing
     if len(both) >= 4:
-        wins, gain = bootstrap_sets(value, len(both), subset=len(both) // 2, draws=DRAWS, generator=generator)
+        share, gain = compare_sets(value, len(both), subset=len(both) // 2, draws=DRAWS, generator=generator)
+        wins = Estimate(share, float("nan"), float("nan"))  # the halves overlap
     return wins, gain, value(whole, True), value(whole, False), len(both)
 
 

@@ -27,7 +27,7 @@ from gencontrol.models.denoiser import Denoiser
 from gencontrol.models.roles import Roles
 from gencontrol.rewards.distribution import vendi_score
 from gencontrol.rng import item_generators, stream
-from gencontrol.stats import bootstrap_sets
+from gencontrol.stats import compare_sets
 
 CENTRES = torch.tensor([[2.0, 2.0], [2.0, -2.0], [-2.0, 2.0], [-2.0, -2.0]])
 BASE_WEIGHTS = torch.tensor([0.55, 0.25, 0.15, 0.05])
@@ -140,14 +140,14 @@ def tune(
     def value(rows: Tensor, tuned: bool) -> float:
         return world.reward.evaluate({"frames": sides[tuned][rows], "valid": torch.ones(len(rows), dtype=torch.bool)})
 
-    wins, _ = bootstrap_sets(
+    wins, _ = compare_sets(
         value,
         len(frames),
         subset=min(256, len(frames) // 2),
         draws=100,
         generator=stream(world.seed, "mixture/bootstrap"),
     )
-    return result | {"win_rate": wins.value}, records
+    return result | {"win_rate": wins}, records
 
 
 def run(

@@ -29,7 +29,7 @@ from gencontrol.bench.toys import EmbeddedFrechet, EmbeddedFrechetItem, fit_flow
 from gencontrol.models.denoiser import Denoiser
 from gencontrol.models.roles import Roles
 from gencontrol.rng import item_generators, stream
-from gencontrol.stats import bootstrap_sets, paired_wins
+from gencontrol.stats import compare_sets, paired_wins
 
 FRAMES, BANDS, PROMPTS = 16, 6, 8
 SIZE, NOISE, STEPS, UPDATES = FRAMES * BANDS, 0.3, 20, 6
@@ -119,14 +119,14 @@ def measure(world: World, x: Float[Tensor, "n 96"], before: Float[Tensor, "n 96"
         valid = torch.ones(len(rows), dtype=torch.bool)
         return world.whole.evaluate({"frames": frames[tuned][rows], "valid": valid})
 
-    wins, _ = bootstrap_sets(
+    wins, _ = compare_sets(
         value, len(x), subset=len(x) // 2, draws=100, generator=stream(world.seed, "songs/bootstrap")
     )
     return {
         "song_fad": -float(values[True].mean()),
         "song_win_rate": paired_wins(values[True], values[False]).value,
         "set_fad": -value(torch.arange(len(x)), True),
-        "set_win_rate": wins.value,
+        "set_win_rate": wins,
     }
 
 

@@ -41,7 +41,7 @@ from gencontrol.robotics.policies.diffusion import (
     FlowPolicyConfig,
     GenerativePolicy,
 )
-from gencontrol.stats import Estimate, bootstrap_mean, wilson
+from gencontrol.stats import Estimate, pair, rate
 
 ENV = "gencontrol.bench.gpc.sensed:make_two_cameras"
 SIZES = ChunkSizes(horizon=8, n_obs=1, n_action=4)
@@ -202,8 +202,8 @@ def race(effort: Effort, seed: int, keep: Path | None, say: Callable[[str], None
 
 
 def difference(rows: dict[str, np.ndarray], first: str, second: str) -> Estimate:
-    """Return success of the first row minus the second's, paired over episodes, with a 95 % bootstrap interval."""
-    return bootstrap_mean(rows[first] - rows[second])
+    """Return success of the first row minus the second's, paired over episodes, with the 95 % interval of `pair`."""
+    return pair(rows[second], rows[first]).difference
 
 
 def best_parent(rows: dict[str, np.ndarray]) -> str:
@@ -251,16 +251,16 @@ def part_b(
     best = best_parent(rows)
     cells = []
     for name, outcomes in rows.items():
-        rate = wilson(int(outcomes.sum()), len(outcomes))
+        share = rate(int(outcomes.sum()), len(outcomes))
         gap: Estimate | str = "" if name == best or name.startswith("broken") else difference(rows, name, best)
-        cells.append([name, f"{rate.value:.3f} ({rate.low:.3f} – {rate.high:.3f})", _signed(gap)])
+        cells.append([name, f"{share.value:.3f} ({share.low:.3f} – {share.high:.3f})", _signed(gap)])
     count = len(next(iter(rows.values())))
     weights = ", ".join(str(tuple(round(w, 2) for w in one["weights"])) for one in found)
     title = f"Fetch pick-and-place, {count} fresh episodes, the same for every row; fitted weights of A, B: {weights}"
     return {
         "table": table(title, ["policy", "success (95 %)", f"minus {best}, paired"], cells),
         "checks": verdicts_of(rows),
-        "success": {name: wilson(int(x.sum()), len(x)) for name, x in rows.items()},
+        "success": {name: rate(int(x.sum()), len(x)) for name, x in rows.items()},
         "runs": found,
         "effort": asdict(effort),
     }
