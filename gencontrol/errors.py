@@ -1,7 +1,8 @@
 """One exception class per cause; each carries the exit code that the command line returns for it.
 
 Exit codes (also in the README): 0 done, 2 usage, 3 no intact checkpoint, 4 numerics, 5 reward, 6 environment, 7 disk,
-8 nothing learnt, 130 interrupted, 143 preempted after a save.  A message says what was given, what was expected and what to do.
+8 nothing learnt, 130 interrupted, 143 preempted after a save.
+A message says what was given, what was expected and what to do.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def of_means(law: str, n: int, simulations: int) -> tuple[float, float]:
 
 
 def _few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """1,000 instead of 10,000: the ends become noisier by 4 % of the half width, which hardly moves the coverage."""
+    """1,000 instead of 10,000: the ends get noisier by 4 % of the half width, which hardly moves the coverage."""
     monkeypatch.setattr(stats, "DRAWS", 1000)
 
 

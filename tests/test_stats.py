@@ -1,4 +1,4 @@
-"""Estimates against closed forms; tests/golden/test_statistics.py has the published tables, test_coverage the coverage."""
+"""Estimates against closed forms; published tables are in tests/golden, coverage in tests/test_coverage.py."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_bonett_price() -> None:
 
 
 def test_average_of_many_values_is_near_the_normal_interval() -> None:
-    """A hull of three intervals that agree at n = 400; each bootstrap end has an error of about 2 % of the half width."""
+    """A hull of three intervals that agree at n = 400; an end of a bootstrap has an error of 2 % of the half width."""
     x = np.random.default_rng(0).normal(3.0, 2.0, 400)
     found = average(x, seed=1)
     half = 1.96 * x.std() / 20

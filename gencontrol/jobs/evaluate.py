@@ -61,7 +61,7 @@ class EvaluateResult:
 
     @property
     def undecided(self) -> tuple[str, ...]:
-        """What the episodes could not answer, one sentence each: a rate without a valid episode, pairs without a loser."""
+        """What the episodes could not answer, one sentence each."""
         found = [
             f"{report.policy}: none of {len(report.episodes)} episodes is valid, so there is no rate."
             for report in self.reports
@@ -94,8 +94,8 @@ class EvaluateResult:
             ends = f"95 % {100 * change.low:+.1f} to {100 * change.high:+.1f}" if pairs.count > 1 else "no interval"
             if pairs.count:
                 found.append(
-                    f"{compared.second} − {compared.first}: {100 * change.value:+.1f} points ({ends}), discordant pairs "
-                    f"{pairs.second} : {pairs.first}, McNemar p = {pairs.p:.3g}, {pairs.count} pairs"
+                    f"{compared.second} − {compared.first}: {100 * change.value:+.1f} points ({ends}), discordant "
+                    f"pairs {pairs.second} : {pairs.first}, McNemar p = {pairs.p:.3g}, {pairs.count} pairs"
                 )
             else:
                 found.append(f"{compared.second} − {compared.first}: no pair of episodes is left to compare")

@@ -48,8 +48,8 @@ def write_evaluation(folder: str | Path) -> Path:
 def _page(folder: Path, table: Mapping[str, Any]) -> str:
     if table.get("schema_version") != _SCHEMA:
         raise UsageError(
-            f"'{folder / RESULTS}' is of another version of gencontrol; run the same `gencontrol evaluate` again (finished "
-            "episodes are kept)."
+            f"'{folder / RESULTS}' is of another version of gencontrol; run the same `gencontrol evaluate` again "
+            "(finished episodes are kept)."
         )
     policies, budget = table["policies"], [EMBEDDED]
     names = ", ".join(entry["policy"]["id"] for entry in policies)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-
 from gencontrol.errors import UsageError
 from gencontrol.robotics.composition.policy import ComposedPolicy
 from gencontrol.robotics.envs.types import EnvSource

@@ -1,7 +1,8 @@
 """Evaluation of a tuned model against its base on fixed prompts and fixed noise, paired item by item.
 
-Item rewards: mean of both, paired win rate and paired gain with their intervals.  Set rewards: the value of the
-whole set, its gain with an interval, and a win rate over subsets (ours; see `compare_sets`).  Both sets of samples start from the same noise, which cuts the variance of the difference.
+Item rewards: mean of both, paired win rate and paired gain with their intervals.  Set rewards: the value of the whole
+set, its gain with an interval, and a win rate over subsets (ours; see `compare_sets`).  Both sets of samples start from
+the same noise, which cuts the variance of the difference.
 """
 
 from __future__ import annotations
