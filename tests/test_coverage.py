@@ -140,7 +140,7 @@ def test_means_of_more(law: str, n: int, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.slow
 def test_gains_of_set_rewards() -> None:
-    """Of a set reward that is smooth in the empirical law, here the logarithm of a mean; 100 halves, 400 simulations."""
+    """Of a set reward that is smooth in the law of its set, the logarithm of a mean; 400 simulations."""
     n, generator, covered = 20, np.random.default_rng(20), 0
     for _ in range(400):
         x = torch.from_numpy(generator.gamma((4.0, 5.0), size=(n, 2)).T.copy())
