@@ -79,26 +79,6 @@ def test_all_three_point_the_same_way_at_the_snapshot() -> None:
     assert len(nft_rows.t) == len(awm_rows.t) == 8
 
 
-def test_nft_loss_is_the_official_formula() -> None:
-    nft = make(Nft, updates_per_round=1, kl_coef=0.0, beta=0.4)
-    move(nft.roles, 0.1, "policy", "old")
-    (micro,) = nft.minibatches(nft.collect(CTX).data, 0, CTX)
-    out = nft.loss(micro, CTX)
-    t = micro.t[:, None]
-    xt, task = (1 - t) * micro.latents + t * micro.noise, nft.task
-    with nft.roles.use("old"):
-        old = task.denoiser(xt, micro.t, micro.cond).velocity
-    theta = task.denoiser(xt, micro.t, micro.cond).velocity
-
-    def term(v: Tensor) -> Tensor:
-        gap = xt - t * v - micro.latents
-        return (gap.square() / gap.abs().mean(1, keepdim=True).clamp_min(1e-5)).mean(1)
-
-    plus, minus = term(0.4 * theta + 0.6 * old), term(1.4 * old - 0.4 * theta)
-    expected = 5.0 * (micro.goal * plus / 0.4 + (1 - micro.goal) * minus / 0.4).sum()
-    torch.testing.assert_close(out.total, expected, rtol=1e-4, atol=1e-5)
-
-
 def test_nft_shifts_a_gaussian_by_one_over_a_max_beta() -> None:
     """docs/methods/crd.md#what-beta-means: base N(0, 1), A = x without clipping, w = 1: the exact shape of a shifted
     Gaussian, by 1/(A_max·β).
@@ -117,29 +97,6 @@ def test_nft_shifts_a_gaussian_by_one_over_a_max_beta() -> None:
     exact = -at / (at.square() + (1 - at).square()) / (a_max * beta)
     # 8 powers of t and 32768 points: within 5 % of the largest value
     torch.testing.assert_close(network.shift(at).detach(), exact, atol=0.05 * float(exact.abs().max()), rtol=0)
-
-
-def test_awm_off_policy_ratio_and_pull_to_the_snapshot() -> None:
-    awm = make(Awm, weighting="uniform", adv_clip=2.0, clip_range=0.05, snapshot_coef=0.3, kl_coef=0.0)
-    move(awm.roles, 0.1, "policy", "old", "start")
-    micro = next(iter(awm.minibatches(awm.collect(CTX).data, 0, CTX)))
-    out = awm.loss(micro, CTX)
-    t = micro.t[:, None]
-    xt, v = (1 - t) * micro.latents + t * micro.noise, micro.noise - micro.latents
-
-    def velocity(role: str) -> Tensor:
-        with awm.roles.use(role):
-            return awm.task.denoiser(xt, micro.t, micro.cond).velocity
-
-    theta, start, old = velocity("policy"), velocity("start"), velocity("old")
-    gain = (start - v).square().mean(1) - (theta - v).square().mean(1)
-    ratio, advantage = gain.exp(), micro.advantage / 2.0
-    policy = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.95, 1.05))
-    assert not torch.allclose(policy, -advantage * ratio)  # the clip is felt
-    expected = policy + 0.3 * (theta - old).square().mean(1)
-    torch.testing.assert_close(out.total, expected.sum(), rtol=1e-4, atol=1e-5)
-    assert Awm.role_names(AwmConfig()) == ("policy", "ref", "ema", "old")
-    assert Awm.role_names(AwmConfig(updates_per_round=2, snapshot_coef=0.0)) == ("policy", "ref", "ema", "start")
 
 
 def test_awm_weighs_errors_by_the_generalised_huber_gradient() -> None:
