@@ -404,5 +404,6 @@ def test_errors_say_what_to_do() -> None:
             Target(make_chain(model, (1,), steps=3, twist=Twist(lambda x, r: x, lambda t: 1.0)), Scorer(first)),
             9,
         )
-    assert set(POTENTIALS) == {"diff", "max", "add", "fk-published"}
+    published = {f"fk-published{kind}" for kind in ("", "-max", "-add", "-rt")}
+    assert set(POTENTIALS) == {"diff", "max", "add", "rt", *published}
     assert options_of("smc") == ["resample_at", "ess_threshold", "potential"]

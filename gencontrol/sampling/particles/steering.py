@@ -14,6 +14,7 @@ together with the value it anticipates.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -67,8 +68,16 @@ POTENTIALS: dict[str, Potential] = {
     "diff": Potential(0.0, _last, difference=True),
     "max": Potential(-math.inf, torch.maximum),
     "add": Potential(0.0, torch.add),
+    "rt": Potential(0.0, _last),
     "fk-published": Potential(0.0, _last, difference=True, published=True),
+    "fk-published-max": Potential(0.0, torch.maximum, published=True),
+    "fk-published-add": Potential(0.0, torch.add, published=True),
+    "fk-published-rt": Potential(0.0, _last, published=True),
 }
+#: Share of n below which FK steering's public code resamples at the end, whatever it did before (CODE).
+FK_LAST = 0.5
+#: Effective share of n below which a run of SMC says little (order of magnitude, derived).
+FEW = 0.01
 
 
 def smc(
@@ -88,9 +97,10 @@ def smc(
     Args:
         resample_at: number of equal segments, "all", or times of the grid; None is five segments (DTS table 2, FOUND).
         ess_threshold: resample where the effective sample size is below this share of n (0: never, 1: always).
-        potential: "diff" exp(λΔv), "max" exp(λ·max v), "add" exp(λ·Σv); or "fk-published", which reproduces the public
-            code's bias (CODE, docs/methods/dts.md#p14): differences, weights forgotten wherever it does not resample,
-            multinomial, clamped at 1e10, equal final weights, no log_z.  It is there to compare with, not to use.
+        potential: "diff" exp(λΔv), "max" exp(λ·max v), "add" exp(λ·Σv), "rt" exp(λv); or "fk-published" (differences),
+            "fk-published-max", "-add", "-rt", which reproduce the public code's bias (CODE, docs/methods/dts.md#p14):
+            weights forgotten wherever it does not resample, multinomial, clamped at 1e10, equal final weights, no
+            log_z.  They are there to compare with, not to use.
 
     extras: "ess" {grid index: effective sample size}, "resampled" [grid index], "origins" (starting particles with
     descendants).
@@ -140,12 +150,13 @@ def das(
     """Run DAS (arXiv 2501.05803): TDS on γ·r, with γ from 0 at noise to 1 at data.
 
     γ = min(1.008^i - 1, 1) at step i of 100 (CODE), the same curve for other numbers of steps (ours): early estimates,
-    which know little, count little.  Resampling is systematic where the public code has ssp.
+    which know little, count little.  The gradient of step i carries the factor of i + 1, where the step arrives (CODE).
+    Resampling is systematic where the public code has ssp.
 
     Raises:
         UsageError: as `tds`.
     """
-    share = {t: das_tempering(index, target.chain.steps) for index, t in enumerate(target.chain.grid)}
+    share = {t: das_tempering(index + 1, target.chain.steps) for index, t in enumerate(target.chain.grid)}
     climbing = _twisted(target, "das", lambda t: target.inverse_temperature * share[t], max_norm)
     steps = target.chain.steps
     return _run(climbing, n, resample_at, ess_threshold, POTENTIALS["diff"], lambda index: das_tempering(index, steps))
@@ -216,6 +227,7 @@ class Cloud:
         x: states [n *d].
         keys: noise keys [n].
         memory: the potential's number m [n].
+        potential: log G of the last look [n], as the public code clamps it (published rules alone).
         log_weights: [n], normalised.
         credit: [n] Σ log G received so far, to be taken back.
         pending: [n] Σ log p/q of steps that the weight does not contain yet.
@@ -238,6 +250,7 @@ class Cloud:
     nfe: int = 0
     trace: dict[int, float] = field(default_factory=dict)
     resampled: list[int] = field(default_factory=list)
+    potential: Float[Tensor, " n"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     seen: list[Float[Tensor, " n"]] = field(default_factory=list)
     places: list[Int64[Tensor, " n"]] = field(default_factory=list)
 
@@ -280,7 +293,7 @@ def _run(
     """
     levels = resampling_levels(target, resample_at)
     cloud, scores = travel(target, n, levels, ess_threshold, rule, fade)
-    return _finish(target, cloud, scores, ess_threshold, rule)
+    return _finish(target, cloud, scores, rule)
 
 
 def resampling_levels(target: Target, resample_at: ResampleAt) -> list[int]:
@@ -322,6 +335,8 @@ def travel(
         place = level
         cloud.trace[level] = effective_size(cloud.log_weights)
         if cloud.trace[level] < ess_threshold * n:
+            if rule.published:  # the public code pays back the potentials of the looks that resampled, and no others
+                cloud.credit = cloud.credit + cloud.potential
             cloud.select(_ancestors(target, cloud.log_weights, level, rule))
             cloud.resampled.append(level)
     cloud.advance(target, (place, target.chain.steps))
@@ -347,6 +362,7 @@ def _look(target: Target, cloud: Cloud, index: int, rule: Potential, fade: float
     gain = torch.where(valid, gain, torch.zeros_like(gain))
     cloud.memory = torch.where(valid, memory, cloud.memory)
     if rule.published:
+        cloud.potential = gain.clamp(max=math.log(FK_CLAMP))
         cloud.log_weights = _published(gain, valid)
         return
     cloud.reweigh(reached + gain)
@@ -396,20 +412,28 @@ def _published(gain: Float[Tensor, " n"], valid: Bool[Tensor, " n"]) -> Float[Te
     return normalised(log if bool(valid.any()) else torch.zeros_like(log))[0]
 
 
-def _finish(target: Target, cloud: Cloud, scores: Scores, ess_threshold: float, rule: Potential) -> Particles:
+def _finish(target: Target, cloud: Cloud, scores: Scores, rule: Potential) -> Particles:
     """Exact terminal weights, or the published end: resample once more if uneven, then forget the weights."""
     extras: dict[str, object] = {"ess": cloud.trace, "resampled": cloud.resampled}
     if target.chain.twist is not None:
         extras["gradients"] = len(cloud.x) * (target.chain.steps - 1)
     if rule.published:
-        terminal = scores.values.nan_to_num(0.0) * target.inverse_temperature
-        log = _published(terminal - target.inverse_temperature * cloud.memory, scores.valid)
-        if effective_size(log) < ess_threshold * len(log):
+        last = rule.update(cloud.memory, scores.values.nan_to_num(0.0))
+        gain = target.inverse_temperature * (last - cloud.memory if rule.difference else last)
+        log = _published(gain if rule.difference else gain - cloud.credit, scores.valid)
+        if effective_size(log) < FK_LAST * len(log):
             index = _ancestors(target, log, target.chain.steps, rule)
             cloud.select(index)
             scores = Scores(scores.values[index], scores.valid[index])
         cloud.log_weights, cloud.log_z = torch.zeros_like(log), math.nan
     else:
         settle(target, cloud, scores)
+    if not rule.published and (ess := effective_size(cloud.log_weights)) < FEW * len(cloud.x):
+        warnings.warn(
+            f"{len(cloud.x)} particles ended with an effective number of {ess:.3g}, below {FEW:.0%}: shares and log Z "
+            "say little; give more particles, another potential, or the sampler islands.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
     extras["origins"] = len(cloud.origin[torch.isfinite(cloud.log_weights)].unique())
     return collect(target, cloud.x, scores, cloud.log_weights, cloud.nfe, cloud.log_z, extras)
