@@ -46,10 +46,11 @@ class Sampler:
 _UNGUIDED, _STEERING = "gencontrol.sampling.particles.unguided", "gencontrol.sampling.particles.steering"
 _ISLANDS = "gencontrol.sampling.particles.islands"
 
-#: name → sampler.  DTS and DTS* are arXiv 2506.20701; the widening of DTS* is ours: the paper's is best-of-n for the
-#: first 36 rollouts, more than most budgets pay for.  Ten children are those of SVDD's public code (CODE).
+#: name → sampler.  DTS and DTS* are arXiv 2506.20701; selection and widening of DTS are ours
+#: (docs/methods/dts.md#shrunk), and so is the widening of DTS*: the paper's is best-of-n for the first 36 rollouts,
+#: more than most budgets pay for.  Ten children are those of SVDD's public code (CODE).
 SAMPLERS: dict[str, Sampler] = {
-    "dts": Sampler("diffusion tree sampling (DTS)", "sample", select="boltzmann", widening="paper", anytime=True),
+    "dts": Sampler("diffusion tree sampling (DTS)", "sample", select="shrunk", widening="steady", anytime=True),
     "dts-star": Sampler("diffusion tree search (DTS*)", "best", select="uct", widening="small", anytime=True),
     "islands": Sampler("calibrated islands", "sample", f"{_ISLANDS}:islands", anytime=True),
     "best-of-n": Sampler("best of n", "best", f"{_UNGUIDED}:best_of_n"),

@@ -89,8 +89,8 @@ class TreeSearchPipeline(WithProgress):
                 returns one number each, larger being better.  It gets images [b 3 h w] in [0, 1] (digits [b 1 8 8]) or
                 sounds [b n] or [b c n] in [-1, 1], float32, and with the context prompts and sampling rate.
             temperature: τ > 0, in units of the reward; smaller follows the reward more.
-            sampler: a name of `gencontrol.sampling.samplers.SAMPLERS`: "dts-star" (looks for the best sample), "dts"
-                (draws from the tilted law), or a particle sampler such as "smc".
+            sampler: a name of `gencontrol.sampling.samplers.SAMPLERS`: "dts-star" (looks for the best sample),
+                "islands" (draws from the tilted law), "dts" (draws by a tree), or another one.
             reward_batch: samples per decode and reward call.
             autocast: dtype in which the network runs under torch.autocast, e.g. torch.bfloat16.
             store: device of a tree's states, e.g. "cpu" where memory is short; None is the network's.
@@ -157,8 +157,8 @@ class TreeSearchPipeline(WithProgress):
             step: stochastic step of the chain; None is sde of level 1 (the DDPM posterior, ddim of eta 1).
             options: of a particle sampler, by its keyword arguments, e.g. {"potential": "max"}.
             readout: "best" takes the samples of largest reward; "sample" draws from the found law, with repeats, and
-                "distinct" without (from trees by the rule "robust" of `DiffusionTree.draw`); None is the sampler's
-                own, see `SAMPLERS`.
+                "distinct" without (from trees by the rule "weighted" of `DiffusionTree.draw`, or "robust" where UCT
+                grew it); None is the sampler's own, see `SAMPLERS`.
             tree: a result's tree, or a file that one was saved to, to grow further; its prompt, size, steps,
                 guidance, model and reward must be those of this call, its shape and sampler are its own.  The
                 pipeline's temperature may differ: the tree is retilted, which costs nothing.
@@ -410,9 +410,10 @@ def read(tree: DiffusionTree, root: int, count: int, readout: str) -> Leaves:
     """
     if readout == "best":
         return tree.best(count, root=root)
+    rule = "weighted" if tree.weighable else "robust"
     if readout == "sample":
-        return tree.draw(count, root=root, rule="robust")
-    drawn = tree.draw(max(1, min(count, len(tree.leaf_law(root)[0]))), root=root, rule="robust", replace=False)
+        return tree.draw(count, root=root, rule=rule)
+    drawn = tree.draw(max(1, min(count, len(tree.leaf_law(root, rule)[0]))), root=root, rule=rule, replace=False)
     order = drawn.rewards.argsort(descending=True, stable=True)
     return Leaves(*(part[order.to(part.device)] for part in drawn))
 

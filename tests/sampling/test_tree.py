@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -203,17 +204,27 @@ def test_leaves_whose_probability_rounds_to_zero_can_still_be_drawn_without_repl
     assert len(torch.unique(tree.sample(len(tree.leaves), replace=False), dim=0)) == len(tree.leaves)
 
 
-def test_disagreeing_estimates_are_reported() -> None:
-    tree = grown(900, lambda x: 12 * first(x), widening="small", leaf_batch=4)
+def test_few_rollouts_and_biased_read_outs_are_reported() -> None:
+    tree = grown(900, lambda x: 12 * first(x), select="boltzmann", widening="small", leaf_batch=4)
     weights = tree.rollout_weights()
     iw = weights.max() + math.log(np.exp(weights - weights.max()).mean())
-    assert abs(tree.nodes["value"][0] - iw) > 0.5, "these settings agree: choose a harder target"
-    with pytest.warns(UserWarning, match="disagree by"):
-        assert tree.stats()["log_z_iw"] == pytest.approx(iw, rel=1e-9)
+    gap = iw - tree.nodes["value"][0]
+    assert abs(gap) > 0.5, "these settings agree: choose a harder target"
+    assert tree.stats()["log_z_iw"] == pytest.approx(iw, rel=1e-9)
+    with pytest.warns(UserWarning, match="few rollouts carry the law"):
+        grown(100, lambda x: 40 * first(x)).stats()
+    with pytest.warns(UserWarning, match=rf"paper's read-out is biased.*log Z tree = \{gap:+.2f}"):
+        tree.sample(3, rule="boltzmann")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tree.sample(3)
+        grown(100, select="uniform").sample(3, rule="boltzmann")  # nothing was adaptive
+    with pytest.raises(UsageError, match="UCT has no probability"):
+        grown(100, select="uct").sample(3, rule="weighted")
 
 
 def test_progress_counts() -> None:
-    tree = DiffusionTree(Shrink(), first, (2, 2), steps=10, leaf_batch=3, generator=0)
+    tree = DiffusionTree(Shrink(), first, (2, 2), steps=10, leaf_batch=3, generator=0, widening="paper")
     seen = list(tree.build(100))
     assert [p.rounds for p in seen] == list(range(1, len(seen) + 1))
     assert seen[0].nfe == 60 and seen[0].reward_calls == 6 and len(seen[0].ess) == 2

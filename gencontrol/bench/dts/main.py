@@ -1,8 +1,8 @@
 """`gencontrol bench dts`: the claims of Diffusion Tree Sampling and Search, with peers at equal model calls, and seeds.
 
-Parts: "chain" (E-DTS-1 of docs/methods/dts.md), "mixture" (E-DTS-2), "digits" (E-DTS-3), "maximum" (E-DTS-4), "tokens",
-"throughput", "sound".  Numbers are measured here and now; a claim that does not hold is printed as NOT CONFIRMED and
-kept.  Seeds below 100 are reported; those looked at while writing are 100 and up.
+Parts: "chain" (E-DTS-1 of docs/methods/dts.md), "mixture" (E-DTS-2), "digits" (E-DTS-3), "maximum" (E-DTS-4),
+"posterior" (E-DTS-5), "tokens", "throughput", "sound".  Numbers are measured here and now; a claim that does not hold
+is printed as NOT CONFIRMED and kept.  Seeds below 100 are reported; those looked at while writing are 100 and up.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Options(PartOptions):
     """Options of the benchmark.
 
     Args:
-        parts: comma-separated: chain, mixture, digits, maximum, tokens, throughput, sound (default: all).
-        seeds: mixture and the token search take four times as many, sound one.
+        parts: comma-separated: chain, mixture, digits, maximum, posterior, tokens, throughput, sound (default: all).
+        seeds: mixture and the token search take four times as many, posterior twice, sound one.
         sound_prompts: prompts of the part sound.
         sound_nfe: model calls per prompt and method of the part sound.
         sound_minutes: fewer calls are made where more would not fit.
@@ -81,6 +81,20 @@ def _maximum(options: Options) -> dict[str, Any]:
     return dts_digits.maximum(dts_digits.World.bundled(), nfe=nfe, seeds=range(options.seeds), say=_say)
 
 
+def _posterior(options: Options) -> dict[str, Any]:
+    from gencontrol.bench.dts import posterior as dts_posterior
+
+    quick = options.quick
+    return dts_posterior.run(
+        budgets=(400, 800) if quick else (4000, 20_000, 100_000),
+        seeds=range(options.seeds if quick else 2 * options.seeds),
+        reference=64 if quick else 20_000,
+        keep=None if quick else Path(options.output) / "posterior",
+        say=_say,
+        few=quick,
+    )
+
+
 def _tokens(options: Options) -> dict[str, Any]:
     from gencontrol.bench.dts import tokens as dts_tokens
 
@@ -122,6 +136,7 @@ _RUN = {
     "mixture": _mixture,
     "digits": _digits,
     "maximum": _maximum,
+    "posterior": _posterior,
     "tokens": _tokens,
     "throughput": _throughput,
     "sound": _sound,

@@ -88,8 +88,8 @@ def mixture_mmd2(law: Law, target: GaussianMixture, bandwidths: Sequence[float])
             target.weights[i] * _smoothed(target.means[i : i + 1], target, spread[i], h)[0]
             for i in range(len(target.means))
         )
-        total += float(_mean_kernel(law.x, law.weights, law.x, law.weights, [h]) - 2 * across + own)
-    return total / len(bandwidths)
+        total += float(own - 2 * across)
+    return total / len(bandwidths) + _mean_kernel(law.x, law.weights, law.x, law.weights, bandwidths)
 
 
 def _smoothed(

@@ -11,7 +11,7 @@ from gencontrol.config import Count, Natural, NonNegative, options
 from gencontrol.errors import UsageError, nearest
 from gencontrol.sampling.samplers import SAMPLERS, TREES, sampler
 
-_RULES, _WIDENINGS = ("boltzmann", "uct", "tempered", "uniform"), ("paper", "text", "small")
+_RULES, _WIDENINGS = ("shrunk", "boltzmann", "uct", "tempered", "uniform"), ("steady", "paper", "text", "small")
 
 
 @options
@@ -61,16 +61,17 @@ class SearchConfig:
     """The [search] section: how p(x)·exp(reward/temperature) is searched.
 
     Args:
-        sampler: {SAMPLERS}; a tree ("dts" samples, "dts-star" maximises) or particles.
+        sampler: {SAMPLERS}; "dts-star" looks for the best sample, "islands" draws from the law, "dts" does so with a
+            tree.
         nfe: model calls per prompt; a guided call (two rows of the network) counts one.
         temperature: τ > 0 in units of the reward; smaller follows the reward more.
         steps: sampler steps of a whole path; None is the model's own number.
         branch: equal segments between levels ("5"), "all", or times such as "0.8,0.6,0.4"; where particles resample.
             None is 5 segments, or one per step where there are fewer.
         leaf_batch: leaves per round and prompt of a tree; particles of one model call.
-        widening: "paper", "text", "small", or "C,alpha": how many children a node of N visits may have, C·N^alpha;
-            None is the sampler's own.
-        select: rule while a tree grows: "boltzmann", "uct", "tempered", "uniform"; None is the sampler's own.
+        widening: "steady", "paper", "text", "small", or "C,alpha": how many children a node of N visits may have,
+            C·N^alpha; None is the sampler's own.
+        select: rule while a tree grows: "shrunk", "boltzmann", "uct", "tempered", "uniform"; None is the sampler's own.
         backup: how values go up a tree: "soft", or "max" (the limit τ → 0).
         guidance_scale: classifier-free guidance; None is the model's own, 1 or below is none.
         gradient: strength of the reward's gradient in a tree's proposals, 0 is none.

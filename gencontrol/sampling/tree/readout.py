@@ -5,9 +5,10 @@ is not visited again (docs/methods/dts.md#p1, measured).  The importance-weighte
 (docs/methods/dts.md#estimates, derived) divides every descent by the probability of its choices; the base estimate uses
 the rollouts that started at the root, which are plain samples of the model.
 
-Reading out ∝ exp(λ v̂) (the paper's rule) has a fault of its own, which the mean over trees shows and the median hides
-(measured, `bench dts` part mixture): a node drawn a moment ago whose first leaf is lucky takes most of the mass, since
-only further visits correct its value.  "robust" (ours) trusts a value as far as it has been visited.
+Reading out ∝ exp(λ v̂) (the paper's rule) takes every descent as if it had been uniform (docs/methods/dts.md#readout,
+derived), so its law is biased wherever selection followed the values; and a node drawn a moment ago whose first leaf is
+lucky takes most of the mass.  "robust" (ours) trusts a value as far as it has been visited.  "weighted" (ours) reads
+the rollouts by their importance weights and is the default wherever descents have a probability.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ from gencontrol.rng import seed_of, stream_seed
 from gencontrol.sampling.chain import Chain
 from gencontrol.sampling.scoring import Scorer
 from gencontrol.sampling.tree.nodes import Children, Floats, Ints, Lookup, Nodes, StatePool, Table
-from gencontrol.sampling.tree.rules import Boltzmann, Rule, Widening
+from gencontrol.sampling.tree.rules import Boltzmann, Rule, Shrunk, Widening
 
-READOUTS = ("boltzmann", "robust", "argmax")
+READOUTS = ("weighted", "boltzmann", "robust", "argmax")
 #: "robust": a child's weight has the factor N/(N + 16), and its probability is at most 4 times its share of the visits.
 #: Chosen on the trees of seed 500 of the three mixtures among 4, 16, 64 and 1.5, 2, 4, 8.
 _TRUSTED_VISITS, _VISIT_CAP = 16.0, 4.0
 
-#: Two estimates of log Z further apart than this are reported (nats; docs/methods/dts.md#estimates).
-DISAGREEMENT = 0.5
+#: Fewer effective rollouts than this are reported (an order of magnitude, derived).
+FEW = 30.0
 
 
 class Leaves(NamedTuple):
@@ -192,14 +193,40 @@ class Forest:
             self.rounds,
         )
 
-    def leaf_law(self, root: int = 0, rule: str = "boltzmann") -> tuple[Ints, Floats]:
-        """Return (valid leaves, probabilities) of the law of reading out; rule: "boltzmann" or "robust"."""
-        leaves, log_law = self._log_law(root, rule)
+    @property
+    def weighable(self) -> bool:
+        """Whether descents had a probability, so that rollouts have importance weights (not by UCT)."""
+        return not self.config.select.greedy
+
+    def leaf_law(self, root: int = 0, rule: str | None = None) -> tuple[Ints, Floats]:
+        """Return (valid leaves, probabilities) of the law of reading out.
+
+        Args:
+            rule: "weighted", "boltzmann" or "robust"; None is "weighted", for trees by UCT "boltzmann".
+        """
+        leaves, log_law = self._log_law(root, rule or ("weighted" if self.weighable else "boltzmann"))
         law = np.exp(log_law)
         return leaves, law / law.sum()
 
+    def _weighted_law(self, root: int) -> tuple[Ints, Floats]:
+        """Leaves with the log of their rollouts' weights; rollout m counts sqrt(m).
+
+        Later rollouts descend by better values, and the square root is near the best of fixed coefficients whatever the
+        rate of learning is (Owen & Zhou 2019); being fixed, they bring no bias.
+        """
+        mine = np.flatnonzero(self.nodes.root_of(self.rollouts["leaf"].astype(np.int64)) == root)
+        log_w = self.log_weights()[mine] + 0.5 * np.log1p(np.arange(len(mine)))
+        leaves, place = np.unique(self.rollouts["leaf"][mine].astype(np.int64), return_inverse=True)
+        total = np.full(len(leaves), -np.inf)
+        np.logaddexp.at(total, place, log_w)
+        kept = np.isfinite(total)
+        leaves, total = leaves[kept], total[kept]
+        return leaves, total - total.max() if len(total) else total
+
     def _log_law(self, root: int, rule: str) -> tuple[Ints, Floats]:
-        """`leaf_law` in logarithms, which keep leaves apart whose probabilities round to 0."""
+        """`leaf_law` in logarithms of any scale, which keep leaves apart whose probabilities round to 0."""
+        if rule == "weighted":
+            return self._weighted_law(root)
         nodes, last = self.nodes, self.config.last
         mass = np.full(nodes.size, -np.inf)
         ids = np.array([root])
@@ -258,20 +285,27 @@ class Forest:
         Args:
             generator: of the draws; None is a stream of the tree's seed (the same samples at each call).
             root: which prompt.
-            rule: "boltzmann" walks down ∝ exp(λ v̂) (the paper's), "robust" the same with bounds on what rarely
-                visited nodes weigh (ours; closer to the target in `bench dts`), "argmax" takes the best child (one
-                leaf, repeated); None is "argmax" for a tree built by UCT, else "boltzmann".
+            rule: "weighted" takes rollouts by their importance weights (ours; the only one that is right in the limit
+                of practicable budgets), "boltzmann" walks down ∝ exp(λ v̂) (the paper's), "robust" the same with bounds
+                on what rarely visited nodes weigh (ours), "argmax" takes the best child (one leaf, repeated); None is
+                "argmax" for a tree built by UCT, else "weighted".
             replace: False draws distinct leaves.
 
         Raises:
-            UsageError: unknown rule, no valid leaf, fewer than n leaves without replacement, or no such root.
+            UsageError: unknown rule, "weighted" on a tree built by UCT, no valid leaf, fewer than n leaves without
+                replacement, or no such root.
+
+        Warns where "boltzmann" or "robust" read a tree whose selection followed the values: they are biased there.
         """
         self._check_root(root)
         if n < 1:
             raise UsageError(f"{n} samples were asked for; give at least 1.")
-        rule = rule or ("argmax" if self.config.select.greedy else "boltzmann")
+        rule = rule or ("weighted" if self.weighable else "argmax")
         if rule not in READOUTS:
             raise UsageError(f"unknown rule '{rule}'.{nearest(rule, READOUTS)} Known: {', '.join(READOUTS)}.")
+        if rule == "weighted" and not self.weighable:
+            raise UsageError("a descent by UCT has no probability, so its rollouts have no weights; take another rule.")
+        self._warn_of_bias(root, rule)
         leaves, law = self._log_law(root, rule)
         if not len(leaves):
             raise UsageError("the tree holds no valid leaf yet; build it first: for _ in tree.build(nfe=...): pass")
@@ -288,6 +322,18 @@ class Forest:
             return self.gather(leaves[np.argsort(-keys)[:n]])
         chance = np.exp(law)
         return self.gather(leaves[draw.choice(len(leaves), size=n, p=chance / chance.sum())])
+
+    def _warn_of_bias(self, root: int, rule: str) -> None:
+        """Say how far the values are from the weighted rollouts, where reading out follows adaptive values."""
+        uniform = isinstance(self.config.select, Boltzmann | Shrunk) and self.config.select.floor == 1
+        if rule in ("boltzmann", "robust") and self.weighable and not uniform and not self.config.hard:
+            gap = _log_mean(self.rollout_weights(root)) - self.log_z_tree(root)
+            whose = "the paper's read-out" if rule == "boltzmann" else "this read-out"
+            warnings.warn(
+                f"{whose} is biased on an adaptive tree: log Z weighted − log Z tree = {gap:+.2f}; rule='weighted' is "
+                "not.",
+                stacklevel=3,
+            )
 
     def sample(
         self,
@@ -332,7 +378,7 @@ class Forest:
         return self.log_weights(self.nodes.root_of(self.rollouts["leaf"].astype(np.int64)) == root)
 
     def stats(self, root: int = 0) -> dict[str, float]:
-        """Return the numbers that a report of one root needs; warns where tree and importance-weighted log Z disagree.
+        """Return the numbers that a report of one root needs; warns where few rollouts carry the weighted law.
 
         Keys: nfe, rollouts, leaves (distinct), excluded, best, base_ess and tree_ess (numbers of samples),
         base_ess_share, iw_ess, log_z_tree, log_z_iw, log_z_base (NaN where not defined), bytes_per_node.
@@ -356,12 +402,10 @@ class Forest:
             "log_z_base": float(self.counts["log_w"][root] - math.log(base)) if base else math.nan,
             "bytes_per_node": self.bytes() / self.nodes.size,
         }
-        gap = abs(found["log_z_tree"] - found["log_z_iw"])
-        if gap > DISAGREEMENT:
+        if found["iw_ess"] < FEW:
             warnings.warn(
-                f"the estimates of log Z disagree by {gap:.2f} nats (tree {found['log_z_tree']:.2f}, importance-"
-                f"weighted {found['log_z_iw']:.2f}): the tree has not converged; give more nfe or select='tempered' or "
-                "'uniform'.",
+                f"few rollouts carry the law (effective number {found['iw_ess']:.1f}): shares are good to about "
+                f"±{1 / math.sqrt(max(found['iw_ess'], 1)):.2f}; give more nfe, or raise the temperature.",
                 stacklevel=2,
             )
         return found

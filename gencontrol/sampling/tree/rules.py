@@ -1,13 +1,14 @@
 """How a tree chooses where the next rollout starts: progressive widening, and the choice among a node's children.
 
-DTS draws a child ∝ exp(λ v̂) and DTS* takes the largest upper confidence bound (arXiv 2506.20701, §4); the tempered and
-floored laws and the uniform one are ours (they keep the importance weights tame).  K rollouts choose together: values
-are frozen, but each pick sees the visits and pending children of the picks before it, exactly as if they had come one
-by one.
+DTS draws a child ∝ exp(λ v̂) and DTS* takes the largest upper confidence bound (arXiv 2506.20701, §4); the shrunk, the
+tempered and floored laws and the uniform one are ours (they keep the importance weights tame).  K rollouts choose
+together: values are frozen, but each pick sees the visits and pending children of the picks before it, exactly as if
+they had come one by one.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -46,7 +47,13 @@ class Widening:
 
 #: "paper" is DTS's setting for images (found); text used alpha 0.7 (found).  "small" searches from the third rollout
 #: on, where the paper's is best-of-N for the first 36 (docs/methods/dts.md#p3, derived).
-WIDENINGS = {"paper": Widening(2.0, 0.8), "text": Widening(2.0, 0.7), "small": Widening(1.0, 0.5)}
+#: "steady" is ours for "shrunk" (docs/methods/dts.md#shrunk, chosen in pilots on other targets).
+WIDENINGS = {
+    "paper": Widening(2.0, 0.8),
+    "text": Widening(2.0, 0.7),
+    "small": Widening(1.0, 0.5),
+    "steady": Widening(1.0, 0.65),
+}
 
 
 @dataclass(frozen=True)
@@ -118,15 +125,67 @@ class Boltzmann:
 
     def choose(self, nodes: Nodes, at: Standing) -> tuple[Ints, Floats]:
         """Draw by the inverse distribution function, all picks at once."""
-        places, group = np.unique(at.nodes, return_inverse=True)
-        ids, offsets, chance, share = self.probabilities(nodes, places, at.inverse_temperature)
-        cumulative = np.cumsum(chance)
-        before = np.concatenate([[0.0], cumulative])[offsets[:-1]]
-        total = cumulative[offsets[1:] - 1] - before
-        level = before[group] + at.draws * _BELOW_ONE * total[group]
-        chosen = np.clip(np.searchsorted(cumulative, level, side="right"), offsets[group], offsets[group + 1] - 1)
-        np.add.at(nodes["visits"], ids[chosen], 1)
-        return ids[chosen], np.log(share[chosen]) - np.log(chance[chosen])
+        return _draw(self, nodes, at)
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """Draw a child by its value shrunk towards the mean of its siblings, mixed with a uniform draw (ours).
+
+    With T_c = exp(λ·v̂_c), m the mean of T over the children and n_c the rollouts through c, π(c) is a mixture of
+    floor·share and (1 - floor) times the normalised share·(pseudo·m + n_c·T_c)/(pseudo + n_c).  So one rollout that did
+    badly does not bury a child, and the weight of one level, share/π, is at most 1/floor.  Clean leaves, whose reward
+    is no estimate, are not shrunk (docs/methods/dts.md#shrunk, derived).
+
+    Args:
+        pseudo: κ ≥ 0, rollouts that the siblings' mean counts.
+        floor: in (0, 1].
+    """
+
+    pseudo: float = 8.0
+    floor: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.pseudo < math.inf or not 0 < self.floor <= 1:
+            raise UsageError(f"selection needs pseudo >= 0 and floor in (0, 1], not {self.pseudo} and {self.floor}.")
+
+    @property
+    def greedy(self) -> bool:
+        """False."""
+        return False
+
+    def probabilities(self, nodes: Nodes, ids: Ints, inverse_temperature: float) -> tuple[Ints, Ints, Floats, Floats]:
+        """Return (children, offsets, probabilities, shares) of nodes: share is a child's weight in the plain mean."""
+        children = nodes.children(ids)
+        copies = nodes["multiplicity"][children.ids]
+        share = copies / children.spread(children.sum(copies))
+        log_t = nodes.scores(children.ids, inverse_temperature)
+        mean = children.spread(children.logsumexp(log_t + np.log(share)))
+        # a clean leaf has no children; of the others' visits the first was not a rollout
+        passed = nodes["visits"][children.ids] - 1.0
+        clean = nodes["count"][children.ids] == 0
+        trust = np.where(clean, 1.0, passed / np.maximum(self.pseudo + passed, 1e-300))
+        with np.errstate(divide="ignore"):
+            logits = np.logaddexp(np.log1p(-trust) + mean, np.log(trust) + log_t) + np.log(share)
+        chance = np.exp(logits - children.spread(children.logsumexp(logits)))
+        return children.ids, children.offsets, (1 - self.floor) * chance + self.floor * share, share
+
+    def choose(self, nodes: Nodes, at: Standing) -> tuple[Ints, Floats]:
+        """Draw by the inverse distribution function, all picks at once."""
+        return _draw(self, nodes, at)
+
+
+def _draw(rule: Boltzmann | Shrunk, nodes: Nodes, at: Standing) -> tuple[Ints, Floats]:
+    """Children drawn by a rule's probabilities, with the log of share/probability."""
+    places, group = np.unique(at.nodes, return_inverse=True)
+    ids, offsets, chance, share = rule.probabilities(nodes, places, at.inverse_temperature)
+    cumulative = np.cumsum(chance)
+    before = np.concatenate([[0.0], cumulative])[offsets[:-1]]
+    total = cumulative[offsets[1:] - 1] - before
+    level = before[group] + at.draws * _BELOW_ONE * total[group]
+    chosen = np.clip(np.searchsorted(cumulative, level, side="right"), offsets[group], offsets[group + 1] - 1)
+    np.add.at(nodes["visits"], ids[chosen], 1)
+    return ids[chosen], np.log(share[chosen]) - np.log(chance[chosen])
 
 
 @dataclass(frozen=True)
@@ -169,6 +228,7 @@ class Uct:
 
 
 RULES: dict[str, Rule] = {
+    "shrunk": Shrunk(),
     "boltzmann": Boltzmann(),
     "tempered": Boltzmann(power=0.5, floor=0.1),
     "uniform": Boltzmann(power=0.0, floor=1.0),

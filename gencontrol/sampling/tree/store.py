@@ -22,12 +22,15 @@ from gencontrol.sampling.chain import Chain, cond_leaves
 from gencontrol.sampling.loop import STEPS
 from gencontrol.sampling.scoring import Scorer
 from gencontrol.sampling.state import Step
-from gencontrol.sampling.tree.rules import Boltzmann, Rule, Uct
+from gencontrol.sampling.tree.rules import Boltzmann, Rule, Shrunk, Uct
 
 FORMAT = "gencontrol-tree-1"
 _SAMPLES = 64  # numbers per tensor that enter a model's fingerprint
 #: what a file may name; classes are never looked up by a name that a stranger wrote
-_CLASSES: dict[str, Any] = {"Boltzmann": Boltzmann, "Uct": Uct, **{kind.__name__: kind for kind in STEPS.values()}}
+_CLASSES: dict[str, Any] = {
+    **{kind.__name__: kind for kind in (Boltzmann, Shrunk, Uct)},
+    **{kind.__name__: kind for kind in STEPS.values()},
+}
 
 
 def write_tree(path: str | Path, facts: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -65,9 +65,10 @@ class DiffusionTree(Forest):
         branch: number of equal segments, or the times in (0, 1] where levels lie (1 makes x_T a level of its own), or
             "all" for every time of the grid.  The paper's: 50 steps, levels at 40, 30, 20, 10: the default 5 segments.
         temperature: τ > 0; smaller follows the reward more.
-        select: "boltzmann" (DTS), "uct" (DTS*), "uniform", "tempered", or a rule object.
+        select: "shrunk" (ours), "boltzmann" (the paper's DTS), "uct" (DTS*), "uniform", "tempered", or a rule object.
         backup: "soft" or "max" (the limit τ → 0; the paper's choice for text).
-        widening: "paper" (2·N^0.8), "text" (2·N^0.7), "small" (N^0.5), (C, alpha) or a Widening.
+        widening: "steady" (N^0.65, ours), "paper" (2·N^0.8), "text" (2·N^0.7), "small" (N^0.5), (C, alpha) or a
+            Widening.
         leaf_batch: K, leaves per round and prompt.
         generator: torch.Generator or int; gives the seed of the tree.
         cond: condition with one row per prompt, or None.
@@ -97,9 +98,9 @@ class DiffusionTree(Forest):
         steps: int | None = None,
         branch: int | str | Sequence[float] = 5,
         temperature: float = 1.0,
-        select: str | Rule = "boltzmann",
+        select: str | Rule = "shrunk",
         backup: str = "soft",
-        widening: str | tuple[float, float] | Widening = "paper",
+        widening: str | tuple[float, float] | Widening = "steady",
         leaf_batch: int = 16,
         generator: torch.Generator | int | None = None,
         cond: Cond = None,
