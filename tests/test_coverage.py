@@ -158,5 +158,5 @@ if __name__ == "__main__":
         for name, values in (("share", of_shares(clopper_pearson, size)), ("paired difference", of_paired(size))):
             print(f"n = {size}: {name}: least {values.min():.3f}, mean {values.mean():.3f}")
         for name in LAWS:
-            cover, printed = of_means(name, size, 4000)
+            cover, printed = of_means(name, size, 4000 if size < 200 else 1000)
             print(f"n = {size}: mean of {name}: {cover:.3f}, an interval in {printed:.1%} of samples", flush=True)

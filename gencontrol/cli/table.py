@@ -124,7 +124,7 @@ COMMANDS = {
     ),
     "evaluate": Entry(
         "Robots",
-        "Measure how often policies succeed, with intervals, videos of failures first, and a report page.\n\n"
+        "Measure how often policies succeed, with intervals, videos, and a report page.\n\n"
         "Example: gencontrol evaluate runs/a runs/b --paired --env FetchPickAndPlace-v4 --episodes 200 --output eval",
         job="gencontrol.jobs.evaluate:run",
         sections={"run": "gencontrol.jobs.evaluate:EvaluateConfig"},

@@ -9,7 +9,7 @@ import math
 import re
 import wave
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -37,11 +37,16 @@ class Sound:
 
 @dataclass(frozen=True)
 class Pair:
-    """A fixed prompt with the sound of the base model and of the tuned one (either may be missing)."""
+    """A prompt with the sample of the base model and of the tuned one (either may be missing).
+
+    Args:
+        place: of its gain among those of all evaluation samples, e.g. "median"; "" where it was not chosen by that.
+    """
 
     prompt: str
     base: Sound | None = None
     tuned: Sound | None = None
+    place: str = ""
 
 
 class About(NamedTuple):
@@ -283,12 +288,14 @@ def _read_pairs(folder: Path) -> tuple[int, list[Pair]]:
 
 def _compared(folder: Path) -> list[Pair]:
     """Base and tuned sounds with prompts.json."""
-    pairs = []
-    for index, row in enumerate(read_json(folder / "prompts.json", [])):
-        row = row if isinstance(row, dict) else {}
+    pairs, rows = [], [row if isinstance(row, dict) else {} for row in read_json(folder / "prompts.json", [])]
+    chosen = any(row.get("place") for row in rows)
+    for index, row in enumerate(rows):
+        if chosen and not row.get("place"):
+            continue  # one of the fixed ones, which show the course of training
         sounds = {side: _sound(folder, f"{side}_{index:02d}", row.get(f"{side}_reward")) for side in ("base", "tuned")}
         if any(sounds.values()):
-            pairs.append(Pair(str(row.get("prompt", "")), sounds["base"], sounds["tuned"]))
+            pairs.append(Pair(str(row.get("prompt", "")), sounds["base"], sounds["tuned"], str(row.get("place", ""))))
     return pairs
 
 
@@ -322,7 +329,8 @@ def _within_budget(pairs: list[Pair]) -> tuple[list[Pair], float | None]:
         return pairs, None
     short = {id(sound): Sound(sound.wav and cut_wav(sound.wav, SHORT_S), sound.png, sound.reward) for sound in sounds}
     return [
-        Pair(p.prompt, short[id(p.base)] if p.base else None, short[id(p.tuned)] if p.tuned else None) for p in pairs
+        replace(p, base=short[id(p.base)] if p.base else None, tuned=short[id(p.tuned)] if p.tuned else None)
+        for p in pairs
     ], SHORT_S
 
 

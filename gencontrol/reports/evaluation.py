@@ -1,4 +1,4 @@
-"""report.html of an evaluation: rates with intervals, paired comparison, videos of failures first, every episode.
+"""report.html of an evaluation: rates with intervals, paired comparison, videos (failures first), every episode.
 
 Everything is read from report.json, which the evaluation wrote, so the page can be made again at any time.
 """
@@ -93,8 +93,9 @@ def _policy(folder: Path, entry: Mapping[str, Any], budget: list[int]) -> dict[s
     valid = overall["valid"]
     steps = f"of {valid}; {number(overall['mean_length'], 1)} steps on average"
     half, most = _milliseconds(latency["p50"]), _milliseconds(latency["p95"])
-    remarks = [f"{count} invalid: {reason}." for reason, count in overall["invalid"].items()]
-    if remarks:
+    remarks = [] if valid else ["None of the episodes is valid, so there is no rate."]
+    remarks += [f"{count} invalid: {reason}." for reason, count in overall["invalid"].items()]
+    if overall["invalid"] and valid:
         share = percent(overall["rate_if_invalid_failed"], 1)
         remarks.append(f"Invalid episodes are in no rate; counted as failures they would make it {share}.")
     if clipped := overall["clipped_numbers"]:
@@ -118,10 +119,21 @@ def _policy(folder: Path, entry: Mapping[str, Any], budget: list[int]) -> dict[s
             for task in (entry["per_task"] if len(entry["per_task"]) > 1 else ())
         ],
         "remarks": [*remarks, *map(str, entry["notes"])],
+        "filmed": _filmed(ordered),
         "videos": [_video(folder, row, budget) for row in ordered if row.get("video")],
         "episodes": [_episode(row) for row in ordered],
         "facts": {key: str(value) for key, value in entry["policy"].items() if key != "id"},
     }
+
+
+def _filmed(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Which episodes the videos show."""
+    parts = []
+    for success, one, several in ((False, "failure", "failures"), (True, "success", "successes")):
+        kind = [row for row in rows if row["invalid"] is None and row["success"] == success]
+        shown = sum(bool(row.get("video")) for row in kind)
+        parts.append(f"{shown} of {len(kind)} {one if len(kind) == 1 else several}")
+    return f"{parts[0]} and {parts[1]}: in proportion, one of each at least where there is room, the first seeds."
 
 
 def _comparison(pairs: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,7 +142,14 @@ def _comparison(pairs: Mapping[str, Any]) -> dict[str, Any]:
     ends = f"95 % {_points(change['low'])} to {_points(change['high'])}"
     discordant = f"{pairs['only_second']} : {pairs['only_first']}"
     returns = pairs["return_difference"]
+    if not pairs["pairs"]:
+        verdict = "No pair of episodes is left to compare."
+    elif pairs["only_first"] or pairs["only_second"]:
+        verdict = ""
+    else:
+        verdict = "No pair is discordant: nothing here tells the two apart. Try harder or more episodes."
     return {
+        "verdict": verdict,
         "first": first,
         "second": second,
         "count": pairs["pairs"],

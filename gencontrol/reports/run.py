@@ -7,7 +7,7 @@ was killed, or that came from another machine.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,12 @@ def _context(run: RunData) -> dict[str, Any]:
         seen = "prompts" in run.settings and run.settings.get("eval_prompts") in (None, run.settings["prompts"])
         unseen = "" if seen else "; training never used these prompts"
         intro = f"The same prompts and the same noise through the base model and through the tuned one{unseen}."
+        if run.pairs[0].place:
+            gain, count = run.last("eval/reward/gain"), run.last("eval/items") or 0
+            intro += f" Of {count:.0f} evaluation samples, sorted by how much the reward gained, these are the "
+            intro += f"{_listed([pair.place for pair in run.pairs])}; the mean gain of all is {signed(gain or 0.0)}."
+        elif any(pair.tuned is not None and pair.tuned.reward is None for pair in run.pairs):
+            intro += " These are the first ones: the reward scores whole sets and no single sample."
     pictures = any(side is not None and side.wav is None for pair in run.pairs for side in (pair.base, pair.tuned))
     main, charts, others = _charts(run)
     return {
@@ -97,6 +103,10 @@ def _context(run: RunData) -> dict[str, Any]:
     }
 
 
+def _listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
 def _tiles(run: RunData) -> list[Tile]:
     """The numbers that answer "did it work": gain and win rate with their intervals."""
     tiles = []
@@ -105,7 +115,8 @@ def _tiles(run: RunData) -> list[Tile]:
         """The interval as text, and on which side of 0 it lies."""
         low, high = run.last(f"{name}_low"), run.last(f"{name}_high")
         if low is None or high is None:
-            return "no interval: too few samples", 0
+            few = (run.last("eval/items") or 0) < 4
+            return "no interval: " + ("too few samples" if few else "random halves of the set overlap"), 0
         return f"95 %: {write(low)} to {write(high)}", (low > 0) - (high < 0)
 
     if (gain := run.last("eval/reward/gain")) is not None:
@@ -146,7 +157,7 @@ def _remarks(run: RunData) -> list[str]:
 
 
 def _grid(run: RunData) -> list[tuple[str, str, list[tuple[str, bytes | None, float | None]]]]:
-    """Rows (name, style, cells) of the fixed prompts: base, and the tuned model at evaluations spread over the run."""
+    """Rows (name, style, cells) of the first prompts: the base, and the tuned model at evaluations over the run."""
     found = sorted(path for path in (run.path / "samples").glob("step_*") if any(path.glob("tuned_*.png")))
     steps = found[1:] or found  # at the first evaluation the tuned model is the base
     if len(steps) > _ROWS:
@@ -157,6 +168,8 @@ def _grid(run: RunData) -> list[tuple[str, str, list[tuple[str, bytes | None, fl
     for name, side, folder in shown:
         cells: list[tuple[str, bytes | None, float | None]] = []
         for index, entry in enumerate(row for row in read_json(folder / "prompts.json", []) if isinstance(row, dict)):
+            if entry.get("place"):
+                continue
             file, reward = folder / f"{side}_{index:02d}.png", entry.get(f"{side}_reward")
             picture = file.read_bytes() if file.is_file() else None
             cells.append((str(entry.get("prompt", "")), picture, float(reward) if is_number(reward) else None))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gencontrol.reports.charts import WIDE, Drawing, Line, TreeData, histogram, line_chart, tree_figure
 from gencontrol.reports.data import BUDGET_BYTES, RunData, Sound, is_number, read_json
@@ -71,19 +71,83 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
+class Equal(NamedTuple):
+    """A search and plain samples of the model after as many model calls.
+
+    Args:
+        calls: of each.
+        best: reward of the best sample that the search had by then.
+        plain: of the best plain sample.
+        drawn: plain samples behind it.
+    """
+
+    calls: int
+    best: float
+    plain: float
+    drawn: int
+
+
+def at_equal_calls(row: Mapping[str, Any]) -> Equal | None:
+    """Compare the search of a prompt (a row of search.json) with best of n; None where it holds no plain samples.
+
+    A tree's paths from its root are plain samples. By themselves they cost fewer calls than the whole search; so the
+    search is taken as it stood after that many calls.
+    """
+    plain, curve = row.get("base_curve") or (), row.get("curve") or ()
+    if not plain:
+        return None
+    calls = plain[-1][0]
+    reached = [value for cost, value in curve if cost <= calls]
+    if not reached:
+        return None
+    return Equal(
+        int(calls),
+        max(reached),
+        max(value for _, value in plain),
+        int(row.get("plain") or len(row.get("base_rewards", []))),
+    )
+
+
+def compared(found: Mapping[str, Any]) -> list[str]:
+    """Say in a line for each prompt of search.json what the search had over best of n at equal model calls."""
+    rows = [(row.get("prompt"), at_equal_calls(row)) for row in found.get("prompts", [])]
+    return [
+        f"“{prompt}”: after {one.calls} model calls each, search {one.best:.4f}, best of {one.drawn} plain samples "
+        f"{one.plain:.4f} ({one.best - one.plain:+.4f})"
+        for prompt, one in rows
+        if one is not None
+    ]
+
+
+def unbranched(found: Mapping[str, Any]) -> list[str]:
+    """Say, in a sentence for each prompt of search.json, which trees never branched: they hold plain samples alone."""
+    said = []
+    for row in found.get("prompts", []):
+        if isinstance(row.get("tree"), Mapping) and not row.get("grown_rewards"):
+            count = len(row.get("base_rewards", []))
+            said.append(
+                f"The tree of “{row.get('prompt')}” never branched: its {count} scored samples are plain ones, so this "
+                "is best of n and no search; give more --nfe or fewer --steps."
+            )
+    return said
+
+
 def _tiles(found: Mapping[str, Any], prompts: Sequence[Mapping[str, Any]]) -> list[Tile]:
     """Best reward against the model's own samples, and what it cost."""
     best = [row["stats"]["best"] for row in prompts if is_number(row.get("stats", {}).get("best"))]
-    plain = [row["base_rewards"] for row in prompts if row.get("base_rewards")]
+    equal = [one for row in prompts if (one := at_equal_calls(row)) is not None]
     tiles = []
     if best:
         detail = f"mean over {len(best)} prompts" if len(prompts) > 1 else "of all samples found"
         tiles.append(Tile("Best reward", number(_mean(best)), detail))
-    if best and plain:
-        base, drawn = _mean([_mean(values) for values in plain]), sum(map(len, plain))
-        detail = f"they have {number(base)} on average ({drawn} sample{'s' if drawn > 1 else ''})"
-        gain = _mean(best) - base
-        tiles.append(Tile("Above plain samples", signed(gain), detail, "good" if gain > 0 else "bad"))
+    if equal:
+        reached, plain = _mean([one.best for one in equal]), _mean([one.plain for one in equal])
+        calls, drawn = _mean([one.calls for one in equal]), _mean([one.drawn for one in equal])
+        detail = f"after {grouped(calls)} model calls each: search {number(reached)}, best of {drawn:.0f} plain "
+        detail += f"samples {number(plain)}" + (f"; means over {len(equal)} prompts" if len(equal) > 1 else "")
+        gain = reached - plain
+        kind = "good" if gain > 0 else "bad" if gain < 0 else ""
+        tiles.append(Tile("Above best of n at equal calls", signed(gain), detail, kind))
     calls = sum(int(row.get("nfe", 0)) for row in prompts)
     scored = sum(int(row.get("reward_calls", 0)) for row in prompts)
     tiles.append(Tile("Model calls", grouped(calls), f"{scored} reward calls"))
@@ -102,6 +166,13 @@ def _remarks(run: RunData, found: Mapping[str, Any], prompts: Sequence[Mapping[s
     for row in prompts:
         name = f"“{row.get('prompt')}”: " if len(prompts) > 1 else ""
         remarks += [f"{name}{text[:1].upper()}{text[1:]}" for text in map(str, row.get("warnings", []))]
+    remarks += unbranched(found)
+    if not any(row.get("base_curve") for row in prompts) and found.get("sampler") != "best-of-n":
+        calls = found.get("nfe", "as many")
+        remarks.append(
+            "The plain sample beside the best one is a single draw and no measure of what the search brought: compare "
+            f"with a search of --sampler best-of-n --nfe {calls}, which spends the same model calls on plain samples."
+        )
     for reason, count in dict(found.get("excluded", {})).items():
         remarks.append(f"{count} samples could not be scored and were left out: {reason}")
     return [*remarks, "A reward is a stand-in for what you want: listen or look before you trust the number."]

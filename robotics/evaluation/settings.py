@@ -26,7 +26,7 @@ class Settings:
         make_timeout, reset_timeout, step_timeout: seconds after which it hangs, in a process.
         rows_at_once: rows in one network call; 1 is exact for any num_envs, more pads to this size and is faster, but
             the last bits of an action then depend on its place in the batch, and 0 takes all rows that ask.
-        videos: most videos per policy and environment, failures first; they need an output folder.
+        videos: most videos per policy and environment, failures and successes in proportion; needs an output folder.
     """
 
     num_envs: Count = 1

@@ -1,4 +1,4 @@
-"""Videos of an evaluation: chosen episodes are run again with a renderer, failures first.
+"""Videos of an evaluation: failures and successes in proportion are run again with a renderer.
 
 An episode is a function of its seed, so the second run shows the first one; where it does not (a simulator that drawing
 disturbs, a policy that is not deterministic) a note says so.  Nothing in here can fail an evaluation.
@@ -103,9 +103,18 @@ def film(
 
 
 def choose(results: Sequence[EpisodeResult], most: int) -> list[EpisodeResult]:
-    """Return at most `most` valid episodes, failures first, each kind in the order of the results."""
+    """Return at most `most` valid episodes that show what the rate says.
+
+    Failures come first, then successes, as many of each as their share of all asks for, but one of each kind at least
+    where there is room; each kind in the order of the results.
+    """
     valid = [result for result in results if result.valid]
-    return sorted(valid, key=lambda result: result.success)[:most]
+    lost, won = ([result for result in valid if result.success == kind] for kind in (False, True))
+    count = min(most, len(valid))
+    failures = round(count * len(lost) / max(1, len(valid)))
+    if count > 1:
+        failures = min(max(failures, min(1, len(lost))), count - min(1, len(won)))
+    return lost[:failures] + won[: count - failures]
 
 
 def write_video(path: Path, rollout: Rollout, fps: float) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from gencontrol.algorithms.base import StepContext
 from gencontrol.algorithms.matching.dragon import Dragon, DragonConfig
+from gencontrol.algorithms.online.compare import examples
 from gencontrol.algorithms.online.rollout import prompts_of_step
 from gencontrol.bench.base import Loop, run_in_memory
 from gencontrol.errors import NumericsError, RewardError, UsageError
@@ -223,9 +224,20 @@ def test_evaluation_is_paired_and_samples_the_base_once() -> None:
     fresh.roles.load_state_dict(dragon.roles.state_dict())
     assert fresh.evaluate(CTX).metrics == moved.metrics, "a resumed run must draw the same base samples"
     rows = json.loads(moved.artefacts["prompts.json"])
-    assert [row["prompt"] for row in rows] == [prompt for prompt in PROMPTS[:4] for _ in range(2)]
-    assert all(row["tuned_reward"] > row["base_reward"] for row in rows)
-    assert {"base_00.txt", "tuned_00.txt", "base_03.txt", "tuned_03.txt"} <= set(moved.artefacts)
+    assert [row["prompt"] for row in rows[:8]] == [prompt for prompt in PROMPTS[:4] for _ in range(2)]
+    assert [row["place"] for row in rows[8:]] == ["best", "upper quarter", "median", "lower quarter", "worst"]
+    gains = [row["tuned_reward"] - row["base_reward"] for row in rows]
+    assert gains[8:] == [sorted(gains[:8], reverse=True)[place] for place in (0, 2, 4, 5, 7)]
+    assert {"base_00.txt", "tuned_00.txt", "base_12.txt", "tuned_12.txt"} <= set(moved.artefacts)
+
+
+def test_examples_are_chosen_by_their_gain() -> None:
+    gains = {item: float(-item) for item in range(64)} | {7: 100.0}
+    assert examples(gains) == [
+        (7, "best"), (16, "upper quarter"), (32, "median"), (47, "lower quarter"), (63, "worst")
+    ]  # fmt: skip
+    assert examples({3: 1.0}) == [(3, "best")] and examples({}) == []
+    assert examples({3: 1.0, 4: 2.0}) == [(4, "best"), (3, "worst")]
 
 
 def test_evaluation_of_a_set_reward_uses_subsets() -> None:

@@ -65,9 +65,10 @@ def test_finetune_writes_pictures_report_card_and_a_model(model: Path, judge: st
     assert config["run"]["gradient_checkpointing"] is True
     samples = run / "samples" / "step_00000002"
     rows = json.loads((samples / "prompts.json").read_text())
-    assert len(rows) == 3 and all(
-        (samples / f"{side}_{i:02d}.png").is_file() for i in range(3) for side in ("base", "tuned")
-    )
+    assert [row["place"] for row in rows] == ["", "", "", "best", "median", "worst"]
+    gains = [row["tuned_reward"] - row["base_reward"] for row in rows]
+    assert gains[3:] == sorted(gains[:3], reverse=True)
+    assert all((samples / f"{side}_{i:02d}.png").is_file() for i in range(6) for side in ("base", "tuned"))
     # the base's row is the same at every step: same prompts, same noise
     first = run / "samples" / "step_00000000"
     assert all(

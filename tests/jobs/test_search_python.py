@@ -92,7 +92,7 @@ def test_a_step_of_the_tree_is_at_most_eight_frames_away(
         return call(self, *arguments, **options)
 
     monkeypatch.setattr(Sde, "__call__", seen)
-    assert main(search_command(tiny_model, f"{judge}:loud", tmp_path / "run", nfe=6)) == 0
+    assert main(search_command(tiny_model, f"{judge}:loud", tmp_path / "run", nfe=6)) == 8, "two paths make no tree"
     assert stacks and max(map(len, stacks)) <= 8, stacks[0]
     assert stacks[0][0] == "main" and stacks[0][-1] == "Chain.advance"
 

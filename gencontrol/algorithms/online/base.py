@@ -256,7 +256,7 @@ class Tuning(ABC):
             generators = item_generators(self.seed, noise, range(first, first + len(rows)))
             latents = generate(task, grouped(cond, rows), generators, how, ctx, record=record)
             drawn = time.perf_counter()
-            scores, _ = score(task, self.reward, latents, [mine[i] for i in rows.tolist()], ctx)
+            scores = score(task, self.reward, latents, [mine[i] for i in rows.tolist()], ctx)
         seconds = {"time/rollout": drawn - began, "time/reward": time.perf_counter() - drawn}
         path, shared = joined(record) if record else None, isinstance(task.denoiser.network, TakesGroups)
         return Pool(latents, cond, generations, first, gathered(scores, ctx.group), path, shared), seconds

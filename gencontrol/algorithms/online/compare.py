@@ -8,6 +8,7 @@ the same noise, which cuts the variance of the difference.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -35,19 +36,33 @@ from gencontrol.types import Cond, cond_to, index_cond
 
 #: Random halves of a set on which a set reward is compared.
 DRAWS = 100
-#: Samples that are written for people to look at.
-SHOWN = 4
-#: pictures are small, and looked at faster
-SHOWN_PICTURES = 8
+#: The samples that people see: place in the order of gains → its name, the more telling first.
+PLACES = {0.0: "best", 1.0: "worst", 0.5: "median", 0.25: "upper quarter", 0.75: "lower quarter"}
+#: The first samples, the same at each evaluation, where they show the course of training (pictures) or no sample has a
+#: gain of its own (set rewards).
+FIRST = 8
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """Samples of one model on the evaluation prompts: latents, scores and the first decoded ones."""
+    """Samples of one model on the evaluation prompts: latents and scores."""
 
     latents: Float[Tensor, "n *d"]
     scores: Scores
-    shown: list[Tensor]
+
+
+def examples(gains: Mapping[int, float]) -> list[tuple[int, str]]:
+    """Return (item, name of its place) of the samples that tell what all gains are like, the best gain first.
+
+    Args:
+        gains: item → gain; of equal gains the earlier item is the better.
+    """
+    order = sorted(gains, key=lambda item: (-gains[item], item))
+    found: dict[int, str] = {}
+    for share, name in PLACES.items():
+        if order:
+            found.setdefault(round(share * (len(order) - 1)), name)
+    return [(order[place], found[place]) for place in sorted(found)]
 
 
 def compare_scores(
@@ -113,9 +128,7 @@ class Comparison:
         generators = item_generators(self.seed, self.name, range(len(self.prompts)))
         with self.roles.use(role):
             latents = generate(self.task, self._cond(), generators, self.how, ctx)
-        keep = SHOWN_PICTURES if self.task.sampling_rate is None else SHOWN
-        scores, shown = score(self.task, self.reward, latents, self.prompts, ctx, keep=keep)
-        return Sampled(latents, scores, shown)
+        return Sampled(latents, score(self.task, self.reward, latents, self.prompts, ctx))
 
     def base(self, ctx: StepContext) -> Sampled:
         """Return the base model's samples, drawn at the first call (equal after a resume: same streams)."""
@@ -163,17 +176,37 @@ class Comparison:
             if held.features is not None and "embeddings" in held.features and bool(held.valid.any()):
                 rows = held.features["embeddings"][held.valid]
                 metrics[f"eval/{side}@{len(rows)}"] = vendi_score(rows)
-        return Evaluation(metrics, self._artefacts(tuned, base))
+        return Evaluation(metrics, self._artefacts(tuned, base, ctx))
 
-    def _artefacts(self, tuned: Sampled, base: Sampled) -> dict[str, bytes]:
+    @torch.no_grad()
+    def _artefacts(self, tuned: Sampled, base: Sampled, ctx: StepContext) -> dict[str, bytes]:
+        """The files of both models' samples of `_shown`, and prompts.json with a row for each."""
+        shown = self._shown(tuned.scores, base.scores)
+        places = torch.tensor([item for item, _ in shown], dtype=torch.int64)
         files: dict[str, bytes] = {}
+        for side, held in (("base", base), ("tuned", tuned)):
+            for part in chunks(len(places), ctx.micro_batch):
+                ctx.poll()
+                decoded = self.task.decode(held.latents[places[part].to(held.latents.device)])
+                for i, sample in enumerate(decoded, part.start):
+                    files |= self.task.artefacts(f"{side}_{i:02d}", sample.detach().cpu())
         rows = []
-        for i, (after, before) in enumerate(zip(tuned.shown, base.shown, strict=True)):
-            files |= self.task.artefacts(f"base_{i:02d}", before) | self.task.artefacts(f"tuned_{i:02d}", after)
-            row: dict[str, object] = {"prompt": self.prompts[i], "seed": self.seed, "stream": self.name, "item": i}
-            for side, held in (("base_reward", base.scores), ("tuned_reward", tuned.scores)):
-                if held.values is not None:
-                    row[side] = float(held.values[i]) if bool(held.valid[i]) else None
+        for item, place in shown:
+            row: dict[str, object] = {"prompt": self.prompts[item], "seed": self.seed, "stream": self.name}
+            row |= {"item": item, "place": place}
+            for side, scores in (("base_reward", base.scores), ("tuned_reward", tuned.scores)):
+                if scores.values is not None:
+                    row[side] = float(scores.values[item]) if bool(scores.valid[item]) else None
             rows.append(row)
         files["prompts.json"] = json.dumps(rows, indent=1, ensure_ascii=False).encode()
         return files
+
+    def _shown(self, tuned: Scores, base: Scores) -> list[tuple[int, str]]:
+        """(item, place) of what is written: fixed first ones, with the place "", and those chosen by their gain."""
+        chosen: list[tuple[int, str]] = []
+        if tuned.values is not None and base.values is not None:
+            gains = (tuned.values.double() - base.values.double()).tolist()
+            chosen = examples({int(i): gains[int(i)] for i in (tuned.valid & base.valid).nonzero().flatten()})
+        if chosen and self.task.sampling_rate is not None:
+            return chosen
+        return [(item, "") for item in range(min(FIRST, len(self.prompts)))] + chosen

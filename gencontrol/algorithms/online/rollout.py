@@ -219,22 +219,18 @@ def score(
     latents: Float[Tensor, "b *d"],
     prompts: Sequence[str],
     ctx: StepContext,
-    *,
-    keep: int = 0,
-) -> tuple[Scores, list[Tensor]]:
-    """Decode and score in micro-batches; also return the first `keep` decoded samples.
+) -> Scores:
+    """Decode and score in micro-batches.
 
     Raises:
         RewardError: the reward returned another number of values than it was given samples.
     """
     outs: list[dict[str, Tensor]] = []
-    kept: list[Tensor] = []
     reasons: Counter[str] = Counter()
     for part in chunks(len(latents), ctx.micro_batch):
         ctx.poll()
         samples = task.decode(latents[part])
         context = RewardContext(list(prompts[part]), task.sampling_rate, poll=ctx.poll)
-        kept += [x.detach().cpu() for x in samples[: max(0, keep - len(kept))]]
         if reward.kind == "set":
             outs.append(
                 {key: value.detach().cpu() for key, value in as_set_reward(reward).features(samples, context).items()}
@@ -251,10 +247,10 @@ def score(
             )
     merged = {key: torch.cat([out[key] for out in outs]) for key in outs[0]}
     if reward.kind == "set":
-        return Scores(valid=merged["valid"], features=merged), kept
+        return Scores(valid=merged["valid"], features=merged)
     parts = {key.removeprefix(_PART): value for key, value in merged.items() if key.startswith(_PART)}
     valid = merged["valid"] & merged["values"].isfinite()
-    return Scores(valid, merged["values"], parts=parts, reasons=reasons), kept
+    return Scores(valid, merged["values"], parts=parts, reasons=reasons)
 
 
 def gathered(scores: Scores, group: Collectives) -> Scores:

@@ -180,10 +180,10 @@ def first_sets(world: World, pairs: int) -> dict[str, dict[str, float]]:
     ctx = StepContext(seed=world.seed, step=0, micro_batch=2 * pairs)
     generators = item_generators(world.seed, "songs/first", range(2 * pairs))
     x = generate(task, encode(names), generators, Sampling(STEPS, "euler", 1.0), ctx)
-    whole, _ = score(task, world.whole, x, names, ctx)
+    whole = score(task, world.whole, x, names, ctx)
     rows = {"generations": torch.arange(0, 2 * pairs, 2)}
     for name, reward in (("per-song", world.song), ("dataset", world.whole)):
-        scores, _ = score(task, reward, x, names, ctx)
+        scores = score(task, reward, x, names, ctx)
         generator = stream(world.seed, "songs/sets")
         rows[name] = build_sets(
             reward, scores, 2, rule="positive", sweeps=2, grouping="best_worst", generator=generator

@@ -116,7 +116,7 @@ class SoundBench:
     def score(self, name: str, sounds: Float[Tensor, "n *c s"]) -> Scores:
         """Score sounds with one reward."""
         as_they_are = replace(self.task, decode=lambda x: x)
-        return score(as_they_are, self.rewards[name], sounds, self.prompts, self._ctx())[0]
+        return score(as_they_are, self.rewards[name], sounds, self.prompts, self._ctx())
 
     def wins(self, name: str, sounds: Float[Tensor, "n *c s"]) -> tuple[Estimate, Estimate]:
         """Return (win rate, gain) of sounds over the base's under one reward."""

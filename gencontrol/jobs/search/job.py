@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gencontrol.config import build, dump_toml
-from gencontrol.errors import CheckpointError, Preempted, RewardError, UsageError
+from gencontrol.errors import CheckpointError, Inconclusive, Preempted, RewardError, UsageError
 from gencontrol.files import FileLayer, disk_errors
 from gencontrol.jobs.search.config import SearchConfig, SourceConfig, branch_of, parse_widening
 from gencontrol.jobs.search.drawn import draw_all
@@ -72,6 +72,13 @@ class SearchResult:
     folder: Path
     items: Sequence[Mapping[str, Any]]
     tree: DiffusionTree | None = None
+
+    @property
+    def undecided(self) -> list[str]:
+        """What the search could not do, one sentence each: trees that never branched."""
+        from gencontrol.reports.search import unbranched
+
+        return unbranched(read_json(self.folder / SUMMARY) or {})
 
     @property
     def files(self) -> list[Path]:
@@ -156,8 +163,12 @@ def run(table: dict[str, dict[str, Any]], start: Start, live: Live | None = None
 
     Args:
         table: {section: {option: value}}, what was given.
+        live: None for the command line, which tells by its exit code what Python reads from `SearchResult.undecided`.
+
+    Raises:
+        Inconclusive: on the command line, after all is written: no tree branched, so this was best of n.
     """
-    live = live or Live()
+    called_by_command, live = live is None, live or Live()
     job = check(table, start, live)
     folder, config = job.folder.path, job.search
     if start.dry_run:
@@ -169,11 +180,12 @@ def run(table: dict[str, dict[str, Any]], start: Start, live: Live | None = None
         hint = "a larger --nfe goes on" if sampler(config.sampler).anytime else "another --output starts anew"
         calls = f"{folder} holds {summary['nfe']} model calls per prompt"
         print(f"finished before: {calls}; see {folder / 'report.html'} ({hint}).", file=sys.stderr)
-        return SearchResult(folder, read_json(folder / "results.json") or [])
+        return _checked(SearchResult(folder, read_json(folder / "results.json") or []), called_by_command)
     import torch
 
     from gencontrol.reports.data import about
     from gencontrol.reports.run import write_report
+    from gencontrol.reports.search import compared
     from gencontrol.train.run_folder import Lock, check_settings
 
     loaded = _load(job, live)
@@ -200,8 +212,18 @@ def run(table: dict[str, dict[str, Any]], start: Start, live: Live | None = None
             facts |= {"sampler": config.sampler, "nfe": config.nfe, "count": config.count, "steps": problem.steps}
             with torch.no_grad():
                 rows = write_results(folder, found, facts, lambda x: problem.decode(x).cpu(), loaded.pipe)
+    for line in compared(read_json(folder / SUMMARY) or {}):
+        print(line)
     print(f"table:  {folder / 'results.csv'}\nreport: {write_report(folder)}")
-    return SearchResult(folder, rows, tree)
+    return _checked(SearchResult(folder, rows, tree), called_by_command)
+
+
+def _checked(result: SearchResult, called_by_command: bool) -> SearchResult:
+    """The result; a command ends with Inconclusive where no tree of it branched."""
+    said = result.undecided
+    if called_by_command and said and len(said) == len({row["prompt"] for row in result.items}):
+        raise Inconclusive(" ".join(said))
+    return result
 
 
 def check(table: dict[str, dict[str, Any]], start: Start, live: Live) -> Job:

@@ -230,8 +230,8 @@ def summarise(tree: DiffusionTree, root: int, chosen: int | None) -> dict[str, A
     Args:
         chosen: leaf of rank 1, whose path is marked; None where nothing is valid.
 
-    Keys: stats, warnings, reward_calls, base_rewards, grown_rewards, curve and base_curve ([calls, best reward] where
-    it rises), tree (see `drawn`).
+    Keys: stats, warnings, reward_calls, plain (paths from the root), base_rewards, grown_rewards, curve and base_curve
+    ([calls, best reward] where it rises), tree (see `drawn`).
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -251,6 +251,7 @@ def summarise(tree: DiffusionTree, root: int, chosen: int | None) -> dict[str, A
         "stats": {key: clean(value) for key, value in stats.items()},
         "warnings": [str(item.message) for item in caught],
         "reward_calls": len(leaves) * tree.scorer.repeats,
+        "plain": int(base.sum()),
         "base_rewards": _thinned(nodes["value"][leaf[base & valid]]),
         "grown_rewards": _thinned(nodes["value"][grown]),
         "curve": _curve(cost, reward),

@@ -130,15 +130,15 @@ def compare_models(
     steps: int,
     guidance_scale: float,
     seed: int = 0,
-    resamples: int = 200,
+    halves: int = 200,
 ) -> dict[str, dict[str, float]]:
     """Paired difference tuned − base, with 95 % intervals, in everything that no reward was trained on.
 
-    Judged attributes: shares of right clips (Student t over prompts).  FAD in the judge's encoder against real clips
-    of other captions: bootstrap over prompts, the same resample for both models.
+    Judged attributes: shares of right clips.  FAD in the judge's encoder against real clips of other captions, compared
+    on halves of the prompts, the same for both models (`compare_sets`).
     """
     from gencontrol.rewards.distribution import frechet_distance
-    from gencontrol.stats import student_t
+    from gencontrol.stats import compare_sets, pair
 
     items = np.arange(min(clips, len(test) // 2))
     prompts = [test.captions[i][0] for i in items]
@@ -149,12 +149,12 @@ def compare_models(
     right = [judged(wave, BUNDLED / "attributes", labels) for wave in waves]
     rows: dict[str, dict[str, float]] = {}
     for name in JUDGED:
-        pair = [values[name] for values in right]
-        held = ~np.isnan(pair[0])
-        gain = student_t((pair[0] - pair[1])[held].tolist())
+        ours, theirs = (values[name] for values in right)
+        held = ~np.isnan(ours)
+        gain = pair(theirs[held] > 0.5, ours[held] > 0.5).difference
         rows[name] = {
-            "tuned": float(pair[0][held].mean()),
-            "base": float(pair[1][held].mean()),
+            "tuned": float(ours[held].mean()),
+            "base": float(theirs[held].mean()),
             "difference": gain.value,
             "low": gain.low,
             "high": gain.high,
@@ -162,18 +162,17 @@ def compare_models(
     reference = clip_frames(test.waveforms(np.arange(len(test) - len(items), len(test))), "attributes").flatten(0, 1)
     frames = [clip_frames(wave, "attributes") for wave in waves]
 
-    def distance(part: Tensor) -> float:
-        return float(frechet_distance(part.flatten(0, 1), reference))
+    def distance(chosen: Tensor, side: bool) -> float:
+        return float(frechet_distance(frames[0 if side else 1][chosen].flatten(0, 1), reference))
 
-    values = [distance(part) for part in frames]
-    picks = torch.randint(len(items), (resamples, len(items)), generator=stream(seed, "quality/bootstrap"))
-    gaps = np.array([distance(frames[0][pick]) - distance(frames[1][pick]) for pick in picks])
+    everything, draws = torch.arange(len(items)), stream(seed, "quality/halves")
+    _, gap = compare_sets(distance, len(items), subset=len(items) // 2, draws=halves, generator=draws)
     rows["fad_attributes"] = {
-        "tuned": values[0],
-        "base": values[1],
-        "difference": values[0] - values[1],
-        "low": float(np.quantile(gaps, 0.025)),
-        "high": float(np.quantile(gaps, 0.975)),
+        "tuned": distance(everything, True),
+        "base": distance(everything, False),
+        "difference": gap.value,
+        "low": gap.low,
+        "high": gap.high,
     }
     return rows
 

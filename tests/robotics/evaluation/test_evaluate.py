@@ -258,10 +258,11 @@ def test_files_and_videos(tmp_path: Path) -> None:
     weak = Homing(gain=0.2, noise=0.5)
     report = run(weak, output=tmp_path, videos=3, paired_with=Homing(), num_envs=2)
     assert report.notes == () and len(report.videos) == 3
-    failed = [e.seed for e in report.episodes if not e.success][:3]
-    assert sorted(seed for seed, _ in report.videos) == sorted(failed), "failures first"
+    won = {e.seed: e.success for e in report.episodes}
+    assert {seed for seed, _ in report.videos} == {e.seed for e in choose(report.episodes, 3)}
     for (seed, _), path in report.videos.items():
-        assert path.endswith(f"failure_seed{seed}.mp4") and (tmp_path / path).stat().st_size > 500
+        word = "success" if won[seed] else "failure"
+        assert path.endswith(f"{word}_seed{seed}.mp4") and (tmp_path / path).stat().st_size > 500
     info = json.loads((tmp_path / "Homing_2" / "eval_info.json").read_text())
     overall = info["overall"]
     assert (overall["n_episodes"], overall["n_success"]) == (20, report.successes)
@@ -299,6 +300,10 @@ def test_which_episodes_are_filmed_and_how_large() -> None:
     chosen = choose(results, 4)
     assert len(chosen) == 4 and results[0] not in chosen
     assert [e.success for e in choose(results, 20)] == sorted(e.success for e in results[1:])
+    mixed = [replace(results[1], seed=i, success=i >= 3) for i in range(12)]
+    assert [e.seed for e in choose(mixed, 4)] == [0, 3, 4, 5], "3 of 12 failed: one of four videos"
+    assert [e.seed for e in choose(mixed[2:], 2)] == [2, 3] and [e.seed for e in choose(mixed, 1)] == [3]
+    assert [e.seed for e in choose(mixed[:3], 2)] == [0, 1] and choose([], 3) == []
     assert shrink(np.full((481, 480, 3), 7, np.uint8)).shape == (240, 240, 3)
     assert shrink(np.arange(3 * 5 * 3, dtype=np.uint8).reshape(3, 5, 3)).shape == (2, 4, 3)
 
