@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from gencontrol.sampling.masked_steps import Ancestral as ancestral
     from gencontrol.sampling.masked_steps import Blocks as blocks
     from gencontrol.sampling.masked_steps import Confidence as confidence
+    from gencontrol.sampling.multistep import DpmPp2M as dpmpp2m
     from gencontrol.sampling.state import State, Step, gaussian_log_prob
     from gencontrol.sampling.steps import Ddim as ddim
-    from gencontrol.sampling.steps import DpmPp2M as dpmpp2m
     from gencontrol.sampling.steps import Euler as euler
     from gencontrol.sampling.steps import Heun as heun
     from gencontrol.sampling.steps import Sde as sde
@@ -27,7 +27,7 @@ _WHERE = {
     "blocks": "masked_steps:Blocks",
     "confidence": "masked_steps:Confidence",
     "ddim": "steps:Ddim",
-    "dpmpp2m": "steps:DpmPp2M",
+    "dpmpp2m": "multistep:DpmPp2M",
     "euler": "steps:Euler",
     "heun": "steps:Heun",
     "sde": "steps:Sde",

@@ -22,8 +22,9 @@ from gencontrol.registry import resolve_dotted
 from gencontrol.rng import Keyed
 from gencontrol.sampling.grids import make_grid
 from gencontrol.sampling.masked_steps import Ancestral, Blocks, Confidence
+from gencontrol.sampling.multistep import DpmPp2M, Lms, Plms, SdeDpmPp2M
 from gencontrol.sampling.state import Generators, State, Step
-from gencontrol.sampling.steps import Ddim, DpmPp2M, Euler, EulerMaruyama, Heun, Sde
+from gencontrol.sampling.steps import Ddim, Euler, EulerMaruyama, Heun, Sde
 from gencontrol.types import Cond
 
 #: callback(index, t, x) after step `index`, at the time t it reached; a returned tensor replaces x.
@@ -36,6 +37,9 @@ STEPS: dict[str, type[Step]] = {
     "sde": Sde,
     "euler-maruyama": EulerMaruyama,
     "dpmpp2m": DpmPp2M,
+    "sde-dpmpp2m": SdeDpmPp2M,
+    "plms": Plms,
+    "lms": Lms,
     "ancestral": Ancestral,
     "confidence": Confidence,
     "blocks": Blocks,

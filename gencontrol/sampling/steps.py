@@ -1,7 +1,7 @@
-"""Steps of Gaussian samplers: euler, heun, ddim, sde and dpm++ 2m, stateless, for any schedule and prediction type.
+"""One-step Gaussian samplers: euler, heun, ddim and two of the SDE, stateless, for any schedule and prediction type.
 
 euler and heun integrate dx/dt = da·x0 + ds·eps in t (Lipman et al. 2023; Karras et al. 2022 alg. 1 in these
-coordinates), ddim is Song et al. 2020 eq. 12, dpm++ 2m is Lu et al. 2022 alg. 2 in half log-SNR, sde is derived below.
+coordinates), ddim is Song et al. 2020 eq. 12, sde is derived below; `multistep` has those that remember.
 All return the clean prediction x0 exactly when t_next = 0, also on a schedule that ends at sigma_min.
 """
 
@@ -49,10 +49,10 @@ class Euler(GaussianStep):
     ) -> State:
         """Return the state at t_next."""
         pred = model(state.x, t, cond)
-        if _is_zero(t_next):
+        if is_zero(t_next):
             return State(pred.x0)
         span = _span(t, t_next, state.x)
-        return State(_clean_where(t_next, pred, _add(state.x, span, pred.velocity)))
+        return State(clean_where(t_next, pred, _add(state.x, span, pred.velocity)))
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,14 @@ class Heun(GaussianStep):
     ) -> State:
         """Return the state at t_next."""
         pred = model(state.x, t, cond)
-        if _is_zero(t_next):
+        if is_zero(t_next):
             return State(pred.x0)
         span = _span(t, t_next, state.x)
         first = pred.velocity
         # items that arrive at 0 in a mixed batch keep x0; their second call only has to be finite
         inner = t_next if not isinstance(t_next, Tensor) else torch.where(t_next == 0, t, t_next)
         second = model(_add(state.x, span, first), inner, cond).velocity
-        return State(_clean_where(t_next, pred, _add(state.x, 0.5 * span, first + second)))
+        return State(clean_where(t_next, pred, _add(state.x, 0.5 * span, first + second)))
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class StochasticStep(GaussianStep):
         """Return mean [b *d] and standard deviation of the law of x at t_next, given x at t; one model call."""
         w0, w1, std = self.weights(model.process, t, t_next, x)
         pred = model(x, t, cond)
-        if _is_zero(t_next):
+        if is_zero(t_next):
             return pred.x0, std
         return pred.mix(w0, w1), std
 
@@ -119,7 +119,7 @@ class StochasticStep(GaussianStep):
         mean, std = self.moments(model, state.x, t, t_next, cond)
         if not self.stochastic:
             return State(mean)
-        if _is_zero(t_next):
+        if is_zero(t_next):
             return State(mean, mean.new_zeros(len(mean)))
         if noise is None:
             raise ValueError(f"{type(self).__name__} is stochastic: give noise like x (step.draw(x, generator))")
@@ -218,34 +218,6 @@ class EulerMaruyama(StochasticStep):
         return there.a, _where(clean, there.s, w1), _where(clean, there.s, std)
 
 
-@dataclass(frozen=True)
-class DpmPp2M(GaussianStep):
-    """DPM-Solver++(2M): second-order multistep in half log-SNR, one model call; its first step is ddim(0).
-
-    history = (x0 of the last step, its half log-SNR).
-    """
-
-    order: ClassVar[int] = 2
-
-    def __call__(
-        self, model: Any, state: State, t: Time, t_next: Time, cond: Cond = None, noise: Tensor | None = None
-    ) -> State:
-        """Return the state at t_next."""
-        pred = model(state.x, t, cond)
-        if _is_zero(t_next):
-            return State(pred.x0)
-        here, there = pred.coeffs, model.process.landing(t_next, state.x)
-        x0, now = pred.x0, here.half_logsnr
-        estimate = x0
-        if state.history:
-            before, then = state.history
-            ratio = _finite_ratio(there.half_logsnr - now, now - then)  # h/(h of the last step)
-            estimate = x0 + (0.5 * ratio) * (x0 - before)
-        shrink = there.s / here.s
-        x = shrink * state.x + (there.a - here.a * shrink) * estimate
-        return State(_clean_where(t_next, pred, x), None, (x0, now))
-
-
 def _where(condition: Any, yes: Any, no: Any) -> Any:
     """`yes` where the condition holds, `no` elsewhere; floats stay floats."""
     if isinstance(condition, Tensor):
@@ -253,15 +225,7 @@ def _where(condition: Any, yes: Any, no: Any) -> Any:
     return yes if condition else no
 
 
-def _finite_ratio(span: Scalar, before: Scalar) -> Scalar:
-    """span/before, 0 where either is infinite: no second-order term next to pure noise or clean data."""
-    if isinstance(span, Tensor) or isinstance(before, Tensor):
-        ratio = torch.as_tensor(span) / torch.as_tensor(before)
-        return torch.where(torch.isfinite(ratio), ratio, torch.zeros_like(ratio))
-    return span / before if math.isfinite(span) and math.isfinite(before) else 0.0
-
-
-def _is_zero(t_next: Time) -> bool:
+def is_zero(t_next: Time) -> bool:
     """Whether the whole batch arrives at clean data; a time per item is decided elementwise instead."""
     return not isinstance(t_next, Tensor) and t_next == 0.0
 
@@ -276,7 +240,7 @@ def _add(x: Tensor, span: Scalar, direction: Tensor) -> Tensor:
     return x + span * direction if isinstance(span, Tensor) else torch.add(x, direction, alpha=span)
 
 
-def _clean_where(t_next: Time, pred: Pred, x: Tensor) -> Tensor:
+def clean_where(t_next: Time, pred: Pred, x: Tensor) -> Tensor:
     """The clean prediction for the items that arrive at t = 0, x for the others."""
     if not isinstance(t_next, Tensor):
         return x

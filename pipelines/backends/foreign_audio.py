@@ -20,6 +20,7 @@ from torch import Tensor
 from gencontrol._compat import quiet
 from gencontrol.errors import EnvironmentMissing, UsageError
 from gencontrol.pipelines.backends.audio import Defaults
+from gencontrol.pipelines.backends.schedulers import step_of
 from gencontrol.pipelines.hub.hub import LoadOptions, hub_errors, own_memory
 from gencontrol.pipelines.hub.lora import uncompiled
 from gencontrol.types import Cond, cat_cond
@@ -109,7 +110,7 @@ class StableAudio(DiffusersBackend):
         super().__init__(pipe)
         self.sampling_rate = int(pipe.vae.config.sampling_rate)
         self.max_seconds = pipe.transformer.config.sample_size * pipe.vae.hop_length / self.sampling_rate
-        self.defaults = Defaults(step="dpmpp2m", steps=100, guidance_scale=7.0)
+        self.defaults = Defaults(step_of(pipe.scheduler), steps=100, guidance_scale=7.0)
 
     def latent_shape(self, seconds: float | None) -> tuple[int, ...]:
         """Shape [channels length]; fixed, the length of the sound is a condition."""
@@ -153,7 +154,7 @@ class AudioLDM2(DiffusersBackend):
         self.sampling_rate = int(config.sampling_rate)
         self._frame = math.prod(config.upsample_rates) / self.sampling_rate  # seconds of one mel frame
         self.max_seconds = pipe.unet.config.sample_size * pipe.vae_scale_factor * self._frame
-        self.defaults = Defaults(step="ddim", steps=200, guidance_scale=3.5)
+        self.defaults = Defaults(step_of(pipe.scheduler), steps=200, guidance_scale=3.5)
 
     def latent_shape(self, seconds: float | None) -> tuple[int, ...]:
         """Shape [channels frames mel/scale] for a length in seconds, rounded up to what the VAE can hold."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from gencontrol.pipelines.backends.audio import Defaults
 from gencontrol.pipelines.backends.foreign_audio import DiffusersBackend
 from gencontrol.pipelines.backends.images import Size
+from gencontrol.pipelines.backends.schedulers import step_of
 from gencontrol.pipelines.search.diffusers import IMAGES, DiffusersImage, Flux
 from gencontrol.pipelines.search.problem import closed
 from gencontrol.process import GaussianProcess
@@ -41,7 +42,7 @@ class ForeignImage(DiffusersBackend):
         law = self.denoiser.process
         assert isinstance(law, GaussianProcess)
         self.denoiser.process = GridProcess(law.schedule, grid=self._grid)
-        self.defaults = Defaults(_step_of(pipe.scheduler), self.image.default_steps, self.image.default_guidance)
+        self.defaults = Defaults(step_of(pipe.scheduler), self.image.default_steps, self.image.default_guidance)
 
     def _grid(self, steps: int) -> tuple[float, ...]:
         """The scheduler's grid at the model's own size, ending in clean data."""
@@ -105,14 +106,6 @@ class ForeignImage(DiffusersBackend):
         """Latents, float32, of images in [0, 1], without gradient."""
         with self.image.upcast():
             return self.image.encode_images(images)
-
-
-def _step_of(scheduler: Any) -> str:
-    """The sampler step of ours that is nearest to a scheduler's own: exact for Euler and DDIM."""
-    name = type(scheduler).__name__
-    if name.startswith("FlowMatch") or scheduler.config.get("prediction_type") == "flow_prediction":
-        return "heun" if "Heun" in name else "euler"
-    return "dpmpp2m" if name.startswith(("DPMSolver", "UniPC", "DEIS")) else "ddim"
 
 
 #: Class name of a pipeline → what makes a backend of it.
