@@ -25,7 +25,7 @@ def reward(x: torch.Tensor) -> torch.Tensor:
 if __name__ == "__main__":
     exact = 0.8 * torch.tensor(-2 + 0.05).exp() + 0.2 * torch.tensor(2 + 0.05).exp()
     print(f"exact: mass of the right mode 0.932, log Z {float(exact.log()):.3f}")
-    for name in ("best-of-n", "snis", "smc", "tds", "das", "beam", "dps"):
+    for name in ("islands", "best-of-n", "snis", "smc", "tds", "das", "beam", "dps"):
         found = particles.run(name, base, reward, (400, 1), steps=20, temperature=1.0, generator=0)
         weights = found.weights.double() / found.weights.double().sum()
         right = float(weights[found.samples[:, 0] > 0].sum())
