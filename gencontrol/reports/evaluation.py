@@ -106,8 +106,8 @@ def _policy(folder: Path, entry: Mapping[str, Any], budget: list[int]) -> dict[s
         "tiles": [
             Tile("Success", percent(overall["rate"], 1), f"{overall['successes']} of {valid}, 95 % {_ends(overall)}"),
             Tile("At any step / at the end", f"{overall['success_any']} / {overall['success_end']}", steps),
-            Tile("Return", number(returns["value"], 2), f"95 % {_range(returns)}"),
-            Tile("Latency of an action", half, f"median; 95 % below {most}"),
+            Tile("Return", number(returns["value"], 2), _range(returns)),
+            Tile("Latency of an action", half, f"median, mostly of a queued one; 95 % below {most}"),
         ],
         "tasks": [
             (
@@ -130,16 +130,18 @@ def _filmed(rows: Sequence[Mapping[str, Any]]) -> str:
     """Which episodes the videos show."""
     parts = []
     for success, one, several in ((False, "failure", "failures"), (True, "success", "successes")):
-        kind = [row for row in rows if row["invalid"] is None and row["success"] == success]
-        shown = sum(bool(row.get("video")) for row in kind)
-        parts.append(f"{shown} of {len(kind)} {one if len(kind) == 1 else several}")
-    return f"{parts[0]} and {parts[1]}: in proportion, one of each at least where there is room, the first seeds."
+        if kind := [row for row in rows if row["invalid"] is None and row["success"] == success]:
+            shown = sum(bool(row.get("video")) for row in kind)
+            parts.append(f"{shown} of {len(kind)} {one if len(kind) == 1 else several}")
+    rule = " in proportion, one of each at least where there is room;" if len(parts) > 1 else ""
+    return f"{' and '.join(parts)}:{rule} the first seeds."
 
 
 def _comparison(pairs: Mapping[str, Any]) -> dict[str, Any]:
     first, second = pairs["first"], pairs["second"]
     change = pairs["difference"]
-    ends = f"95 % {_points(change['low'])} to {_points(change['high'])}"
+    low, high = change["low"], change["high"]
+    ends = "no interval" if low is None or high is None else f"95 % {signed(100 * low, 1)} to {_points(high)}"
     discordant = f"{pairs['only_second']} : {pairs['only_first']}"
     returns = pairs["return_difference"]
     if not pairs["pairs"]:
@@ -158,7 +160,7 @@ def _comparison(pairs: Mapping[str, Any]) -> dict[str, Any]:
             Tile("Difference of the rates", _points(change["value"]), ends),
             Tile("Exact McNemar test", f"p = {_float(pairs['mcnemar_p']):.3g}", "that both succeed equally often"),
             Tile("Discordant pairs", discordant, f"{second} alone : {first} alone"),
-            Tile("Difference of the returns", signed(returns["value"], 2), f"95 % {_range(returns)}"),
+            Tile("Difference of the returns", signed(returns["value"], 2), _range(returns)),
         ],
         "table": [
             (f"{first} succeeded", pairs["both"], pairs["only_first"]),
@@ -228,7 +230,9 @@ def _ends(part: Mapping[str, Any]) -> str:
 
 
 def _range(estimate: Mapping[str, float | None]) -> str:
-    return f"{number(estimate['low'], 2)} to {number(estimate['high'], 2)}"
+    if estimate["low"] is None and estimate["high"] is None:
+        return "no interval: all are equal, or only one"
+    return f"95 % {number(estimate['low'], 2)} to {number(estimate['high'], 2)}"
 
 
 def _points(share: float | None) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from gencontrol.reports.charts import WIDE, Drawing, Line, TreeData, histogram, line_chart, tree_figure
 from gencontrol.reports.data import BUDGET_BYTES, RunData, Sound, is_number, read_json
@@ -71,52 +71,29 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-class Equal(NamedTuple):
-    """A search and plain samples of the model after as many model calls.
-
-    Args:
-        calls: of each.
-        best: reward of the best sample that the search had by then.
-        plain: of the best plain sample.
-        drawn: plain samples behind it.
-    """
-
-    calls: int
-    best: float
-    plain: float
-    drawn: int
-
-
-def at_equal_calls(row: Mapping[str, Any]) -> Equal | None:
-    """Compare the search of a prompt (a row of search.json) with best of n; None where it holds no plain samples.
-
-    A tree's paths from its root are plain samples. By themselves they cost fewer calls than the whole search; so the
-    search is taken as it stood after that many calls.
-    """
-    plain, curve = row.get("base_curve") or (), row.get("curve") or ()
-    if not plain:
-        return None
-    calls = plain[-1][0]
-    reached = [value for cost, value in curve if cost <= calls]
-    if not reached:
-        return None
-    return Equal(
-        int(calls),
-        max(reached),
-        max(value for _, value in plain),
-        int(row.get("plain") or len(row.get("base_rewards", []))),
-    )
+def _plain(row: Mapping[str, Any]) -> tuple[float, int, int] | None:
+    """Best reward of the plain samples inside a search, their number, and the model calls that they took."""
+    curve = row.get("base_curve") or ()
+    count = int(row.get("plain") or len(row.get("base_rewards", [])))
+    return (max(value for _, value in curve), count, int(curve[-1][0])) if curve else None
 
 
 def compared(found: Mapping[str, Any]) -> list[str]:
-    """Say in a line for each prompt of search.json what the search had over best of n at equal model calls."""
-    rows = [(row.get("prompt"), at_equal_calls(row)) for row in found.get("prompts", [])]
-    return [
-        f"“{prompt}”: after {one.calls} model calls each, search {one.best:.4f}, best of {one.drawn} plain samples "
-        f"{one.plain:.4f} ({one.best - one.plain:+.4f})"
-        for prompt, one in rows
-        if one is not None
-    ]
+    """Say in a line for each prompt of search.json what plain samples reached, at equal calls where it has a peer."""
+    said = []
+    for row in found.get("prompts", []):
+        best, peer, plain = row.get("stats", {}).get("best"), row.get("peer"), _plain(row)
+        if peer and is_number(best) and is_number(peer.get("best")):
+            said.append(
+                f"“{row.get('prompt')}”: search {best:.4f} after {row['nfe']} model calls, best of {peer['count']} "
+                f"plain samples {peer['best']:.4f} after {peer['nfe']} ({best - peer['best']:+.4f})"
+            )
+        elif plain is not None and is_number(best):
+            said.append(
+                f"“{row.get('prompt')}”: search {best:.4f} after {row['nfe']} model calls; best of its {plain[1]} "
+                f"plain samples {plain[0]:.4f} after {plain[2]} (--peer compares at equal calls)"
+            )
+    return said
 
 
 def unbranched(found: Mapping[str, Any]) -> list[str]:
@@ -135,19 +112,23 @@ def unbranched(found: Mapping[str, Any]) -> list[str]:
 def _tiles(found: Mapping[str, Any], prompts: Sequence[Mapping[str, Any]]) -> list[Tile]:
     """Best reward against the model's own samples, and what it cost."""
     best = [row["stats"]["best"] for row in prompts if is_number(row.get("stats", {}).get("best"))]
-    equal = [one for row in prompts if (one := at_equal_calls(row)) is not None]
+    peers = [row["peer"] for row in prompts if row.get("peer") and is_number(row["peer"].get("best"))]
+    inside = [one for row in prompts if (one := _plain(row)) is not None]
     tiles = []
     if best:
         detail = f"mean over {len(best)} prompts" if len(prompts) > 1 else "of all samples found"
         tiles.append(Tile("Best reward", number(_mean(best)), detail))
-    if equal:
-        reached, plain = _mean([one.best for one in equal]), _mean([one.plain for one in equal])
-        calls, drawn = _mean([one.calls for one in equal]), _mean([one.drawn for one in equal])
-        detail = f"after {grouped(calls)} model calls each: search {number(reached)}, best of {drawn:.0f} plain "
-        detail += f"samples {number(plain)}" + (f"; means over {len(equal)} prompts" if len(equal) > 1 else "")
-        gain = reached - plain
+    if peers and len(peers) == len(best):
+        plain = _mean([peer["best"] for peer in peers])
+        gain, drawn, calls = _mean(best) - plain, peers[0]["count"], peers[0]["nfe"]
+        detail = f"{number(plain)} is the best of {drawn} plain samples, {grouped(calls)} model calls"
+        detail += ", per prompt on average" if len(peers) > 1 else ""
         kind = "good" if gain > 0 else "bad" if gain < 0 else ""
         tiles.append(Tile("Above best of n at equal calls", signed(gain), detail, kind))
+    elif inside:
+        plain, drawn, calls = (_mean([one[i] for one in inside]) for i in range(3))
+        detail = f"of {drawn:.0f} in this search, {grouped(calls)} of its calls; --peer compares at equal calls"
+        tiles.append(Tile("Best plain sample", number(plain), detail))
     calls = sum(int(row.get("nfe", 0)) for row in prompts)
     scored = sum(int(row.get("reward_calls", 0)) for row in prompts)
     tiles.append(Tile("Model calls", grouped(calls), f"{scored} reward calls"))
@@ -167,11 +148,10 @@ def _remarks(run: RunData, found: Mapping[str, Any], prompts: Sequence[Mapping[s
         name = f"“{row.get('prompt')}”: " if len(prompts) > 1 else ""
         remarks += [f"{name}{text[:1].upper()}{text[1:]}" for text in map(str, row.get("warnings", []))]
     remarks += unbranched(found)
-    if not any(row.get("base_curve") for row in prompts) and found.get("sampler") != "best-of-n":
-        calls = found.get("nfe", "as many")
+    if not found.get("peer") and not any(map(_plain, prompts)) and found.get("sampler") != "best-of-n":
         remarks.append(
-            "The plain sample beside the best one is a single draw and no measure of what the search brought: compare "
-            f"with a search of --sampler best-of-n --nfe {calls}, which spends the same model calls on plain samples."
+            "The plain sample beside the best one is a single draw and no measure of what the search brought; --peer "
+            "compares with best of n at equal model calls."
         )
     for reason, count in dict(found.get("excluded", {})).items():
         remarks.append(f"{count} samples could not be scored and were left out: {reason}")
@@ -192,6 +172,7 @@ def _prompt(unit: str, row: Mapping[str, Any], media: _Media) -> dict[str, Any]:
     return {
         "prompt": str(row.get("prompt", "")),
         "base": base,
+        "plain": "A plain sample" if (inside := _plain(row)) is None else f"Best of its {inside[1]} plain samples",
         "shown": shown,
         "best": "Best of the draws" if exceeded else "Best found",
         "before": base.reward if base is not None else None,

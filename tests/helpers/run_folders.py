@@ -105,7 +105,8 @@ def _samples(folder: Path, progress: float) -> None:
     rows = []
     for index, prompt in enumerate(PROMPTS):
         base, tuned = 0.2 + 0.05 * index, 0.2 + 0.05 * index + (0.15 - 0.06 * index) * progress
-        rows.append({"prompt": prompt, "item": index, "base_reward": base, "tuned_reward": tuned})
+        place = ("best", "median", "lower quarter", "worst")[index]
+        rows.append({"prompt": prompt, "item": index, "place": place, "base_reward": base, "tuned_reward": tuned})
         for side, hertz, light in (("base", 220.0, 0), ("tuned", 220.0 * (1 + progress), 60)):
             (folder / f"{side}_{index:02d}.wav").write_bytes(tone(hertz * (1 + 0.5 * index)))
             (folder / f"{side}_{index:02d}.png").write_bytes(picture(light))

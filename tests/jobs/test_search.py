@@ -57,17 +57,29 @@ def test_a_reward_is_the_one_of_its_file(tiny_model: Path, judge: str, tmp_path:
         assert float(wave.square().mean() * 100) == pytest.approx(float(row["reward"]), rel=5e-3, abs=1e-3)
 
 
-def test_dts_draws_distinct_leaves_and_says_that_it_never_branched(
-    tiny_model: Path, judge: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dts_draws_distinct_leaves(tiny_model: Path, judge: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert main(search_command(tiny_model, f"{judge}:loud", run, "--sampler", "dts", "--count", "3")) == 8
-    said = capsys.readouterr()
-    assert "never branched: its 8 scored samples are plain ones" in said.err and "(+0.0000)" in said.out
-    assert "never branched" in (run / "report.html").read_text()
+    assert main(search_command(tiny_model, f"{judge}:loud", run, "--sampler", "dts", "--count", "3")) == 0
     assert len({row["reward"] for row in table_rows(run)}) == 3
     found = json.loads((run / "search.json").read_text())["prompts"][0]
     assert found["stats"]["log_z_iw"] is not None and found["stats"]["log_z_tree"] is not None
+
+
+def test_a_tree_that_never_branched_says_so_and_a_peer_is_drawn_at_equal_calls(
+    tiny_model: Path, judge: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    command = search_command(tiny_model, f"{judge}:loud", run, nfe=6)
+    assert main(command) == 8, "two paths make no tree"
+    said = capsys.readouterr()
+    assert "never branched: its 2 scored samples are plain ones" in said.err
+    assert "best of its 2 plain samples" in said.out and "never branched" in (run / "report.html").read_text()
+    assert main([*command, "--peer"]) == 8
+    row = json.loads((run / "search.json").read_text())["prompts"][0]
+    assert (row["peer"]["count"], row["peer"]["nfe"]) == (2, row["nfe"]), "as many model calls, all of plain samples"
+    assert f"({row['stats']['best'] - row['peer']['best']:+.4f})" in capsys.readouterr().out
+    assert "Above best of n at equal calls" in (run / "report.html").read_text()
+    assert row["base"]["reward"] == max(row["base_rewards"])
 
 
 @pytest.mark.parametrize("sampler", ["best-of-n", "snis", "smc", "islands"])

@@ -80,6 +80,7 @@ class SearchConfig:
         count: samples written per prompt.
         seed: of everything drawn.
         save_every: seconds between saves of a tree.
+        peer: draw best of n with as many model calls too, which doubles the cost; the page compares the two.
     """
 
     sampler: str = "dts-star"
@@ -98,6 +99,7 @@ class SearchConfig:
     count: Count = 4
     seed: Natural = 0
     save_every: NonNegative = 30.0
+    peer: bool = False
 
     def __post_init__(self) -> None:
         row = sampler(self.sampler)

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -249,6 +249,31 @@ def _drawn(
     }
     tensors = {"samples": found.samples, "rewards": found.rewards, "log_weights": found.log_weights, "base": base.x}
     return Kept({name: value.cpu() for name, value in tensors.items()}, facts)
+
+
+def with_peers(
+    config: SearchConfig, loaded: TreeSearchPipeline, problem: Problem, found: Sequence[Found]
+) -> list[Found]:
+    """Draw best of n for every prompt with the model calls that its search took; `summary["peer"]` has what came of it.
+
+    Raises:
+        Preempted: a signal came; the search itself is kept.
+        RewardError: as the reward has it.
+    """
+    from gencontrol.rng import stream_seed
+    from gencontrol.sampling.particles import spend
+    from gencontrol.train.signals import SignalGuard
+
+    peers = []
+    with SignalGuard() as guard:
+        for index, each in enumerate(found):
+            seed = stream_seed(config.seed, "search/peer", index)
+            target = loaded.target(problem, index, seed, batch=config.leaf_batch, poll=guard.poll)
+            drawn = spend("best-of-n", target, max(each.nfe, problem.steps))
+            best = clean(float(drawn.rewards[drawn.valid].max())) if bool(drawn.valid.any()) else None
+            peer = {"count": len(drawn.rewards), "nfe": drawn.nfe, "best": best}
+            peers.append(replace(each, summary={**each.summary, "peer": peer}))
+    return peers
 
 
 def _grown(file: Path, mark: str, target: Target, nfe: int, options: Mapping[str, Any]) -> tuple[Particles, float]:

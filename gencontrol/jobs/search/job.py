@@ -23,7 +23,7 @@ from gencontrol.config import build, dump_toml
 from gencontrol.errors import CheckpointError, Inconclusive, Preempted, RewardError, UsageError
 from gencontrol.files import FileLayer, disk_errors
 from gencontrol.jobs.search.config import SearchConfig, SourceConfig, branch_of, parse_widening
-from gencontrol.jobs.search.drawn import draw_all
+from gencontrol.jobs.search.drawn import draw_all, with_peers
 from gencontrol.jobs.search.results import (
     SUMMARY,
     Found,
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from gencontrol.sampling.tree.tree import DiffusionTree
 
 #: options that may change between two commands on one folder: they alter what is shown, not what is drawn
-_FREE = ("search.count", "search.save_every", "run.device", "run.threads")
+_FREE = ("search.count", "search.save_every", "search.peer", "run.device", "run.threads")
 _TREE = "tree.safetensors"
 #: bytes per node beside its state, children and rollouts included (measured)
 _NODE = 70
@@ -176,7 +176,8 @@ def run(table: dict[str, dict[str, Any]], start: Start, live: Live | None = None
         print(dump_toml(job.folder.table), end="")
         return None
     summary = read_json(folder / SUMMARY) or {}
-    if summary.get("finished") and summary["nfe"] >= config.nfe and summary["count"] == config.count:
+    done = summary.get("finished") and summary["nfe"] >= config.nfe and summary["count"] == config.count
+    if done and (summary.get("peer") or not config.peer):
         hint = "a larger --nfe goes on" if sampler(config.sampler).anytime else "another --output starts anew"
         calls = f"{folder} holds {summary['nfe']} model calls per prompt"
         print(f"finished before: {calls}; see {folder / 'report.html'} ({hint}).", file=sys.stderr)
@@ -209,7 +210,15 @@ def run(table: dict[str, dict[str, Any]], start: Start, live: Live | None = None
                 found, facts, tree = _trees(job, loaded, problem)
             else:
                 (found, facts), tree = draw_all(folder, config, loaded, problem, job.prompts), None
-            facts |= {"sampler": config.sampler, "nfe": config.nfe, "count": config.count, "steps": problem.steps}
+            if config.peer:
+                found = with_peers(config, loaded, problem, found)
+            facts |= {
+                "peer": config.peer,
+                "sampler": config.sampler,
+                "nfe": config.nfe,
+                "count": config.count,
+                "steps": problem.steps,
+            }
             with torch.no_grad():
                 rows = write_results(folder, found, facts, lambda x: problem.decode(x).cpu(), loaded.pipe)
     for line in compared(read_json(folder / SUMMARY) or {}):

@@ -41,7 +41,7 @@ class Found:
     Args:
         samples: clean states [k *d], best first, or None.
         rewards: of the samples.
-        base: the first sample of the model alone [1 *d], or None; `base_reward` is its reward.
+        base: the best sample of the model alone [1 *d], or None; `base_reward` is its reward.
         nfe: model calls for this prompt.
         summary: for the report; holds "reward_calls".
     """
@@ -202,7 +202,7 @@ class Saver:
 
 
 def of_tree(tree: DiffusionTree, root: int, prompt: str, count: int, readout: str) -> Found:
-    """Return what a tree found for a prompt, and the first of its plain base samples that could be scored.
+    """Return what a tree found for a prompt, and the best of its plain base samples.
 
     Args:
         readout: "best", or "distinct" draws from the tree's law.
@@ -212,7 +212,8 @@ def of_tree(tree: DiffusionTree, root: int, prompt: str, count: int, readout: st
     leaves = read(tree, root, count, readout) if tree.counts["valid"][root] else None
     leaf = tree.rollouts["leaf"].astype(np.int64)
     plain = (tree.rollouts["start"] == 0) & tree.nodes["ready"][leaf] & (tree.nodes.root_of(leaf) == root)
-    base = tree.gather(leaf[plain][:1]) if plain.any() else None
+    mine = leaf[plain]
+    base = tree.gather(mine[[np.argmax(tree.nodes["value"][mine])]]) if len(mine) else None
     return Found(
         prompt,
         None if leaves is None else leaves.x,
