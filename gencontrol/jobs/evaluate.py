@@ -90,15 +90,7 @@ class EvaluateResult:
                     found.append(f"{name}: none of {len(part.episodes)} episodes is valid")
                 found += [f"  invalid: {count} × {reason}" for reason, count in part.invalid.items()]
         for compared in (report.compared for report in self.reports if report.compared is not None):
-            pairs, change = compared.pairs, compared.pairs.difference
-            ends = f"95 % {100 * change.low:+.1f} to {100 * change.high:+.1f}" if pairs.count > 1 else "no interval"
-            if pairs.count:
-                found.append(
-                    f"{compared.second} − {compared.first}: {100 * change.value:+.1f} points ({ends}), discordant "
-                    f"pairs {pairs.second} : {pairs.first}, McNemar p = {pairs.p:.3g}, {pairs.count} pairs"
-                )
-            else:
-                found.append(f"{compared.second} − {compared.first}: no pair of episodes is left to compare")
+            found.append(str(compared))
             found += [f"  left out: {count} ({reason})" for reason, count in compared.dropped.items()]
         return "\n".join(found)
 

@@ -278,6 +278,16 @@ class Comparison:
     discordant: tuple[tuple[int, str, str], ...]
     dropped: Mapping[str, int]
 
+    def __str__(self) -> str:
+        pairs, change = self.pairs, self.pairs.difference
+        if not pairs.count:
+            return f"{self.second} − {self.first}: no pair of episodes is left to compare"
+        ends = f"95 % {100 * change.low:+.1f} to {100 * change.high:+.1f}" if pairs.count > 1 else "no interval"
+        return (
+            f"{self.second} − {self.first}: {100 * change.value:+.1f} points ({ends}), discordant pairs "
+            f"{pairs.second} : {pairs.first}, McNemar p = {pairs.p:.3g}, {pairs.count} pairs"
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Return what JSON can hold."""
         pairs = self.pairs
