@@ -9,7 +9,7 @@ export TRANSFORMERS_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test quick docs lint types test-extras bench clean
+.PHONY: demo test quick docs lint types test-extras test-robosuite bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -60,6 +60,13 @@ test-extras: constraints-numpy1.txt
 	$(EXTRAS)/bin/pip install -q $(TORCH) "numpy<2"
 	$(EXTRAS)/bin/pip install -q -e ".[audio,clap,image,dev]" -c constraints-numpy1.txt
 	$(EXTRAS)/bin/python -m pytest -m extras tests/extras
+
+# the real robosuite, whose numba needs NumPy 1
+test-robosuite: constraints-numpy1.txt
+	$(PYTHON) -m venv $(EXTRAS)-robosuite
+	$(EXTRAS)-robosuite/bin/pip install -q $(TORCH) "numpy<2"
+	$(EXTRAS)-robosuite/bin/pip install -q -e ".[dev]" "robosuite>=1.5,<1.6" -c constraints-numpy1.txt
+	$(EXTRAS)-robosuite/bin/python -m pytest -m extras tests/extras/test_robosuite.py
 
 bench: $(VENV)/.dev
 	$(BIN)/gencontrol bench dragon --output runs/bench

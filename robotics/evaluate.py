@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +20,7 @@ from gencontrol.config import build
 from gencontrol.errors import UsageError
 from gencontrol.robotics.demos.experts import Flaws, expert_for
 from gencontrol.robotics.envs.make import env_name
+from gencontrol.robotics.envs.seeding import unseeded
 from gencontrol.robotics.envs.types import EnvSource, EnvSpec
 from gencontrol.robotics.envs.vector import Envs
 from gencontrol.robotics.evaluation.files import EvaluationFolder, content_of, write_results
@@ -122,7 +124,7 @@ def evaluate_all(
     Raises:
         UsageError, EnvironmentMissing: see `evaluate`.
     """
-    run = _Run(policies, envs, seeds, settings or Settings(), sources or policies, output, say, poll)
+    run = _Run(policies, envs, seeds, settings or Settings(), sources or policies, output, say, poll, paired=paired)
     reports = run.reports()
     if paired:
         reports = [reports[0], *(replace(other, compared=compare(reports[0], other)) for other in reports[1:])]
@@ -144,6 +146,8 @@ class _Run:
         output: str | Path | None,
         say: Callable[[Tick], None] | None,
         poll: Callable[[], None] | None,
+        *,
+        paired: bool,
     ) -> None:
         self.envs, self.seeds = {env_name(env): env for env in envs}, [int(seed) for seed in seeds]
         if not envs or len(self.envs) != len(envs):
@@ -152,10 +156,11 @@ class _Run:
             raise UsageError(f"{len(self.seeds)} seeds: give at least one, none twice, all at least 0.")
         if settings.videos and output is None:
             raise UsageError("videos are files; give an output folder.")
-        self.settings, self._say, self._poll = settings, say, poll
+        self.settings, self._say, self._poll, self._paired = settings, say, poll, paired
         self._policies = {name: load(given) for name, given in policies.items()}
         self._contents = {name: content_of(one) if isinstance(one, str) else None for name, one in sources.items()}
         self._asked = {"env_ids": list(self.envs), "seeds": self.seeds, **asdict(settings)}
+        del self._asked["allow_unseeded"]  # changes no episode
         self.folder = None if output is None else EvaluationFolder(output, self._asked, self._contents)
         self._results: dict[tuple[str, str, int], EpisodeResult] = dict(self.folder.done) if self.folder else {}
         self._specs: list[EnvSpec] = []
@@ -203,6 +208,8 @@ class _Run:
             ready = {name: bound(policy, envs.spec) for name, policy in self._policies.items()}
             for name, policy in ready.items():
                 check_fit(name, policy, envs.spec)
+            if any(missing.values()):
+                self._check_seeding(envs)
             for name, policy in ready.items():
                 self._episodes(name, policy, envs, missing[name])
         if self.settings.videos:
@@ -213,6 +220,21 @@ class _Run:
                     made = film(policy, self.settings, env, results, self.folder.path, name, together=together)
                 self._videos[name].update(made.paths)
                 self._notes[name].extend(made.notes)
+
+    def _check_seeding(self, envs: Envs) -> None:
+        """Say where episodes are no function of their seed, and compare nothing there unless that is asked for.
+
+        Raises:
+            UsageError: a paired comparison of such episodes.
+        """
+        fault = unseeded(envs, self.seeds[0])
+        if fault is None:
+            return
+        if self._paired and not self.settings.allow_unseeded:
+            raise UsageError(f"{fault}, or compare unpaired; --allow-unseeded pairs them all the same.")
+        warnings.warn(f"{fault}; until then intervals hold, pairs and repetitions do not.", UserWarning, stacklevel=2)
+        for notes in self._notes.values():
+            notes.append(f"{fault}.")
 
     def _episodes(self, name: str, policy: Actor, envs: Envs, seeds: Sequence[int]) -> None:
         """Run the seeds and keep their results."""

@@ -57,6 +57,7 @@ class FitConfig:
         step: of the grid of weights.
         num_envs: environments side by side.
         rows_at_once: rows in one network call, see evaluate.
+        allow_unseeded: fit also where episodes are no function of their seed; the arms then meet different ones.
     """
 
     env_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -67,6 +68,7 @@ class FitConfig:
     step: Positive = 0.1
     num_envs: Count = 1
     rows_at_once: Natural = 1
+    allow_unseeded: bool = False
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,11 @@ def _composed(
             method=fitting.method,
             step=fitting.step,
             num_envs=fitting.num_envs,
-            evaluation={"env_kwargs": fitting.env_kwargs, "rows_at_once": fitting.rows_at_once},
+            evaluation={
+                "env_kwargs": fitting.env_kwargs,
+                "rows_at_once": fitting.rows_at_once,
+                "allow_unseeded": fitting.allow_unseeded,
+            },
         )
         weights, policy = fit.best, policy.with_weights(fit.best)
     if target is not None:

@@ -15,10 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from gencontrol.config import build
 from gencontrol.errors import UsageError
 from gencontrol.robotics.composition.policy import ComposedPolicy
+from gencontrol.robotics.envs.seeding import unseeded
 from gencontrol.robotics.envs.types import EnvSource
-from gencontrol.robotics.evaluate import evaluate
+from gencontrol.robotics.evaluate import Settings, evaluate
 from gencontrol.stats import Estimate, Pairs, pair, rate, wilson
 
 #: (policy, seeds) → success of each episode, in the order of the seeds
@@ -187,6 +189,12 @@ def fit_weights(
         # a search makes dozens of short evaluations: one environment needs no process of its own to start each time
         isolation = "inline" if num_envs == 1 else "process"
         given: dict[str, Any] = {"num_envs": num_envs, "isolation": isolation, **(evaluation or {})}
+
+        settings = build(Settings, given, "evaluation")
+        with settings.envs(env, 1) as one:
+            fault = None if settings.allow_unseeded else unseeded(one, validation[0])
+        if fault is not None:
+            raise UsageError(f"{fault}; arms must meet equal episodes. --allow-unseeded fits all the same.")
 
         def rollouts(policy: Any, seeds: Sequence[int]) -> Sequence[bool]:
             report = evaluate(policy, env, seeds=seeds, **given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 from gencontrol.errors import UsageError
 from gencontrol.robotics.datasets.episodes import Episode, Episodes
+from gencontrol.robotics.envs.seeding import unseeded
 from gencontrol.robotics.envs.types import EnvSpec
 from gencontrol.robotics.envs.vector import Envs
 from gencontrol.robotics.evaluation.rollout import Actor, Rollouts
@@ -68,6 +70,8 @@ def collect(
     kept: list[Episode] = []
     rejected: Counter[str] = Counter()
     attempted = succeeded = 0
+    if (fault := unseeded(envs, seeds[0])) is not None:
+        warnings.warn(f"{fault}; the recorded seeds do not bring these episodes back.", UserWarning, stacklevel=2)
     rollouts = Rollouts(policy, envs)
     while attempted < len(seeds) and len(kept) < wanted:
         missing = wanted - len(kept)

@@ -31,7 +31,7 @@ class RobosuiteEnv:
 
     Args:
         env_id: "robosuite/Lift", or robomimic's name: "robosuite/Can".
-        kwargs: of robosuite.make, e.g. robots="Panda", controller_configs; images only with use_camera_obs=True.
+        kwargs: of robosuite.make, e.g. robots="Panda" (two of them for two arms), controller_configs; images only with use_camera_obs=True.
         time_limit: steps; None: robomimic's horizon.
         render: make an offscreen renderer.
 
@@ -52,7 +52,8 @@ class RobosuiteEnv:
         limit = time_limit or HORIZONS.get(name)
         if limit is None:
             raise UsageError(f"no time limit is known for '{env_id}'; give --time-limit STEPS.")
-        given = {"robots": "Panda", "use_camera_obs": False, "control_freq": 20, "reward_shaping": False, **kwargs}
+        robots = ["Panda", "Panda"] if name.startswith("TwoArm") else "Panda"
+        given = {"robots": robots, "use_camera_obs": False, "control_freq": 20, "reward_shaping": False, **kwargs}
         images = bool(given["use_camera_obs"])
         self.env = robosuite.make(
             name,
@@ -83,13 +84,18 @@ class RobosuiteEnv:
     def reset(self, seed: int) -> dict[str, Array]:
         """Begin an episode; see RobotEnv.
 
-        Placements are drawn from `env.rng` (robosuite 1.5) or from NumPy's global generator (1.4), set here to the
-        seed; the global one gets its state back.
+        Placements are drawn from `env.rng` and by the initialiser and its samplers, which keep generators of their own
+        (robosuite 1.5), or from NumPy's global generator (1.4); all are set here, and the global one gets its state
+        back.
         """
         before = np.random.get_state()
         np.random.seed(seed % 2**32)
         try:
             self.env.rng = np.random.default_rng(seed)
+            placing = getattr(self.env, "placement_initializer", None)
+            for drawer in (placing, *getattr(placing, "samplers", {}).values()):
+                if drawer is not None:
+                    drawer.rng = self.env.rng
             return self._flat(self.env.reset())
         finally:
             np.random.set_state(before)

@@ -26,6 +26,8 @@ class Settings:
         make_timeout, reset_timeout, step_timeout: seconds after which it hangs, in a process.
         rows_at_once: rows in one network call; 1 is exact for any num_envs, more pads to this size and is faster, but
             the last bits of an action then depend on its place in the batch, and 0 takes all rows that ask.
+        allow_unseeded: compare policies also where an environment's episodes are no function of their seed, which is
+            checked before the first one; the pairs are then no pairs.
         videos: most videos per policy and environment, failures and successes in proportion; needs an output folder.
     """
 
@@ -39,6 +41,7 @@ class Settings:
     reset_timeout: Positive = 120.0
     step_timeout: Positive = 60.0
     rows_at_once: Natural = 1
+    allow_unseeded: bool = False
     videos: Natural = 0
 
     def envs(self, env: EnvSource, num_envs: int, *, render: bool = False) -> Envs:

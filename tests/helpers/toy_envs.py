@@ -102,6 +102,29 @@ def endless() -> Any:
     return Point(limit=None)
 
 
+class Restless(Point):
+    """A Point whose places come from a generator that no seed reaches.
+
+    Args:
+        late: the place after a step does instead of the first one.
+    """
+
+    def __init__(self, late: bool = False) -> None:
+        super().__init__()
+        self.own, self.late = np.random.default_rng(0), late
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        if not self.late:
+            self.place = self.own.uniform(-1.5, 1.5, 2)
+        return self._see(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        if self.late:
+            self.place = self.place + 0.01 * self.own.normal(size=2)
+        return super().step(action)
+
+
 class Discrete(Point):
     """A Point with actions that no policy here gives."""
 

@@ -403,3 +403,37 @@ def test_module_and_missing_expert() -> None:
     assert "expert" in module.NAMED
     with pytest.raises((UsageError, EnvironmentMissing), match="no scripted expert is known"):
         run("expert", [0])
+
+
+@pytest.mark.parametrize(("late", "where"), [(False, "'place' at the reset"), (True, "'place' after step 1")])
+def test_episodes_that_are_no_function_of_their_seed_are_told(late: bool, where: str) -> None:
+    """In one line before the first episode; pairs are refused unless asked for, and the report keeps the note."""
+    restless = "tests.helpers.toy_envs:Restless"
+    given: dict[str, Any] = {"seeds": range(3), "isolation": "inline", "env_kwargs": {"late": late}}
+    with pytest.raises(UsageError, match=f"no function of their seed.*{where}.*--allow-unseeded"):
+        evaluate(Homing(), restless, paired_with=Homing(), **given)
+    with pytest.warns(UserWarning, match=where):
+        report = evaluate(Homing(), restless, **given)
+    assert any(where in note for note in report.notes)
+    with pytest.warns(UserWarning, match=where):
+        evaluate(Homing(), restless, paired_with=Homing(), allow_unseeded=True, **given)
+
+
+def test_the_command_refuses_pairs_of_unseeded_episodes(capsys: pytest.CaptureFixture[str]) -> None:
+    toy = "tests.helpers.toy_envs"
+    words = [f"{toy}:homing", f"{toy}:homing", "--env", f"{toy}:Restless", "--episodes", "3", "--paired"]
+    assert _command(*words) == 2
+    error = capsys.readouterr().err
+    assert "--allow-unseeded" in error and error.strip().count("\n") == 0
+    with pytest.warns(UserWarning, match="no function of their seed"):
+        assert _command(*words, "--allow-unseeded") in (0, 8)
+
+
+def test_a_faulty_start_is_no_difference() -> None:
+    """Crashes show as invalid episodes; the check says nothing of them."""
+    from gencontrol.robotics.envs.seeding import difference
+    from gencontrol.robotics.envs.vector import make_envs
+
+    for kwargs in ({"trouble": "reset", "bad": (0,)}, {"trouble": "raise", "bad": (0,)}, {}):
+        with make_envs(POINT, 1, kwargs=kwargs, isolation="inline") as envs:
+            assert difference(envs, 0) is None
