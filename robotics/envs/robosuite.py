@@ -31,7 +31,8 @@ class RobosuiteEnv:
 
     Args:
         env_id: "robosuite/Lift", or robomimic's name: "robosuite/Can".
-        kwargs: of robosuite.make, e.g. robots="Panda" (two of them for two arms), controller_configs; images only with use_camera_obs=True.
+        kwargs: of robosuite.make, e.g. robots="Panda" (two of them for two arms), controller_configs; images only with
+            use_camera_obs=True.
         time_limit: steps; None: robomimic's horizon.
         render: make an offscreen renderer.
 
