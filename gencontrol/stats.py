@@ -254,7 +254,7 @@ class Pairs:
 
     Args:
         both, first, second, neither: pairs in which both, only the first, only the second, or none succeeded.
-        returns: mean difference of the returns, second minus first, by `average`.
+        returns: mean difference of the returns, second minus first, by `paired_gain`.
     """
 
     both: int
@@ -318,5 +318,14 @@ def pair(
     both, only_first, only_second, neither = (int(np.sum(x)) for x in (a & b, a & ~b, ~a & b, ~a & ~b))
     if returns is None:
         return Pairs(both, only_first, only_second, neither)
-    gains = np.asarray(returns[1], np.float64) - np.asarray(returns[0], np.float64)
-    return Pairs(both, only_first, only_second, neither, average(gains, seed=seed))
+    return Pairs(both, only_first, only_second, neither, paired_gain(*returns, seed=seed))
+
+
+def paired_gain(
+    first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray, *, seed: int = 0
+) -> Estimate:
+    """Mean of second − first with its 95 % interval: that of `pair` where all values are 0 or 1, else of `average`."""
+    a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    if len(a) and np.isin(np.concatenate([a, b]), (0.0, 1.0)).all():
+        return pair(a > 0, b > 0).difference
+    return average(b - a, seed=seed)

@@ -17,6 +17,7 @@ from gencontrol.stats import (
     mcnemar,
     newcombe,
     pair,
+    paired_gain,
     paired_wins,
     rate,
     student_t,
@@ -94,6 +95,13 @@ def test_pairs() -> None:
     assert math.isnan(pair(a, b).returns.value)
     with pytest.raises(ValueError, match="paired"):
         pair([True], [True, False])
+
+
+def test_gain_of_binary_and_of_other_values() -> None:
+    a, b = np.array([0.0, 1.0, 1.0, 0.0]), np.array([1.0, 1.0, 1.0, 0.0])
+    assert paired_gain(a, b) == pair(a > 0, b > 0).difference
+    assert paired_gain(a, 0.5 * b) == average(0.5 * b - a)
+    assert paired_gain(a, a).low < 0 < paired_gain(a, a).high and math.isnan(paired_gain([], []).value)
 
 
 def test_pairs_without_a_discordant_one_keep_a_width() -> None:

@@ -31,7 +31,7 @@ from gencontrol.errors import UsageError
 from gencontrol.rewards.base import Reward, SetReward, as_set_reward
 from gencontrol.rewards.distribution import vendi_score
 from gencontrol.rng import item_generators, item_noise, stream
-from gencontrol.stats import Estimate, average, compare_sets, paired_wins
+from gencontrol.stats import Estimate, compare_sets, paired_gain, paired_wins
 from gencontrol.types import Cond, cond_to, index_cond
 
 #: Random halves of a set on which a set reward is compared.
@@ -75,7 +75,7 @@ def compare_scores(
         return nothing, nothing, float("nan"), float("nan"), 0
     if tuned.values is not None and base.values is not None:
         mine, theirs = tuned.values[both].double(), base.values[both].double()
-        gain = average((mine - theirs).numpy(force=True))
+        gain = paired_gain(theirs.numpy(force=True), mine.numpy(force=True))
         return paired_wins(mine, theirs), gain, float(mine.mean()), float(theirs.mean()), len(both)
     assert tuned.features is not None and base.features is not None
     sides = {
