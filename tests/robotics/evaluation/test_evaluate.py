@@ -360,6 +360,19 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (tmp_path / "out" / "episodes.jsonl").read_bytes() == before
 
 
+def test_a_command_without_a_valid_episode_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    toy, out = "tests.helpers.toy_envs", str(tmp_path / "out")
+    trouble = ("--env-kwarg", "trouble=reset", "--env-kwarg", "bad=[0, 1]")
+    names = (f"{toy}:homing", f"{toy}:homing", "--paired")
+    code = _command(*names, "--env", POINT, "--episodes", "2", *trouble, "--output", out)
+    said = capsys.readouterr()
+    assert code == 8, said.err
+    assert "none of 2 episodes is valid" in said.out and "nan" not in said.out
+    assert "none of 2 episodes is valid, so there is no rate" in said.err and "No pair of episodes is left" in said.err
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "None of the episodes is valid, so there is no rate." in page and "No pair of episodes is left" in page
+
+
 def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     toy = "tests.helpers.toy_envs"
     out = ["--output", str(tmp_path / "out")]
@@ -419,9 +432,9 @@ def test_episodes_that_are_no_function_of_their_seed_are_told(late: bool, where:
         evaluate(Homing(), restless, paired_with=Homing(), allow_unseeded=True, **given)
 
 
-def test_the_command_refuses_pairs_of_unseeded_episodes(capsys: pytest.CaptureFixture[str]) -> None:
-    toy = "tests.helpers.toy_envs"
-    words = [f"{toy}:homing", f"{toy}:homing", "--env", f"{toy}:Restless", "--episodes", "3", "--paired"]
+def test_the_command_refuses_pairs_of_unseeded_episodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    toy, output = "tests.helpers.toy_envs", ["--output", str(tmp_path / "out")]
+    words = [f"{toy}:homing", f"{toy}:homing", "--env", f"{toy}:Restless", "--episodes", "3", "--paired", *output]
     assert _command(*words) == 2
     error = capsys.readouterr().err
     assert "--allow-unseeded" in error and error.strip().count("\n") == 0
