@@ -103,7 +103,7 @@ class Plms(GaussianStep):
             mean = 0.5 * (pred.eps + model(middle, t_next, cond).eps)
         else:
             weights = {2: (3, -1), 3: (23, -16, 5), 4: (55, -59, 37, -9)}[len(known)]
-            mean = sum(w * eps for w, eps in zip(weights, known)) / sum(weights)  # type: ignore[assignment]
+            mean = sum(w * eps for w, eps in zip(weights, known)) / sum(weights)
         return State(self._moved(model, pred, mean, t_next), None, known)
 
     def _moved(self, model: Any, pred: Pred, eps: Float[Tensor, "b *d"], t_next: Time) -> Float[Tensor, "b *d"]:

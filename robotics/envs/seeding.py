@@ -43,7 +43,7 @@ def unseeded(envs: Envs, seed: int) -> str | None:
 def _watched(envs: Envs, seed: int, actions: Array) -> list[Mapping[str, Array]]:
     """What one episode shows, up to its end, to a fault, or through the actions."""
     batch = envs.reset([0], [seed])
-    seen = [_shown(batch)]
+    seen: list[Mapping[str, Array]] = [_shown(batch)]
     for action in actions:
         if batch.ended[0]:
             break

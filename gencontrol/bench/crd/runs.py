@@ -103,8 +103,8 @@ SCENES_ANCHOR = {"kl_coef": 2.0, "kl_guidance": 2.0, "updates_per_round": 1}
 def of_part(part: str) -> tuple[Method, ...]:
     """Return the rows of the parts scenes, words and shifted: CRD and the peers, with and without the anchor."""
     if part == "shifted":
-        names = ("CRD", "CRD, times from all of (0, 1)", "NFT, official GenEval", "AWM", "Flow-GRPO")
-        return tuple(method for method in METHODS if method.label in names)
+        shown = ("CRD", "CRD, times from all of (0, 1)", "NFT, official GenEval", "AWM", "Flow-GRPO")
+        return tuple(method for method in METHODS if method.label in shown)
     variants = ("CRD, no anchor", "Flow-GRPO, exponential step")
     rows = [method for method in METHODS if "OCR" not in method.label]
     rows = [
@@ -155,7 +155,7 @@ def build(method: Method, plan: Plan, task: PromptTask, reward: Any, seed: int) 
         "demo_steps": plan.demo_steps,
         "ema_decay": plan.ema,
     }
-    forward = {"train_times": plan.train_times} if method.algorithm in ("crd", "nft", "awm") else {}
+    forward: dict[str, Any] = {"train_times": plan.train_times} if method.algorithm in ("crd", "nft", "awm") else {}
     forward |= GRID if method.algorithm == "crd" else {}
     config = kind.Config(**{**shared, **forward, **method.options})
     lora = LoraConfig(plan.lora) if plan.lora else None

@@ -313,7 +313,9 @@ def _printed(
     """All tables."""
     text = ""
     for nfe in budgets:
-        rows = [[name, share[name], *(ratios(each, nfe)[method] for method in METHODS)] for name, each in found.items()]
+        rows: list[list[Any]] = [
+            [name, share[name], *(ratios(each, nfe)[method] for method in METHODS)] for name, each in found.items()
+        ]
         text += table(
             f"E-DTS-5 at {nfe:.0e} model calls: squared error over that of the better of the first two",
             ("target", "base share", *METHODS),
