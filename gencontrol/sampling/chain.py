@@ -7,6 +7,7 @@ belongs to a root (a prompt), whose condition it uses.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from gencontrol.process.masked import MaskedProcess
 from gencontrol.rng import Keyed, randn
 from gencontrol.sampling.grids import make_grid
 from gencontrol.sampling.loop import make_step, model_device
-from gencontrol.sampling.masked_steps import Ancestral, MaskedStep, inverse_cdf
+from gencontrol.sampling.masked_steps import Ancestral, Confidence, MaskedStep, inverse_cdf
 from gencontrol.sampling.state import State, Step
 from gencontrol.sampling.steps import Sde, StochasticStep
 from gencontrol.types import Cond, index_cond, map_cond
@@ -52,11 +53,16 @@ class Twist:
 
 @dataclass(frozen=True)
 class Walk:
-    """Where rows arrived: states, Σ log p/q of the transitions (0 without a twist; float64, CPU), calls per row."""
+    """Where rows arrived: states, Σ log p/q of the transitions (0 without a twist; float64, CPU), calls per row.
+
+    log_prob: of arriving there [b], float64 on the CPU; NaN unless the order in which tokens show themselves is fixed
+    by the visible ones, so that one path alone leads to a state.
+    """
 
     x: Shaped[Tensor, "b *d"]
     log_ratio: Float[Tensor, " b"]
     calls: Int64[Tensor, " b"]
+    log_prob: Float[Tensor, " b"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,7 @@ class Chain:
         """
         log_ratio = torch.zeros(len(x), dtype=torch.float64)
         calls = torch.zeros(len(x), dtype=torch.int64)
+        log_prob = torch.full_like(log_ratio, 0.0 if isinstance(self.step, Confidence) else math.nan)
         for index in range(*span):
             if poll is not None:
                 poll()
@@ -135,11 +142,13 @@ class Chain:
                 with self.autocast():
                     state = self.step(self.model, State(before), t, t_next, self.condition(roots[chosen]), noise)
                 after = state.x.to(x.dtype)
+                if isinstance(self.step, Confidence) and state.log_prob is not None:
+                    log_prob[chosen] += state.log_prob.double().cpu()
             x = after if rows is None else x.index_copy(0, rows, after)
             calls[chosen] += 1
             if ratio is not None:
                 log_ratio += ratio.double().cpu()
-        return Walk(x, log_ratio, calls)
+        return Walk(x, log_ratio, calls, log_prob)
 
     def condition(self, roots: Int64[Tensor, " b"]) -> Cond:
         """The condition rows of these roots."""

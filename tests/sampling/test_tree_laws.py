@@ -278,3 +278,26 @@ def test_the_weighted_law_counts_later_rollouts_more() -> None:
         expected = np.bincount(tree.rollouts["leaf"], w, tree.nodes.size)[leaves]
         np.testing.assert_allclose(law, expected / expected.sum(), rtol=1e-9)
         tree.retilt(temperature=0.5)
+
+
+def test_token_children_count_their_probability_once_nearly_all_are_seen() -> None:
+    """`Nodes.shares` against the table: transition probabilities of a law of 3³ sequences, revealed one by one."""
+    tree = grown(
+        3000, lambda x: x.double().sum(1), tokens(), shape=(3,), steps=3, step=Confidence(1.0), branch="all",
+        widening="paper", leaf_batch=50,
+    )  # fmt: skip
+    nodes, model = tree.nodes, tokens()
+    children = nodes.children(np.array([0]))
+    chance = np.exp(nodes["log_p"][children.ids])
+    states = tree.pools[0].take(nodes["row"][children.ids], torch.device("cpu"))
+    place = int((states != 3).any(0).nonzero()[0, 0])  # the first position that shows itself
+    exact = model.table.movedim(place, 0).flatten(1).sum(1)[states[:, place]]
+    np.testing.assert_allclose(chance, exact.numpy(), atol=1e-6)
+    np.testing.assert_allclose(nodes.shares(children), chance / chance.sum(), atol=1e-6)
+    nodes["log_p"][children.ids[0]] = -30.0  # then a good part of the mass is not among the children
+    copies = nodes["multiplicity"][children.ids]
+    np.testing.assert_allclose(nodes.shares(children), copies / copies.sum())
+    gauss = grown(200)
+    some = gauss.nodes.children(np.array([0]))
+    assert np.isnan(gauss.nodes["log_p"][some.ids]).all()
+    np.testing.assert_allclose(gauss.nodes.shares(some), 1 / len(some.ids))

@@ -194,7 +194,7 @@ def probes(seeds: Sequence[int], part: int = 1) -> dict[str, dict[str, Any]]:
 def _probe(
     base: GaussianMixture, reward: Callable[[Tensor], Tensor], steps: int, nfe: int, seeds: Sequence[int], part: int
 ) -> dict[str, Any]:
-    """Mode shares of the chain itself (600,000 weighted paths), and every method's distance to them."""
+    """Mode shares of the chain itself (120,000 weighted paths), and every method's distance to them."""
     from gencontrol.sampling.chain import make_chain
 
     chain = make_chain(base, (base.means.shape[1],), steps=steps)
@@ -206,7 +206,7 @@ def _probe(
     def of(found: Any) -> Float[Tensor, " k"]:
         return shares(Law.of(found.samples, found.log_weights))
 
-    size, nfe = 100_000 // part, nfe // part
+    size, nfe = 20_000 // part, nfe // part
     many = [spend("snis", Target(chain, Scorer(reward, batch=size), 1.0, 900 + i), size * steps) for i in range(6)]
     truth = torch.stack([of(found) * math.exp(found.log_z) for found in many]).sum(0)
     truth = truth / truth.sum()

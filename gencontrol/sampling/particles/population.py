@@ -128,6 +128,7 @@ def walk(target: Target, x: Shaped[Tensor, "n *d"], keys: Int64[Tensor, " n"], s
         torch.cat([part.x for part in parts]),
         torch.cat([part.log_ratio for part in parts]),
         torch.cat([part.calls for part in parts]),
+        torch.cat([part.log_prob for part in parts]),
     )
 
 

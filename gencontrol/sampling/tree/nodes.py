@@ -1,6 +1,6 @@
 """The tree as flat columns: nodes, their children in one shared array, and reductions over ragged groups of children.
 
-A node costs 43 bytes, a child's place at most 16 (blocks double when they are full; the old block is left behind), a
+A node costs 47 bytes, a child's place at most 16 (blocks double when they are full; the old block is left behind), a
 rollout 9.  Everything is NumPy on the host, values in float64; the states live elsewhere (`StatePool`), on the device.
 """
 
@@ -95,7 +95,7 @@ class Nodes(Table):
     Columns: parent; level (0 is a root, the last is clean); ready (backed up and valid); multiplicity (equal siblings
     kept as one node); value v̂ (reward units); visits N; start and count of its children; drawn (children counted with
     multiplicity, those still under way and invalid ones too: what widening looks at); row in the pool of its level;
-    edge (log p/q of the transition that led here).
+    edge (log p/q of the transition that led here); log_p (log-probability of that transition, NaN where unknown).
     """
 
     def __init__(self, roots: int) -> None:
@@ -112,6 +112,7 @@ class Nodes(Table):
                 "drawn": np.int32,
                 "row": np.int32,
                 "edge": np.float32,
+                "log_p": np.float32,
             }
         )
         self._slots = np.zeros(16, np.int32)
@@ -167,6 +168,21 @@ class Nodes(Table):
     def weights(self, ids: Ints) -> Floats:
         """Multiplicity of ready nodes, 0 of others."""
         return np.where(self["ready"][ids], self["multiplicity"][ids], 0).astype(np.float64)
+
+    def shares(self, children: Children) -> Floats:
+        """Weight of each child in the mean over its siblings; sums to 1.
+
+        A child counts as often as it was drawn.  Where the transitions' probabilities are known and the unseen siblings
+        have less than 1/k of them after k draws, a child counts its probability: the bias of order 1/k is below the
+        noise of the counts, of order k^(-1/2) (docs/methods/dts.md#tokens, derived).
+        """
+        copies = self["multiplicity"][children.ids].astype(np.float64)
+        draws = children.sum(copies)
+        chance = np.exp(self["log_p"][children.ids].astype(np.float64))
+        seen = children.sum(chance)
+        known = 1.0 - seen <= 1.0 / draws  # False for NaN
+        counted = copies / children.spread(draws)
+        return np.where(children.spread(known), chance / children.spread(seen), counted)
 
     def back_up(self, ids: Ints, inverse_temperature: float, *, hard: bool) -> None:
         """Recompute v̂ of nodes from their children: soft (1/λ)·log mean exp(λ·v̂), hard the maximum (arXiv 2506.20701,

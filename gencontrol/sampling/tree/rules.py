@@ -119,8 +119,7 @@ class Boltzmann:
             logits = self.power * nodes.scores(children.ids, inverse_temperature) + np.log(weights)
         logits = np.where(weights > 0, logits, -np.inf)
         chance = np.exp(logits - children.spread(children.logsumexp(logits)))
-        copies = nodes["multiplicity"][children.ids]
-        share = copies / children.spread(children.sum(copies))
+        share = nodes.shares(children)
         return children.ids, children.offsets, (1 - self.floor) * chance + self.floor * share, share
 
     def choose(self, nodes: Nodes, at: Standing) -> tuple[Ints, Floats]:
@@ -157,8 +156,7 @@ class Shrunk:
     def probabilities(self, nodes: Nodes, ids: Ints, inverse_temperature: float) -> tuple[Ints, Ints, Floats, Floats]:
         """Return (children, offsets, probabilities, shares) of nodes: share is a child's weight in the plain mean."""
         children = nodes.children(ids)
-        copies = nodes["multiplicity"][children.ids]
-        share = copies / children.spread(children.sum(copies))
+        share = nodes.shares(children)
         log_t = nodes.scores(children.ids, inverse_temperature)
         mean = children.spread(children.logsumexp(log_t + np.log(share)))
         # a clean leaf has no children; of the others' visits the first was not a rollout

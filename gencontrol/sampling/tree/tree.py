@@ -42,11 +42,12 @@ _PART = 1024
 
 @dataclass(frozen=True)
 class _Grown:
-    """New states of a round: per level the picks (rows), their states and log p/q; and the model calls of each pick."""
+    """New states of a round: per level the picks (rows), their states, log p/q and log p; model calls of each pick."""
 
     rows: list[Ints]
     states: list[Tensor | None]
     edges: list[Floats]
+    chances: list[Floats]
     calls: Ints
 
 
@@ -214,7 +215,7 @@ class DiffusionTree(Forest):
             last=config.last,
         )
         counters = self.scorer.counters()
-        grown = _Grown([], [], [], np.zeros(len(roots), np.int64))
+        grown = _Grown([], [], [], [], np.zeros(len(roots), np.int64))
         rows, x = np.zeros(0, np.int64), None
         try:
             for level in range(config.last):  # level by level, so that a step is one batch of those that are there
@@ -223,14 +224,15 @@ class DiffusionTree(Forest):
                     fresh = self._starts(picks, joining, level, keys)
                     x = fresh if x is None else torch.cat([x, fresh])
                     rows = np.concatenate([rows, joining])
-                edges = np.zeros(0)
+                edges = chances = np.zeros(0)
                 if x is not None:
                     index = torch.from_numpy(rows)
                     span = (config.branch[level - 1] if level else 0, config.branch[level])
                     walk = chain.advance(x, torch.from_numpy(roots)[index], keys[index], span, poll)
-                    x, edges = walk.x, walk.log_ratio.numpy()
+                    x, edges, chances = walk.x, walk.log_ratio.numpy(), walk.log_prob.numpy()
                     grown.calls[rows] += walk.calls.numpy()
                 grown.edges.append(edges)
+                grown.chances.append(chances)
                 grown.rows.append(rows)
                 grown.states.append(x)
             scores = self._score(grown, roots)
@@ -279,7 +281,7 @@ class DiffusionTree(Forest):
             parents = path[rows, level]
             continued = picks.start[rows] < level
             np.add.at(nodes["drawn"], parents[continued], 1)
-            path[rows, level + 1] = self._attach(level + 1, parents, states, grown.edges[level])
+            path[rows, level + 1] = self._attach(level + 1, parents, states, grown.edges[level], grown.chances[level])
             if level + 1 < last:
                 np.add.at(nodes["visits"], path[rows, level + 1], 1)
         rows = grown.rows[-1]
@@ -296,7 +298,7 @@ class DiffusionTree(Forest):
         np.add.at(self.counts["nfe"], roots, grown.calls)
         self.rounds += 1
 
-    def _attach(self, level: int, parents: Ints, states: Tensor, edges: Floats) -> Ints:
+    def _attach(self, level: int, parents: Ints, states: Tensor, edges: Floats, chances: Floats) -> Ints:
         """Add children and return their nodes; equal siblings become one node of larger multiplicity.
 
         Gaussian states are never equal; token states are compared by a 64-bit hash of (parent, tokens).
@@ -311,7 +313,8 @@ class DiffusionTree(Forest):
             twin = first[back]
         new = np.flatnonzero((ids < 0) & (twin == order))
         rows = self.pools[level - 1].add(states[torch.from_numpy(new).to(states.device)])
-        ids[new] = nodes.add(len(new), parent=parents[new], level=level, visits=1, row=rows, edge=edges[new])
+        facts = {"parent": parents[new], "row": rows, "edge": edges[new], "log_p": chances[new]}
+        ids[new] = nodes.add(len(new), level=level, visits=1, **facts)
         nodes.link(parents[new], ids[new])
         ids = ids[twin]
         np.add.at(nodes["multiplicity"], ids, 1)
@@ -538,6 +541,8 @@ class DiffusionTree(Forest):
                     f"give the same {key}, or build a new tree."
                 )
         for name, table in {"nodes": tree.nodes, "rollouts": tree.rollouts, "counts": tree.counts}.items():
+            if "nodes.log_p" not in tensors:  # a tree of version 0.1.0, which did not keep them
+                tensors["nodes.log_p"] = torch.full((len(tensors["nodes.parent"]),), math.nan)
             columns = {key: tensors[f"{name}.{key}"].numpy() for key in table.arrays()}
             table.size = 0
             table.add(len(next(iter(columns.values()))), **columns)
