@@ -46,14 +46,51 @@ def test_the_fit_is_the_closed_form() -> None:
 def test_a_linear_reward_on_one_gaussian_is_trusted_wholly() -> None:
     """x̂0 is linear in x there, so the true value is λ·r(x̂0) plus a constant: β = 1 at every level.
 
-    8000 particles: the standard error of β is 1/(sd(v)·sqrt(n)); sd(v) is 0.29 at the first level and above 0.7 later.
+    The standard error of β is 1/(sd(v)·sqrt(n)); of 8000 particles about 5000 are effective.  sd(v) is 0.29 at first,
+    above 0.7 later.
     """
     target = target_of(one_gaussian(), linear(1.5), (1,), 40)
-    first = next(grow(target, [], 20_000))
-    assert len(first) == 8000 and first.betas == ramp(4) == pytest.approx((0.2, 0.4, 0.6, 0.8))
-    fitted = calibrate([first], 4)
-    for level, beta in enumerate(fitted):
-        assert abs(beta - 1) < 4 / (float(first.seen[level].std()) * math.sqrt(8000)), (level, beta)
+    done = list(grow(target, [], 8000))
+    assert ramp(4) == pytest.approx((0.2, 0.4, 0.6, 0.8)) and done[0].betas == (0.0,) * 4  # the scouts
+    seen = torch.cat([each.seen for each in done], 1)
+    for level, beta in enumerate(calibrate(done, 4)):
+        assert abs(beta - 1) < 4 / (float(seen[level].std()) * math.sqrt(5000)), (level, beta)
+
+
+def test_the_floor_keeps_a_part_of_the_base_law() -> None:
+    """ψ = α + (1 - α)·exp(β·v)/E_p[exp(β·v)]: never below α, and its mean over the base law is 1."""
+    from gencontrol.sampling.particles.islands import FLOOR, _potential
+
+    target = target_of(one_gaussian(), linear(3.0), (1,), 10)
+    done = list(grow(target, [], 3000))
+    base = done[0]  # plain paths
+    shape = _potential(done, {0: 0.7}, target)
+    psi = shape(0, base.seen[0]).exp()
+    assert float(psi.min()) >= FLOOR and float(shape(0, torch.tensor([-1e6])).exp()) == pytest.approx(FLOOR)
+    assert float(psi.mean()) == pytest.approx(1.0, abs=4 * float(psi.std()) / math.sqrt(len(psi)))
+    assert torch.equal(_potential([], {0: 0.7}, target)(0, base.seen[0]), 0.7 * base.seen[0])
+
+
+@pytest.mark.slow
+def test_a_lookahead_that_misleads_hides_no_mode() -> None:
+    """The narrow band of `bench dts`: SMC misses a part that its lookahead speaks against, and its mean Ẑ/Z is
+    below 0.7; islands of as many calls are within 0.15 of 1 (ten runs, standard error 0.04).
+    """
+    from gencontrol.bench.dts.battery import gaussians
+    from gencontrol.sampling.particles import spend
+
+    problem = next(each for each in gaussians() if each.name.startswith("band"))
+
+    def mean(name: str) -> float:
+        found = []
+        for seed in range(10):
+            target = Target(problem.chain, Scorer(problem.reward, batch=4096), 1.0, seed)
+            log_z = spend(name, target, 40_000 // problem.price, resample_at=problem.branch).log_z
+            found.append(math.exp(log_z - problem.log_z))
+        return sum(found) / 10
+
+    assert mean("smc") < 0.7
+    assert abs(mean("islands") - 1) < 0.15
 
 
 def test_a_constant_reward_leaves_nothing_to_learn() -> None:
@@ -66,8 +103,8 @@ def test_a_constant_reward_leaves_nothing_to_learn() -> None:
 
 @pytest.mark.slow
 def test_the_evidence_is_unbiased(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mean of exp(log_z) over runs of two islands of 8 and 12 particles, β of the second learned from the first, within
-    3 standard errors; the Gaussian chain has log Z = a·m + a²·v/2.
+    """Mean of exp(log_z) over runs of 2 scouts and islands of 8 and 10 particles, β learned from those before, within 3
+    standard errors; the Gaussian chain has log Z = a·m + a²·v/2.
     """
     from gencontrol.sampling.particles import islands
     from tests.sampling.test_particles import chain_law
@@ -79,7 +116,7 @@ def test_the_evidence_is_unbiased(monkeypatch: pytest.MonkeyPatch) -> None:
     found = torch.empty(runs, dtype=torch.float64)
     for seed in range(runs):
         both = list(grow(replace(target, seed=seed), [], 20, resample_at=[2 / 3]))
-        assert seed or [len(each) for each in both] == [8, 12]
+        assert seed or [len(each) for each in both] == [2, 8, 10]
         found[seed] = pool(target, both).log_z
     ratio = (found - slope * mean - slope**2 * variance / 2).exp()
     error = float(ratio.std()) / math.sqrt(runs)
@@ -121,18 +158,23 @@ def test_few_starts_are_told() -> None:
     assert grouped_size(log, torch.tensor([5, 5, 5, 5])) == pytest.approx(1.0)
 
 
-def test_sizes_depend_on_the_sum_alone() -> None:
-    """What is still to come is the same after a stop; and going on multiplies by about three."""
-    for total in (10, 199, 200, 3000, 100_000):
-        for start in (0, 7, 150):
-            have, sizes = min(start, total), []
-            while have < total:
-                sizes.append(next_size(have, total))
-                assert sizes[-1] > 0
-                have += sizes[-1]
-            assert have == total
-    assert next_size(0, 1000) == 400 and next_size(400, 1000) == 600
-    assert [next_size(1000, 9000), next_size(3000, 9000)] == [2000, 6000]
+def test_plans_of_islands() -> None:
+    """Every run ends with the particles it was asked for; and going on multiplies them by about three."""
+
+    def plan(total: int, *sizes: int) -> list[int]:
+        made = list(sizes)
+        while sum(made) < total:
+            made.append(next_size(made, total))
+            assert made[-1] > 0
+        assert sum(made) == total
+        return made
+
+    for total in (10, 199, 200, 1000, 3000, 100_000):
+        for start in ((), (7,), (150,), (7, 3)):
+            if sum(start) < total:
+                plan(total, *start)
+    assert plan(199) == [199] and plan(400) == [20, 160, 220] and plan(2000) == [100, 800, 1100]
+    assert plan(9000, 100, 900) == [100, 900, 2000, 6000]
 
 
 def tokens() -> tuple[EnumerableTokens, Tensor]:
@@ -163,6 +205,6 @@ def test_going_on_gives_the_same_bits() -> None:
     stopped = [next(grow(target, [], 600))]
     assert equal(pool(target, whole), pool(target, stopped + list(grow(target, stopped, 600))))
     more = whole + list(grow(target, whole, 1200))
-    assert [len(each) for each in more] == [240, 360, 600]
+    assert [len(each) for each in more] == [30, 240, 330, 600]
     assert pool(target, more).nfe == 12_000
     assert all(value >= 0 for each in more for value in each.betas)

@@ -147,9 +147,9 @@ def _cigars(k: int, d: int, draw: torch.Generator, low: float, high: float) -> F
 def _problem(
     name: str, base: GaussianMixture, law: GaussianMixture, log_z: float, reward: Callable[[Tensor], Tensor]
 ) -> Problem:
-    """A tilted mixture, with the base's share by 200,000 draws."""
+    """A tilted mixture, with the base's share by 50,000 draws."""
     bandwidths = median_scaled(law.sample(1000, stream(0, "dts/median")))
-    log_w = reward(base.sample(200_000, stream(0, "dts/share"))).double()
+    log_w = reward(base.sample(50_000, stream(0, "dts/share"))).double()
     share = float(torch.exp(2 * torch.logsumexp(log_w, 0) - torch.logsumexp(2 * log_w, 0))) / len(log_w)
     step: Step = ExactStep(mixture=base)
     chain = make_chain(base, (base.means.shape[1],), step=step, times=GRID)

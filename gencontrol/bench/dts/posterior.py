@@ -34,6 +34,7 @@ from gencontrol.sampling.particles.resampling import normalised
 from gencontrol.sampling.particles.steering import POTENTIALS, resampling_levels, settle, travel
 from gencontrol.sampling.scoring import Scorer
 from gencontrol.sampling.tree.tree import DiffusionTree
+from gencontrol.stats import Estimate
 
 SNIS, SMC, ISLANDS, WEIGHTED, PAPER, CHOICE = (
     "importance sampling", "SMC", "islands", "tree, weighted", "tree, paper", "pilot choice"
@@ -84,7 +85,7 @@ def fixed(problem: Problem, n: int, trust: int, seed: int) -> tuple[Tensor, Floa
     """Run importance sampling (trust 0) or SMC (1): states, weights whose mean exp is Ẑ, effective starts."""
     target = target_of(problem, seed)
     levels = resampling_levels(target, problem.branch)
-    cloud, scores = travel(target, n, levels, 0.5, POTENTIALS["diff"], lambda index: float(trust))
+    cloud, scores = travel(target, n, levels, 0.5, POTENTIALS["diff"], lambda index, values: trust * values)
     settle(target, cloud, scores)
     log = cloud.log_weights + cloud.log_z + math.log(n)
     return cloud.x, log, grouped_size(log, cloud.origin)
@@ -338,14 +339,14 @@ def _printed(
         ],
     )
     for name, probe in shown.items():
+        shares: list[list[Estimate | float | str]] = [
+            [method, over(row["tv"]), max(row["tv"]), over(row["last"])] for method, row in probe["methods"].items()
+        ]
         text += table(
             f"E-DTS-5, {name}, {probe['nfe']} calls of the ordinary chain: total variation of the mode shares "
             f"(truth {', '.join(f'{value:.3f}' for value in probe['truth'])}), and the share of the last mode",
             ("method", "mean total variation", "largest", "last mode"),
-            [
-                [str(name), over(row["tv"]), float(max(row["tv"])), over(row["last"])]
-                for name, row in probe["methods"].items()
-            ],
+            shares,
         )
     return text
 

@@ -292,7 +292,7 @@ def _run(
     starting particles with descendants), and with a twist "gradients" (backward passes, one per row and step).
     """
     levels = resampling_levels(target, resample_at)
-    cloud, scores = travel(target, n, levels, ess_threshold, rule, fade)
+    cloud, scores = travel(target, n, levels, ess_threshold, rule, lambda index, values: fade(index) * values)
     return _finish(target, cloud, scores, rule)
 
 
@@ -314,9 +314,11 @@ def travel(
     levels: Sequence[int],
     ess_threshold: float,
     rule: Potential,
-    fade: Callable[[int], float],
+    shape: Callable[[int, Tensor], Tensor],
 ) -> tuple[Cloud, Scores]:
     """Take n particles to clean data; their weights do not contain the reward of what they became yet.
+
+    shape(grid index, values) is what the potential sees of the values.
 
     Raises:
         UsageError: n < 1, or a threshold outside 0 to 1.
@@ -331,7 +333,7 @@ def travel(
     place = 0
     for level in levels:
         cloud.advance(target, (place, level - 1))
-        _look(target, cloud, level - 1, rule, fade(level - 1))
+        _look(target, cloud, level - 1, rule, shape)
         place = level
         cloud.trace[level] = effective_size(cloud.log_weights)
         if cloud.trace[level] < ess_threshold * n:
@@ -349,14 +351,14 @@ def settle(target: Target, cloud: Cloud, scores: Scores) -> None:
     cloud.reweigh((terminal - cloud.credit + cloud.pending).masked_fill(~scores.valid, -math.inf))
 
 
-def _look(target: Target, cloud: Cloud, index: int, rule: Potential, fade: float) -> None:
+def _look(target: Target, cloud: Cloud, index: int, rule: Potential, shape: Callable[[int, Tensor], Tensor]) -> None:
     """Take step `index`, and weigh the particles by the value of where it left from."""
     reached = cloud.pending
     x, values, valid, ratio = _step_and_value(target, cloud.x, cloud.keys, index)
     cloud.seen.append((target.inverse_temperature * values).masked_fill(~valid, math.nan))
     cloud.places.append(torch.arange(len(values)))
     cloud.x, cloud.nfe = x, cloud.nfe + len(x)
-    memory = rule.update(cloud.memory, fade * values)
+    memory = rule.update(cloud.memory, shape(index, values))
     gain = target.inverse_temperature * (memory - cloud.memory if rule.difference else memory)
     # an estimate that cannot be scored says nothing: its potential is 1
     gain = torch.where(valid, gain, torch.zeros_like(gain))
