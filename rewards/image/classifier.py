@@ -276,6 +276,11 @@ def attributes_of(reward: Any) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def classifiers_of(reward: Any) -> list[tuple[str, Any]]:
+    """Attribute and classifier of every classifier in a reward, in order."""
+    return [(name, model) for part, _ in _classifier_rewards(reward) for name, model in part.classifiers.items()]
+
+
 def fingerprint(reward: Any) -> list[str]:
     """Digest of every classifier's weights with its temperature and weight, in order."""
     return [

@@ -123,6 +123,7 @@ CASES: dict[str, Callable[[Path, Any], Any]] = {
     "cfg-finetune": lambda data, r: make_cfg(data / "labelled" / "labels.jsonl"),
     "ctrl": lambda data, r: stirred(make_ctrl(ema_decay=0.9, checkpointing=True)),
     "ctrl-adjoint": lambda data, r: stirred(make_ctrl(backprop="adjoint")),
+    "ctrl-pool": lambda data, r: stirred(make_ctrl(backprop="pool", pool=64, pool_batch=24, base_updates=2)),
     "dragon": lambda data, r: make_dragon(r(FirstAxis()), prompts_per_round=12),
 }
 if not os.environ.get("GENCONTROL_FULL"):

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from gencontrol.algorithms.base import StepContext
 from gencontrol.algorithms.ctrl.bound import Ledger, log_mean_exp
+from gencontrol.algorithms.ctrl.ceiling import check_classifiers
 from gencontrol.algorithms.ctrl.ctrl import Ctrl, CtrlConfig
 from gencontrol.bench.base import Loop, run_in_memory
+from gencontrol.bench.ctrl.exact import Later
 from gencontrol.bench.ctrl.worlds import (
     MEANS,
     STD,
@@ -29,7 +31,9 @@ from gencontrol.bench.ctrl.worlds import (
 from gencontrol.errors import UsageError
 from gencontrol.models.conditions.base import conditioned
 from gencontrol.models.denoiser import Denoiser
+from gencontrol.models.readers.image_classifier import ImageClassifierConfig, build_image_classifier
 from gencontrol.process import GaussianProcess, Linear, Table
+from gencontrol.rewards.image.classifier import ClassifierReward
 from gencontrol.rng import row_keys, stream
 from gencontrol.sampling.control.controlled import memory, sample_controlled
 from gencontrol.sampling.control.files import load_control
@@ -42,7 +46,7 @@ CTX = StepContext(seed=0, step=0, micro_batch=10_000)
 def small(reward: Any = None, *, seed: int = 0, **options: Any) -> Ctrl:
     """CTRL on the mixture with few steps."""
     network = ExactNetwork(MEANS, WEIGHTS, STD)
-    defaults = {"prompts_per_round": 8, "steps": 6, "bound_samples": 64}
+    defaults = {"prompts_per_round": 8, "steps": 6, "bound_samples": 64, "backprop": "full", "probe": 0}
     return make_ctrl(reward or two_classes(), network, 2, seed=seed, **(defaults | options))
 
 
@@ -78,6 +82,16 @@ class TestContract(AlgorithmContract):
 
     def make(self) -> Ctrl:
         return stirred(small(ema_decay=0.9, checkpointing=True))
+
+
+class TestPoolContract(AlgorithmContract):
+    """Regression on the pool, which every process and every resumed run draws again."""
+
+    accumulation_tolerance: ClassVar[float] = 1e-4
+
+    def make(self) -> Ctrl:
+        own = {"pool": 64, "pool_batch": 8, "pool_updates": 2, "base_updates": 3}
+        return stirred(small(ema_decay=0.9, backprop="pool", probe=2, **own))
 
 
 def test_zero_init_is_the_base_for_every_label() -> None:
@@ -165,6 +179,94 @@ def test_truncation_keeps_the_kl_of_all_steps() -> None:
     torch.testing.assert_close(all_steps, gradient(stirred(small(flat))))
 
 
+def test_truncation_takes_the_reward_of_early_steps_away_and_no_kl() -> None:
+    """The gradient is that of a run whose states are detached before the cut: each early push pays its own KL alone."""
+    cut = gradient(stirred(small(backprop="truncated", backprop_steps=2)))
+    assert (cut - gradient(stirred(small()))).norm() > 0.05 * cut.norm()
+    ctrl = stirred(small())
+    (micro,) = ctrl.minibatches(ctrl.collect(CTX).data, 0, CTX)
+    keys = row_keys(ctrl.seed, f"ctrl/path/{CTX.step}", micro.items)
+    chain, cond = ctrl.chain(), ctrl.condition(micro.prompts, micro.rows)
+    x, total = chain.start((2,), keys, torch.device("cpu")), torch.zeros(len(keys))
+    for index in range(chain.steps):  # written out: steps 0 to 3 see detached states, and price their own push alone
+        new, old = chain.means(x.detach() if index < 4 else x, index, cond)
+        std = chain.weights(index, x)[2]
+        if std:
+            total = total + (new - old).square().sum(1) / (2 * std * std)
+            x = new + std * chain.noise(x, keys, index)
+        else:
+            x = new
+    (total - ctrl.reward_of(x, micro.prompts, micro.rows)[0]).sum().backward()
+    expected = torch.cat([p.grad.flatten() for p in ctrl.roles.trainable() if p.grad is not None]) / len(keys)
+    torch.testing.assert_close(cut, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_pool_reaches_its_closed_form_on_a_linear_chain() -> None:
+    """Reward a·x on N(0, 1): E[x0|x_k] moves by a·Var(x0|x_k) of the chain, so u_k is that over unit_k.
+
+    The path's end then moves by the sum of these pushes; the shares of 4096 base paths have an error of 1/sqrt(ESS).
+    """
+    slope = 0.8
+    options: dict[str, Any] = {"pool": 4096, "pool_batch": 256, "base_updates": 60, "pool_updates": 60, "probe": 1}
+    options["backprop"] = "pool"
+    ctrl = make_ctrl(
+        Slope(slope),
+        ExactNetwork([[0.0]], [1.0], 1.0),
+        1,
+        seed=0,
+        steps=5,
+        prompts_per_round=8,
+        **options,
+    )
+    records = run_in_memory(Later(ctrl, 0), 3, Loop(1e-2, max_grad_norm=50.0), seed=0)
+    records += run_in_memory(Later(ctrl, 3), 3, Loop(2e-3, max_grad_norm=50.0), seed=0)
+    schedule, like, grid = Linear(), torch.zeros(1), ctrl.plan.grid
+    rates, stds = [], []
+    for t, t_next in zip(grid, grid[1:]):
+        here = schedule.at(t)
+        w0, w1, std = GaussianProcess(schedule).step_weights(t, t_next, 1.0, like) if t_next else (1.0, 0.0, 0.0)
+        rates.append(float((w0 * here.a + w1 * here.s) / here.scale2))
+        stds.append(float(std))
+    shift = 0.0
+    for k in range(len(rates) - 1):
+        variance, reach = 0.0, 1.0  # of x0 given x_k, backwards over the steps that follow
+        for later in reversed(range(k, len(rates))):
+            variance += (reach * stds[later]) ** 2
+            reach *= rates[later]
+        push = slope * variance / float(ctrl.network.unit(torch.tensor([grid[k]])))
+        shift = rates[k] * shift + stds[k] ** 2 * push
+    shift *= rates[-1]
+    found = ctrl.correct("toy", 0, 20_000, seed=5)
+    assert float(found.rewards.mean()) / slope == pytest.approx(shift, abs=0.06)
+    assert records[0]["ctrl/cosine"] > 0.5
+    assert ctrl.ceiling is not None and float(ctrl.ceiling.ess.min()) > 1000
+
+
+def test_pool_tilts_the_mixture_and_lowers_gamma_where_few_paths_count() -> None:
+    options = {"pool": 4096, "pool_batch": 256, "base_updates": 100, "pool_updates": 100, "steps": 8, "probe": 0}
+    ctrl = small(backprop="pool", **options)
+    for start, lr in ((0, 5e-3), (1, 1e-3)):
+        run_in_memory(Later(ctrl, start), 1, Loop(lr, max_grad_norm=50.0), seed=0)
+    for row in range(2):
+        found = ctrl.correct("toy", row, 4000, seed=1)
+        gap = float(ctrl.ledger.log_z[row] - (found.rewards - found.kl).mean())
+        # without any control .4 and 3.5; full backpropagation has .1 and .3 after 40 updates of 64
+        assert gap < 0.35 and found.ess > 0.5
+    steep = small(backprop="pool", gamma=40.0, **(options | {"base_updates": 0, "pool": 64, "min_ess": 20.0}))
+    metrics = steep.collect(CTX).metrics
+    assert 0 < metrics["ctrl/pool/gamma_min"] < 40 and metrics["ctrl/pool/lowered"] > 0
+
+
+def test_classifiers_that_know_nothing_are_refused() -> None:
+    model = build_image_classifier(0, ("a", "b"))
+    for known, reason in (({"temperature": 49.9}, "an end of its search"), ({"held_out": 0.5}, "chance is 50%")):
+        model.config = replace(ImageClassifierConfig(("a", "b")), **known)
+        with pytest.raises(UsageError, match=reason):
+            check_classifiers(ClassifierReward(reward_model=model, device="cpu"))
+    model.config = replace(ImageClassifierConfig(("a", "b")), held_out=0.9)
+    check_classifiers(ClassifierReward(reward_model=model, device="cpu"))
+
+
 def chain_variance(grid: Any) -> float:
     """Var(x0) of the posterior chain over N(0, 1) data: below 1, since each step uses the mean of x0."""
     schedule, process = Linear(), GaussianProcess(Linear())
@@ -192,6 +294,7 @@ def test_linear_gaussian_closed_form(backprop: str) -> None:
         backprop=backprop,
         bound_samples=16,
         oversample=0.0,
+        probe=0,
     )
     assert ctrl.rho2 == 0.0
     run_in_memory(ctrl, 60, Loop(1e-2), seed=0)

@@ -45,7 +45,7 @@ class Sides:
 def make() -> Ctrl:
     base = Denoiser(ExactNetwork(GRID, SHARES, 0.5), GaussianProcess(Linear()), Prediction.V)
     denoiser = add_condition(base, shape=(2,), kind="multi", cardinality={"a": 2, "b": 2})
-    config = CtrlConfig(prompts_per_round=64, steps=8, bound_samples=64, checkpointing=False)
+    config = CtrlConfig(prompts_per_round=64, steps=8, bound_samples=64, checkpointing=False, backprop="full", probe=0)
     roles = Roles(denoiser.network, Ctrl.role_names(config))
     return Ctrl(toy_task(denoiser, 2), Sides(), config, roles=roles, seed=0)
 

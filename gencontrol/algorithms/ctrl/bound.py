@@ -79,6 +79,9 @@ class Ledger:
             group.sum_numbers(self._sums.flatten().tolist()), dtype=torch.float64
         ).reshape(4, self.rows)
         here = count > 0
+        if not bool(here.any()):
+            self.clear()
+            return
         new = j / count.clamp(min=1)
         # the first ones are averaged, later ones forgotten at a fixed rate
         rate = torch.maximum(1.0 / (self.seen + 1), torch.tensor(_NEWEST, dtype=torch.float64))
@@ -86,7 +89,7 @@ class Ledger:
         self.j = torch.where(here, moved, self.j)
         self.seen = self.seen + here.double()
         share = weight.square() / (square * count.clamp(min=1)).clamp(min=1e-300)
-        self.ess = float(share[here].mean()) if bool(here.any()) else math.nan
+        self.ess = float(share[here].mean())
         self.clear()
 
     @property

@@ -80,9 +80,9 @@ def _linear(options: Options) -> dict[str, Any]:
 def _digits(options: Options) -> dict[str, Any]:
     from gencontrol.bench.ctrl.digits import Effort, digits_part
 
-    effort = Effort(options.iterations, options.batch)
+    effort = Effort()
     if options.quick:
-        effort = Effort(options.iterations, options.batch, fit_steps=5, cfg_updates=(2, 4), repeats=1)
+        effort = Effort(3, 8, 64, 2, fit_steps=5, base_images=32, cfg_updates=(2, 4), repeats=1)
     return digits_part(seeds=range(options.seeds), effort=effort, say=_say, keep=_runs(options))
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from gencontrol.errors import UsageError
@@ -77,6 +77,8 @@ class Conditioned(nn.Module):
         self.labels = Labels(config)
         self.process, self.prediction, self.sigma_data = like.process, like.prediction, like.sigma_data
         self.grid: tuple[float, ...] | None = None
+        #: size of the push of every step of the grid but the last; None is 1
+        self.scale: tuple[float, ...] | None = None
         self.control: nn.Module | None = None
         #: a residual control leaves the backbone's own output of its last call here, with its graph
         self.base_output: Tensor | None = None
@@ -88,7 +90,7 @@ class Conditioned(nn.Module):
             self._hook = module.register_forward_hook(self._join)
         else:
             self.embed = self.labels.embedding(config.embed, zero=False)
-            self.control = control_net(shape, config.embed, config.width, config.depth)
+            self.control = control_net(shape, config.embed, config.width, config.depth, half=config.half)
 
     def _join(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         """Forward hook: add the labels' vector to the time embedding of this call."""
@@ -106,16 +108,22 @@ class Conditioned(nn.Module):
         """The condition's parameters by name: all but the backbone's."""
         return {name: p for name, p in self.named_parameters() if not name.startswith("network.")}
 
-    def set_grid(self, grid: Sequence[float] | None) -> None:
-        """Declare the time grid of the sampler: it fixes the scale of a residual control, and labels are off on its
+    def set_grid(self, grid: Sequence[float] | None, scale: Sequence[float] | None = None) -> None:
+        """Declare the time grid of the sampler: it fixes the unit of a residual control, and labels are off on its
         last step, which is deterministic; None forgets it.
 
+        Args:
+            scale: factors of a residual control's output, one for each step but the last; None is 1.
+
         Raises:
-            UsageError: fewer than two steps, or times that do not decrease.
+            UsageError: fewer than two steps, times that do not decrease, or another number of factors.
         """
         if grid is not None and (len(grid) < 3 or any(b >= a for a, b in zip(grid, grid[1:]))):
             raise UsageError(f"a control needs a decreasing grid of at least two steps, not {list(grid)[:5]}…")
+        if scale is not None and (grid is None or len(scale) != len(grid) - 2):
+            raise UsageError(f"{len(scale)} factors of a control do not fit a grid of {len(grid or ())} times.")
         self.grid = None if grid is None else tuple(float(t) for t in grid)
+        self.scale = None if scale is None else tuple(float(value) for value in scale)
 
     def split(self, cond: Cond) -> tuple[Tensor | None, Tensor | None, Cond]:
         """Return (labels, strength [b] or None, the backbone's own condition)."""
@@ -188,22 +196,39 @@ class Conditioned(nn.Module):
         if self.prediction == Prediction.EDM:
             noisy = noisy * (coeffs.s * coeffs.s + coeffs.a * coeffs.a * self.sigma_data**2) ** 0.5
         x0 = convert(raw.to(wide), noisy, coeffs, self.prediction, Prediction.X0, self.sigma_data)
-        own = next(self.control.parameters()).dtype
-        push = self.control(noisy.to(own), x0.to(own), t, vectors.to(own)).to(wide)
+        push = self._push(noisy, x0, t, vectors)
         if strength is not None:
             push = push * column(strength, push)
         row = rows(self.prediction, coeffs, self.sigma_data)
         # x_t stays, so eps moves by -(a/s) times the move of x0
-        return (row[0] - row[1] * coeffs.a / coeffs.s) * column(self._unit(t), push) * push
+        return (row[0] - row[1] * coeffs.a / coeffs.s) * column(self.unit(t), push) * push
 
-    def _unit(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    def _push(self, x: Tensor, x0: Tensor, t: Tensor, vectors: Tensor) -> Tensor:
+        assert self.control is not None
+        own = next(self.control.parameters()).dtype
+        push = self.control(x.to(own), x0.to(own), t, vectors.to(own)).to(x.dtype)
+        if self.scale is None or self.grid is None:
+            return push
+        factors = torch.tensor((*self.scale, 0.0), dtype=push.dtype, device=push.device)
+        return push * column(factors[self._step(t)], push)
+
+    def push(
+        self, x: Float[Tensor, "b *d"], x0: Float[Tensor, "b *d"], t: Float[Tensor, " b"], labels: Tensor
+    ) -> Float[Tensor, "b *d"]:
+        """Return a residual control's push at states and the backbone's estimates of x0, without the backbone."""
+        return self._push(x, x0, t, self.labels.vectors(self.embed, labels))
+
+    def _step(self, t: Float[Tensor, " b"]) -> Int64[Tensor, " b"]:
+        """Number of the grid's step at each time."""
+        grid = torch.tensor(self.grid, dtype=torch.float32, device=t.device)
+        return torch.searchsorted(-grid, -t.float() - 1e-6).clamp(max=len(grid) - 2)  # grid[place] <= t + 1e-6
+
+    def unit(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """Move of x0 per unit of u: s'²/a' where the step lands; without a grid s²/sqrt(a² + s²), where it starts."""
         if self.grid is None:
             here = self.process.schedule.coeffs(t.float())
             return here.s * here.s / here.scale2.sqrt()
-        grid = torch.tensor(self.grid, dtype=torch.float32, device=t.device)
-        place = torch.searchsorted(-grid, -t.float() - 1e-6).clamp(max=len(grid) - 2)  # grid[place] <= t + 1e-6
-        landing = grid[place + 1]
+        landing = torch.tensor(self.grid, dtype=torch.float32, device=t.device)[self._step(t) + 1]
         there = self.process.schedule.coeffs(landing)
         return torch.where(landing == 0, torch.zeros_like(landing), there.s * there.s / there.a)
 
@@ -236,6 +261,7 @@ def add_condition(
     embed: int = 16,
     width: int = 64,
     depth: int = 2,
+    half: bool = False,
     seed: int = 0,
 ) -> Denoiser:
     """Return the denoiser with a new condition that has no effect yet; its network is `Conditioned`.
@@ -251,13 +277,14 @@ def add_condition(
         cardinality: numbers of values, or their names.
         inject: see the module docstring.
         embed, width, depth: sizes of a residual control: of its label embedding and its layers.
+        half: let a residual control of images work at half their resolution.
         seed: of the control's initial draw.
 
     Raises:
         UsageError: labels that do not fit the kind, a name that is taken, or a backbone that "time" does not know.
     """
     config = ConditionConfig.of(
-        name, kind, cardinality, inject=inject, embed=embed, width=width, depth=depth, shape=tuple(shape)
+        name, kind, cardinality, inject=inject, embed=embed, width=width, depth=depth, shape=tuple(shape), half=half
     )
     return _wrap(denoiser, config, seed)
 
@@ -315,7 +342,7 @@ def save_condition(network: Conditioned, folder: str | Path) -> None:
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    table = {**asdict(network.config), "grid": network.grid}
+    table = {**asdict(network.config), "grid": network.grid, "scale": network.scale}
     (folder / "condition.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     weights = {name: p.detach().cpu().contiguous() for name, p in network.own_parameters().items()}
     save_file(weights, str(folder / "condition.safetensors"), metadata={"format": "pt"})
@@ -333,7 +360,7 @@ def load_condition(denoiser: Denoiser, folder: str | Path) -> Denoiser:
     try:
         table = json.loads((folder / "condition.json").read_text(encoding="utf-8"))
         weights = load_file(str(folder / "condition.safetensors"))
-        grid = table.pop("grid")
+        grid, scale = table.pop("grid"), table.pop("scale", None)
         table["attributes"] = tuple((name, tuple(values)) for name, values in table["attributes"])
         config = ConditionConfig(**{**table, "shape": tuple(table["shape"])})
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -341,7 +368,7 @@ def load_condition(denoiser: Denoiser, folder: str | Path) -> Denoiser:
         raise UsageError(f"'{folder}' holds no condition (condition.json, condition.safetensors): {reason}") from error
     added = _wrap(denoiser, config)
     network = conditioned(added)
-    network.set_grid(grid)
+    network.set_grid(grid, scale)
     own = network.own_parameters()
     if {k: tuple(v.shape) for k, v in own.items()} != {k: tuple(v.shape) for k, v in weights.items()}:
         raise UsageError(f"the condition in '{folder}' was made for another backbone; load the one it was trained on.")

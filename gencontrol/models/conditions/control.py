@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gencontrol.errors import UsageError
 from gencontrol.models.networks.layers import time_embedding
 
 #: the largest number of values in a sample that the MLP takes; above it the control is convolutional (ours)
@@ -95,14 +96,49 @@ class ConvControl(nn.Module):
         return self.out(nn.functional.silu(self.high[1](h, vector)))
 
 
+class HalvedControl(nn.Module):
+    """A control at half the resolution: blocks of 2 × 2 pixels become channels, and the push is put back (ours).
+
+    A control of the same width costs a quarter.
+    """
+
+    def __init__(self, shape: Sequence[int], embed: int, width: int, depth: int) -> None:
+        super().__init__()
+        channels, height, side = shape
+        self.inner = ConvControl((4 * channels, height // 2, side // 2), embed, width, depth)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b c r s"],
+        x0: Float[Tensor, "b c r s"],
+        t: Float[Tensor, " b"],
+        y: Float[Tensor, "b e"],
+    ) -> Float[Tensor, "b c r s"]:
+        """Return the push."""
+        folded = [nn.functional.pixel_unshuffle(part, 2) for part in (x, x0)]
+        return nn.functional.pixel_shuffle(self.inner(*folded, t, y), 2)
+
+
 def _zero(layer: nn.Linear | nn.Conv2d) -> None:
     nn.init.zeros_(layer.weight)
     assert layer.bias is not None
     nn.init.zeros_(layer.bias)
 
 
-def control_net(shape: Sequence[int], embed: int, width: int, depth: int) -> MlpControl | ConvControl:
-    """Return the control that fits samples of this shape; weights are drawn from torch's global generator."""
-    if len(shape) == 3 and math.prod(shape) > MLP_VALUES:
-        return ConvControl(shape, embed, width, depth)
-    return MlpControl(shape, embed, width, depth)
+def control_net(
+    shape: Sequence[int], embed: int, width: int, depth: int, *, half: bool = False
+) -> MlpControl | ConvControl | HalvedControl:
+    """Return the control that fits samples of this shape; weights are drawn from torch's global generator.
+
+    Raises:
+        UsageError: `half`, and no image whose sides are multiples of 4.
+    """
+    image = len(shape) == 3 and math.prod(shape) > MLP_VALUES
+    if half:
+        if not image or shape[1] % 4 or shape[2] % 4:
+            raise UsageError(
+                f"a control at half resolution takes images of more than {MLP_VALUES} values with sides that are "
+                f"multiples of 4, not {list(shape)}."
+            )
+        return HalvedControl(shape, embed, width, depth)
+    return ConvControl(shape, embed, width, depth) if image else MlpControl(shape, embed, width, depth)

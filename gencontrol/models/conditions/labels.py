@@ -33,7 +33,7 @@ class ConditionConfig:
         kind: of the labels.
         attributes: (attribute, names of its values); one attribute, called like the condition, unless kind is "multi".
         size: numbers of a "vector", else 0.
-        inject, embed, width, depth, shape: as in `add_condition`.
+        inject, embed, width, depth, shape, half: as in `add_condition`.
     """
 
     name: str
@@ -45,6 +45,7 @@ class ConditionConfig:
     width: int
     depth: int
     shape: tuple[int, ...]
+    half: bool = False
 
     def __post_init__(self) -> None:
         if self.inject not in ("time", "residual"):
@@ -69,6 +70,7 @@ class ConditionConfig:
         width: int,
         depth: int,
         shape: tuple[int, ...],
+        half: bool = False,
     ) -> ConditionConfig:
         """Build from the public arguments.
 
@@ -91,7 +93,7 @@ class ConditionConfig:
             attributes = ((name, _names(cardinality)),)
         else:
             raise UsageError(f"kind is '{kind}'; known: categorical, vector, multi.")
-        return cls(name, kind, attributes, size, inject, embed, width, depth, shape)
+        return cls(name, kind, attributes, size, inject, embed, width, depth, shape, half)
 
 
 def _names(values: int | Sequence[str]) -> tuple[str, ...]:

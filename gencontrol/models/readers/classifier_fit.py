@@ -72,7 +72,7 @@ def fit_classifier(
     if folds < 1:
         raise UsageError(f"folds is {folds}; give 1 (one split) or more.")
     check_labels(images, labels, classes, max(2, min(folds, 5) if folds > 1 else 2))
-    place = _fold_of(labels, folds, seed)
+    place = fold_of(labels, folds, seed)
     config = ImageClassifierConfig(tuple(classes), images.shape[1], images.shape[2], width)
 
     def train(rows: Tensor, name: str) -> ImageClassifier:
@@ -128,7 +128,7 @@ def calibrate(model: ImageClassifier, images: Float[Tensor, "n c s s"], labels: 
     return model.calibrate(images, labels)
 
 
-def _fold_of(labels: Int64[Tensor, " n"], folds: int, seed: int) -> Int64[Tensor, " n"]:
+def fold_of(labels: Int64[Tensor, " n"], folds: int, seed: int) -> Int64[Tensor, " n"]:
     """Fold of every image, each class spread evenly; with one fold, 0 is the part set aside and 1 the rest."""
     place = torch.zeros_like(labels)
     for label in labels.unique().tolist():

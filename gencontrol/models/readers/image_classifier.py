@@ -20,6 +20,9 @@ from torch.nn import functional as F
 from gencontrol.errors import UsageError
 from gencontrol.files import replacing
 
+#: ends of the search for the temperature
+TEMPERATURES = (0.02, 50.0)
+
 
 @dataclass(frozen=True)
 class ImageClassifierConfig:
@@ -31,6 +34,7 @@ class ImageClassifierConfig:
         width: channels of the first layers, a multiple of 8; the later ones have twice as many.
         hidden: width of the last hidden layer.
         temperature: > 0, divides the logits.
+        held_out: share of images it did not learn from that it recognised; None where that was not measured.
     """
 
     classes: tuple[str, ...]
@@ -39,6 +43,7 @@ class ImageClassifierConfig:
     width: int = 24
     hidden: int = 64
     temperature: float = 1.0
+    held_out: float | None = None
 
     def __post_init__(self) -> None:
         if not self.classes or self.size % 2 or self.width % 8 or min(self.channels, self.hidden) < 1:
@@ -151,7 +156,7 @@ def fit_temperature(logits: Float[Tensor, "n classes"], labels: Int64[Tensor, " 
     def loss(log_t: float) -> float:
         return float(F.cross_entropy(wide / math.exp(log_t), labels, label_smoothing=smoothing))
 
-    low, high, ratio = math.log(0.02), math.log(50.0), (5**0.5 - 1) / 2
+    low, high, ratio = *map(math.log, TEMPERATURES), (5**0.5 - 1) / 2
     for _ in range(60):
         left, right = high - ratio * (high - low), low + ratio * (high - low)
         if loss(left) <= loss(right):
