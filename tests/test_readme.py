@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from gencontrol.cli import main
+
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -64,3 +66,10 @@ def test_commands_of_the_readme_exist() -> None:
     }:
         assert re.search(rf"\b{command}\b", printed), command
     assert {"finetune", "doctor", "search", "evaluate"} <= named
+
+
+@pytest.mark.parametrize("name", ["demo.toml", "pictures.toml"])
+def test_configurations_of_the_readme_are_valid(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert name in (ROOT / "README.md").read_text() + (ROOT / "Makefile").read_text()
+    assert main(["finetune", "--config", str(ROOT / name), "--output", "runs/never", "--dry-run"]) == 0
+    assert "whole run" in capsys.readouterr().out
