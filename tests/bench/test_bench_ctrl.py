@@ -74,7 +74,7 @@ def test_scenes_measure_knows_right_from_wrong() -> None:
     images = render_class("red", "large", 40, seed=0)
     assert {seen_in(image) for image in images} == {("circle", "red", "large")}
     images, labels = labelled_pairs(2, seed=0)
-    assert len(images) == len(labels) == 12 and not {(0, 1), (2, 0)} & {tuple(row) for row in labels.tolist()}
+    assert len(images) == len(labels) == 20 and not {(0, 1), (2, 0)} & {tuple(row) for row in labels.tolist()}
 
 
 def test_unknown_part() -> None:

@@ -567,7 +567,9 @@ class Ctrl(Tuning):
         """Cosine of the gradients of two halves of an update; with the pool, also J and the share of the KL learned."""
         found: dict[str, float] = {}
         with torch.enable_grad():
-            found["ctrl/cosine"] = self._cosine(draws, ctx)
+            cosine = self._cosine(draws, ctx)
+        if cosine == cosine:
+            found["ctrl/cosine"] = cosine
         self.ledger.clear()
         if self.backprop == "pool":
             assert self.pool is not None
@@ -591,11 +593,13 @@ class Ctrl(Tuning):
         return found
 
     def _cosine(self, draws: Draws, ctx: StepContext) -> float:
-        """Cosine of this rank's gradients on the two halves of an update; NaN where there is none."""
+        """Cosine of this rank's gradients on the two halves of an update; NaN where there is none or they are sharded."""
         data: Any = self._pool_draws(f"ctrl/probe/{ctx.step}", ctx) if self.backprop == "pool" else draws
         half = len(data.paths if isinstance(data, PoolDraws) else data.items) // 2
         gradients: list[Tensor] = []
         parameters = self.roles.trainable()
+        if any(hasattr(parameter, "full_tensor") for parameter in parameters):
+            return float("nan")
         for side in (slice(0, half), slice(half, 2 * half)):
             micro = (
                 data.part(side)

@@ -231,14 +231,15 @@ def ctrl_rows(
     """Rows of the controls of one seed, which share a pool, and of their ceilings."""
     labels, began = _labels(effort.repeats), time.process_time()
     _, classifier = classify(seed)
-    minutes, pool, rows = [(time.process_time() - began) / 60], None, {}
+    minutes, pool = [(time.process_time() - began) / 60], None
+    rows: dict[str, dict[str, float]] = {}
     for gamma, strengths in TRAININGS:
         began = time.process_time()
         ctrl = train_ctrl(world, classifier, gamma=gamma, effort=effort, seed=seed, pool=pool)
         pool = ctrl.pool
         minutes.append((time.process_time() - began) / 60)
         found = {f"ceiling γ = {gamma:g}": world.measure(resampled(ctrl, labels, seed), labels, classifier)}
-        gap, cost = ctrl.ledger.mean_gap(), minutes[0] + (minutes[1] if gamma == TRAININGS[0][0] else minutes[-1])
+        gap, cost = ctrl.ledger.mean_gap(), minutes[0] + minutes[-1]  # the first includes the pool
         for w in strengths:
             row = world.measure(ctrl_samples(ctrl, labels, w, seed), labels, classifier)
             found[f"CTRL γ = {gamma:g}, strength {w:g}"] = {**row, "gap": gap, "CPU minutes": cost}

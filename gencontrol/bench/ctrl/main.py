@@ -27,19 +27,17 @@ class Options(PartOptions):
     Args:
         parts: comma-separated: mixture, linear, digits, scenes (default: all).
         seeds: of every part.
-        iterations: updates of each training.
+        iterations: updates of each training of mixture and linear; with the pool, rounds of 10.
         batch: paths of an update.
-        scene_iterations: updates of the part scenes.
-        scene_batch: paths of an update of the part scenes.
-        scene_guidance: guidance of the base of scenes; 1 is none.
+        scene_iterations: rounds of 20 updates of the part scenes.
+        scene_batch: rows of an update of the part scenes.
     """
 
     seeds: config.Count = 3
     iterations: config.Count = 400
     batch: Annotated[int, Ge(2)] = 96
-    scene_iterations: config.Count = 240
-    scene_batch: Annotated[int, Ge(2)] = 32
-    scene_guidance: float = 1.0
+    scene_iterations: config.Count = 250
+    scene_batch: Annotated[int, Ge(2)] = 64
     output: str = "runs/bench/ctrl"
 
 
@@ -89,9 +87,9 @@ def _digits(options: Options) -> dict[str, Any]:
 def _scenes(options: Options) -> dict[str, Any]:
     from gencontrol.bench.ctrl.scenes import Effort, scenes_part
 
-    effort = Effort(options.scene_iterations, options.scene_batch, guidance_scale=options.scene_guidance)
+    effort = Effort(options.scene_iterations, options.scene_batch)
     if options.quick:
-        effort = Effort(3, 8, 6, options.scene_guidance, per_row=4, fit_steps=5, samples=8)
+        effort = Effort(3, 8, 6, 3.0, 24, 2, per_row=4, base_labelled=60, base_images=8, fit_steps=5, samples=8)
     return scenes_part(seeds=range(options.seeds), effort=effort, say=_say, keep=_runs(options))
 
 

@@ -1,16 +1,19 @@
 """CTRL with two attributes on the bundled text-to-image model: colour and size of "a circle", labels as pairs.
 
-Two classifiers learn from separate pairs (image, colour) and (image, size); their rewards add, and the condition has
-additive embeddings.  Some combinations are never labelled together: no image shows them, and no path trains on them.
+Two classifiers learn from separate pairs (image, colour) and (image, size), and from some pictures of the base, where
+"other" is what shows no object or several.  Some combinations are never labelled together: no labelled picture shows
+them.  Channel permutations keep the size from being read off the colour; since the classifiers are per attribute, the
+pool's weights of those combinations are defined, and the control trains on them.
 Joint accuracy by the exact detector: one object, of that colour and size; "whole scene" asks for the circle too, which
 is the base's part.  Drift is the Fréchet distance to rendered scenes of the class in the embedding of the judge, which
 no reward uses, against the distance between two such sets.  The base's own rows say what CTRL could reach: it tilts the
-base's law p(x | "a circle"), and does not mend pictures that are no scene.
+base's law p(x | "a circle"), and does not mend pictures that are no scene; goals are set against the ceiling.
 """
 
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -23,19 +26,24 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from gencontrol.algorithms.ctrl.ctrl import Ctrl, CtrlConfig
+from gencontrol.algorithms.online.task import PromptTask
 from gencontrol.bench.base import Check, Loop, kept, over_seeds, run_in_memory, table
 from gencontrol.bench.ctrl.exact import Later
 from gencontrol.errors import EnvironmentMissing
 from gencontrol.models.conditions.base import add_condition
-from gencontrol.models.readers.classifier_fit import fit_classifier
+from gencontrol.models.readers.self_training import Budget, Mixed, fit_self_trained
 from gencontrol.models.roles import Roles
 from gencontrol.rewards.image.classifier import ClassifierReward
-from gencontrol.rng import item_generators, stream_seed
+from gencontrol.rng import item_generators, stream, stream_seed
+from gencontrol.sampling import sample
 from gencontrol.sampling.control.controlled import sample_controlled
+from gencontrol.sampling.steps import Ddim
 from gencontrol.weights import BUNDLED
 
 PROMPT, SHAPE_NAME = "a circle", "circle"
-COLOUR, SIZE = ("red", "green", "blue", "yellow"), ("small", "large")
+COLOUR, SIZE = ("red", "green", "blue", "yellow", "purple", "cyan"), ("small", "large")
+#: what is none of them
+OTHER = "other"
 #: (colour, size) never labelled together
 UNSEEN = ((0, 1), (2, 0))
 
@@ -45,23 +53,27 @@ class Effort:
     """How much of everything.
 
     Args:
-        iterations, batch: of the CTRL training; an iteration costs about 5·steps·batch calls of the base.
+        iterations, batch: rounds of 20 updates on the pool, and rows of an update.
         steps: of the chain.
-        guidance_scale: of the base law, 1 is none.
         gamma: power of the classifiers; above 1, since the labels are deterministic (P14).
-        per_row: labelled images of each combination.
-        fit_steps: of the classifiers.
+        pool, base_updates: see `CtrlConfig`.
+        per_row: labelled rendered images of each combination.
+        base_labelled, base_images: pictures of the base with labels, and without, for the classifiers.
+        fit_steps: of the members of the classifiers' ensembles; they have twice as many themselves.
         samples: of each combination, and of the real scenes that they are compared with.
     """
 
-    iterations: int = 240
-    batch: int = 32
+    iterations: int = 250
+    batch: int = 64
     steps: int = 20
-    guidance_scale: float = 1.0
     gamma: float = 3.0
-    per_row: int = 40
-    fit_steps: int = 200
-    samples: int = 200
+    pool: int = 5000
+    base_updates: int = 1000
+    per_row: int = 24
+    base_labelled: int = 60
+    base_images: int = 600
+    fit_steps: int = 300
+    samples: int = 100
 
 
 def render_class(colour: str | None, size: str | None, count: int, seed: int) -> Float[Tensor, "n 3 32 32"]:
@@ -111,33 +123,80 @@ def _bundled() -> tuple[Any, Any]:
     return TextToImagePipeline.from_pretrained("bundled"), SceneJudge.from_pretrained(folder / "scene_judge")
 
 
-def _train(pipe: Any, reward: ClassifierReward, effort: Effort, seed: int) -> Ctrl:
-    task = pipe.task([PROMPT], [PROMPT])
+@torch.no_grad()
+def _base_pictures(pipe: Any, task: PromptTask, effort: Effort, seed: int) -> Float[Tensor, "n 3 32 32"]:
+    """Pictures of the base in [0, 1]."""
+    parts = []
+    for rows in torch.arange(effort.base_images + effort.base_labelled).split(64):
+        x = sample(
+            task.denoiser,
+            (len(rows), *task.latent_shape),
+            steps=effort.steps,
+            step=Ddim(eta=1.0),
+            generator=item_generators(seed, "bench/scenes/base", rows.tolist()),
+            cond=task.encode([PROMPT] * len(rows)),
+        )
+        parts.append(pipe.decode(x).float().clamp(0, 1))
+    return torch.cat(parts)
+
+
+def _classifiers(pipe: Any, task: PromptTask, effort: Effort, seed: int) -> dict[str, Any]:
+    """One classifier for each attribute, from rendered pairs, labelled base pictures and unlabelled ones."""
+    images, labels = labelled_pairs(effort.per_row, seed)
+    base = _base_pictures(pipe, task, effort, seed)
+    known, rows = [], []
+    for place, seen in enumerate(map(seen_in, base[: effort.base_labelled])):
+        row = (len(COLOUR), len(SIZE)) if seen is None else (COLOUR.index(seen[1]), SIZE.index(seen[2]))
+        if row not in UNSEEN:  # nobody labels these
+            known.append(place)
+            rows.append(row)
+    images = torch.cat([images, base[known] * 2 - 1])
+    labels = torch.cat([labels, torch.tensor(rows, dtype=torch.long).reshape(-1, 2)])
+    budget = Budget(effort.fit_steps, 2 * effort.fit_steps)
+    found = {}
+    for column, (name, values) in enumerate((("colour", COLOUR), ("size", SIZE))):
+        found[name] = fit_self_trained(
+            images,
+            labels[:, column],
+            (*values, OTHER),
+            base[effort.base_labelled :] * 2 - 1,
+            augment=Mixed(channels=name == "size"),
+            budget=budget,
+            seed=seed,
+        )
+    return found
+
+
+def _train(task: PromptTask, reward: ClassifierReward, effort: Effort, seed: int) -> Ctrl:
     denoiser = add_condition(
         task.denoiser,
         shape=task.latent_shape,
         kind="multi",
-        cardinality={"colour": COLOUR, "size": SIZE},
-        width=32,
+        cardinality={"colour": (*COLOUR, OTHER), "size": (*SIZE, OTHER)},
+        width=64,
+        half=True,
         seed=seed,
     )
+    pairs = itertools.product(range(len(COLOUR) + 1), range(len(SIZE) + 1))
     config = CtrlConfig(
         prompts_per_round=effort.batch,
         steps=effort.steps,
         gamma=effort.gamma,
-        backprop="adjoint",
-        adjoint_steps=max(1, effort.steps // 2),
-        guidance="none" if effort.guidance_scale == 1.0 else "separate",
-        guidance_scale=effort.guidance_scale,
-        held_out=UNSEEN,
-        bound_samples=4 * effort.batch,
+        backprop="pool",
+        pool=effort.pool,
+        pool_batch=effort.batch,
+        pool_updates=20,
+        base_updates=effort.base_updates,
+        held_out=tuple(row for row in pairs if len(COLOUR) == row[0] or len(SIZE) == row[1]),
+        oversample=0.0,
+        trust_classifier=effort.fit_steps < 100,
     )
     roles = Roles(denoiser.network, Ctrl.role_names(config))
     ctrl = Ctrl(replace(task, denoiser=denoiser), reward, config, roles=roles, seed=seed)
     done = 0
-    for lr, share in ((1e-3, 0.5), (3e-4, 0.3), (1e-4, 0.2)):
+    for lr, share in ((2e-3, 0.5), (7e-4, 0.3), (2e-4, 0.2)):
         count = max(1, round(share * effort.iterations))
-        run_in_memory(Later(ctrl, done), count, Loop(lr, 64), seed=seed)
+        run_in_memory(Later(ctrl, done), count, Loop(lr, 64, max_grad_norm=20.0), seed=seed)
         done += count
     return ctrl
 
@@ -177,20 +236,32 @@ def _measure(judge: Any, made: Tensor, colour: str | None, size: str | None, see
     }
 
 
+@torch.no_grad()
+def _resampled(pipe: Any, ctrl: Ctrl, place: int, count: int, seed: int) -> Float[Tensor, "n 3 32 32"]:
+    """The ceiling of a label row: base pictures drawn by their weights."""
+    assert ctrl.pool is not None
+    generator = stream(seed, "bench/scenes/ceiling", place)
+    rows = torch.multinomial(ctrl.pool_weights[:, place], count, replacement=True, generator=generator)
+    found: Tensor = pipe.decode(ctrl.pool.x0[rows]).float().clamp(0, 1)
+    return found
+
+
 def _run_seed(seed: int, effort: Effort) -> dict[str, dict[str, float]]:
-    """Rows of one seed: the base, and every combination of labels."""
+    """Rows of one seed: the base, and every combination of labels with its ceiling."""
     pipe, judge = _bundled()
-    images, labels = labelled_pairs(effort.per_row, seed)
-    own = {
-        name: fit_classifier(images, labels[:, place], values, folds=2, steps=effort.fit_steps, seed=seed)[0]
-        for place, (name, values) in enumerate((("colour", COLOUR), ("size", SIZE)))
-    }
-    ctrl = _train(pipe, ClassifierReward(reward_model=own, device="cpu"), effort, seed)
+    task = pipe.task([PROMPT], [PROMPT])
+    began = time.process_time()
+    own = _classifiers(pipe, task, effort, seed)
+    ctrl = _train(task, ClassifierReward(reward_model=own, device="cpu"), effort, seed)
+    minutes = (time.process_time() - began) / 60
     rows = {"base": _measure(judge, _draw(pipe, ctrl, None, effort.samples, seed), None, None, seed)}
-    for row in itertools.product(range(len(COLOUR)), range(len(SIZE))):
+    for place, row in enumerate(tuple(pair) for pair in ctrl.rows.tolist()):
         names = COLOUR[row[0]], SIZE[row[1]]
-        rows[" ".join(names)] = _measure(judge, _draw(pipe, ctrl, row, effort.samples, seed), *names, seed)
-    return rows | {"_training": {"gap": ctrl.ledger.mean_gap(), "bound": float(ctrl.ledger.log_z.mean())}}
+        made = _measure(judge, _draw(pipe, ctrl, row, effort.samples, seed), *names, seed)
+        top = _measure(judge, _resampled(pipe, ctrl, place, effort.samples, seed), *names, seed)
+        rows[" ".join(names)] = made | {f"ceiling: {key}": value for key, value in top.items()}
+    training = {"gap": ctrl.ledger.mean_gap(), "bound": float(ctrl.ledger.log_z.mean()), "CPU minutes": minutes}
+    return rows | {"_training": training}
 
 
 def _mean(rows: dict[str, dict[str, float]], names: Sequence[str]) -> dict[str, float]:
@@ -224,33 +295,31 @@ def scenes_part(
         )
         say(f"scenes seed {seed}: {groups[-1]}, {run['_training']}")
     cells = {name: over_seeds([group[name] for group in groups]) for name in groups[0]}
+    keys = ("joint accuracy", "whole scene", "FD / floor", "ceiling: joint accuracy", "ceiling: FD / floor")
     return {
         "rows": {name: [run[name] for run in runs] for name in runs[0]},
         "settings": asdict(effort),
         "checks": _checks(cells),
         "table": table(
-            f"CTRL, two attributes (colour, size) on scenes, {len(seeds)} seeds, {effort.iterations} iterations of "
-            f"{effort.batch}",
-            ("combinations", "joint accuracy", "whole scene", "FD / floor"),
-            [[name, row["joint accuracy"], row["whole scene"], row["FD / floor"]] for name, row in cells.items()],
+            f"CTRL, two attributes (colour, size) on scenes, {len(seeds)} seeds, {20 * effort.iterations} updates of "
+            f"{effort.batch} on {effort.pool} paths",
+            ("combinations", *keys),
+            [[name, *(row.get(key, "–") for key in keys)] for name, row in cells.items()],
         ),
         "curves": {},
     }
 
 
 def _checks(cells: dict[str, dict[str, Any]]) -> list[Check]:
-    base, seen, unseen = cells.values()
-    one = f"{base['joint accuracy'].value:.3f} of the base's pictures show one object"
-    drift = f"the base itself: {base['FD / floor'].value:.2f}"
-    right, other, ratio = (
-        row[key].value for row, key in ((seen, "joint accuracy"), (unseen, "joint accuracy"), (seen, "FD / floor"))
+    _, seen, unseen = cells.values()
+    top, right, other = (
+        row[key].value
+        for row, key in ((seen, "ceiling: joint accuracy"), (seen, "joint accuracy"), (unseen, "joint accuracy"))
     )
+    ratio = seen["FD / floor"].value / seen["ceiling: FD / floor"].value
     return [
-        Check("two attributes: joint accuracy ≥ 0.9", f"{right:.3f} ({one})", right >= 0.9),
-        Check("FD to real scenes ≤ 1.5 × floor", f"{ratio:.2f} ({drift})", ratio <= 1.5),
-        Check(
-            "combinations never labelled together: joint accuracy ≥ 0.75",
-            f"{other:.3f} ({one})",
-            other >= 0.75,
-        ),
+        Check("two attributes: joint accuracy of the ceiling ≥ 0.9", f"{top:.3f}", top >= 0.9),
+        Check("two attributes: joint accuracy ≥ 0.85", f"{right:.3f} (ceiling {top:.3f})", right >= 0.85),
+        Check("combinations never labelled together: joint accuracy ≥ 0.6", f"{other:.3f}", other >= 0.6),
+        Check("Fréchet distance ≤ 1.5 × the ceiling's, at equal count", f"{ratio:.2f}", ratio <= 1.5),
     ]

@@ -84,6 +84,8 @@ class Conditioned(nn.Module):
         self.base_output: Tensor | None = None
         self.detach_backbone = False
         self._offset: Tensor | None = None
+        #: `push` leaves its estimate of x0 here for its call of `forward`
+        self._estimate: Tensor | None = None
         if config.inject == "time":
             module, width = time_module(network)
             self.embed = self.labels.embedding(width, zero=True)
@@ -137,6 +139,8 @@ class Conditioned(nn.Module):
     def forward(self, x: Float[Tensor, "b *d"], t: Float[Tensor, " b"], cond: Cond = None) -> Float[Tensor, "b *d"]:
         """Return the backbone's output at x and t [b], moved by the labels that the condition names."""
         labels, strength, rest = self.split(cond)
+        if self._estimate is not None and labels is not None:
+            return self._push(x, self._estimate, t, self.labels.vectors(self.embed, labels))
         given = None if labels is None else self._given(labels, t)
         if labels is None or given is None or not bool(given.any()):
             self.base_output = None
@@ -216,7 +220,12 @@ class Conditioned(nn.Module):
         self, x: Float[Tensor, "b *d"], x0: Float[Tensor, "b *d"], t: Float[Tensor, " b"], labels: Tensor
     ) -> Float[Tensor, "b *d"]:
         """Return a residual control's push at states and the backbone's estimates of x0, without the backbone."""
-        return self._push(x, x0, t, self.labels.vectors(self.embed, labels))
+        self._estimate = x0
+        try:  # by way of `forward`, so that the hooks of sharded weights run
+            found: Tensor = self(x, t, {self.config.name: labels})
+            return found
+        finally:
+            self._estimate = None
 
     def _step(self, t: Float[Tensor, " b"]) -> Int64[Tensor, " b"]:
         """Number of the grid's step at each time."""
