@@ -593,7 +593,7 @@ class Ctrl(Tuning):
         return found
 
     def _cosine(self, draws: Draws, ctx: StepContext) -> float:
-        """Cosine of this rank's gradients on the two halves of an update; NaN where there is none or they are sharded."""
+        """Cosine of this rank's gradients on the two halves of an update; NaN if there is none, or they are sharded."""
         data: Any = self._pool_draws(f"ctrl/probe/{ctx.step}", ctx) if self.backprop == "pool" else draws
         half = len(data.paths if isinstance(data, PoolDraws) else data.items) // 2
         gradients: list[Tensor] = []
